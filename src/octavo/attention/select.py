@@ -1,0 +1,32 @@
+"""Which kernel computes the one operation, by device and chunk length."""
+
+from torch import Tensor
+
+from octavo.attention import native, ragged, reference
+
+NATIVE_MAX_TOKENS = 16  # above it torch's matrix products beat the streaming kernel
+
+
+def paged_attention(
+    query: Tensor,  # [B, Hq, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    position: Tensor,  # [B, N]      int32, -1 is padding
+    expiry: Tensor,  # [B, H, N]     int32
+    k_pages: Tensor,  # [P, S, D]
+    v_pages: Tensor,  # [P, S, D]
+    slot_position: Tensor,  # [P, S] int32
+    slot_expiry: Tensor,  # [P, S]   int32
+    page_table: Tensor,  # [B, H, M] int32
+    length: Tensor,  # [B, H]        int32
+    host_length: list[list[int]],  # the same on the host
+    scale: float,
+) -> Tensor:  # [B, N, Hq, D]
+    """Attention of N new tokens over their cached past and themselves; see `reference.paged_attention`."""
+    past = (k_pages, v_pages, slot_position, slot_expiry, page_table)
+    if query.device.type == "cpu" and query.shape[2] <= NATIVE_MAX_TOKENS and native.available():
+        return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
+    return ragged.paged_attention(query, key, value, position, expiry, *past, host_length, scale)
+
+
+__all__ = ["paged_attention", "reference"]

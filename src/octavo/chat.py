@@ -1,0 +1,135 @@
+"""A conversation whose cache lives on: each turn feeds only its new tokens.
+
+The tokens of earlier turns are never rendered or tokenised again, so what the cache holds is always a prefix of
+what the model is asked to continue.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from octavo.attachment import KVCache, attachment_of
+from octavo.errors import ConfigError, PromptError
+
+MARK = "\x00"  # stands for a turn's content while the chat template is taken apart
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 is greedy. `top_p` keeps the likeliest tokens of that mass."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
+
+
+class Conversation:
+    """Turns of user and assistant over one cache: Octavo's for an attached model, else a `DynamicCache`.
+
+    `ids` are all tokens so far; the cache holds all of them but the newest.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, sampling: Sampling | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.sampling = sampling or Sampling()
+        self.cache: Any = KVCache(model) if attachment_of(model) else DynamicCache(config=model.config)
+        self.ids: list[int] = []
+        self._generator = torch.Generator(device=model.device).manual_seed(self.sampling.seed)
+
+    def ask(self, text: str, on_prefill: Callable[[int, int], None] = lambda done, total: None) -> Iterator[str]:
+        """Answer a user turn, piece by piece as it is decoded; `on_prefill(done, total)` counts prompt tokens.
+
+        Raises PromptError for an empty turn or one that the model's positions cannot hold; the conversation
+        is then as it was.
+        """
+        if not text.strip():
+            raise PromptError("the prompt is empty; write at least one character")
+        turn = self._turn(text)
+        self._check_room(len(turn))
+        return self._decode(self._prefill(turn, on_prefill))
+
+    def complete(self, text: str, on_prefill: Callable[[int, int], None] = lambda done, total: None) -> Iterator[str]:
+        """Continue plain text, without a chat template."""
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if not ids:
+            raise PromptError("the prompt is empty; write at least one character")
+        self._check_room(len(ids))
+        return self._decode(self._prefill(ids, on_prefill))
+
+    def _check_room(self, new: int) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(self.ids) + new > limit:
+            raise PromptError(
+                f"the conversation would have {len(self.ids) + new:,} tokens, the model has {limit:,} positions"
+            )
+
+    def _turn(self, text: str) -> list[int]:
+        """Token ids of a user turn and the opening of the answer, given how the last answer ended."""
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            raise PromptError("this model's tokenizer has no chat template; use `octavo generate --raw`")
+        user = {"role": "user", "content": MARK}
+        chat = [user] if not self.ids else [user, {"role": "assistant", "content": MARK}, user]
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        parts = rendered.split(MARK)
+        before, after = (parts[0], parts[1]) if not self.ids else (parts[2], parts[3])
+        ids: list[int] = tokenizer(before + text + after, add_special_tokens=False, verbose=False)["input_ids"]
+        if self.ids and ids[0] == self.ids[-1]:  # the answer already ended with its end token
+            ids = ids[1:]
+        return ids
+
+    @torch.no_grad()
+    def _prefill(self, new: list[int], on_prefill: Callable[[int, int], None]) -> Tensor:
+        """Feed what the cache lacks, chunk by chunk; returns the logits [vocab] after the last token."""
+        cached = self.cache.get_seq_length()
+        ids = self.ids + new
+        attachment = attachment_of(self.model)
+        size = attachment.settings.chunk if attachment else len(ids)
+        for first in range(cached, len(ids), size):
+            part = torch.tensor([ids[first : first + size]], device=self.model.device)
+            out = self.model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.ids = ids[: max(len(self.ids), first + size)]
+            on_prefill(min(first + size, len(ids)) - cached, len(ids) - cached)
+        logits: Tensor = out.logits[0, -1]
+        return logits
+
+    @torch.no_grad()
+    def _decode(self, logits: Tensor) -> Iterator[str]:
+        stops = self.model.generation_config.eos_token_id
+        stops = set(stops if isinstance(stops, list) else [stops])
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        answer: list[int] = []
+        shown = ""
+        for _ in range(self.sampling.max_new_tokens):
+            token = int(choose(logits.float(), self.sampling, self._generator))
+            self.ids.append(token)
+            if token in stops or (limit is not None and len(self.ids) >= limit):
+                return
+            answer.append(token)
+            text = self.tokenizer.decode(answer, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # a character still missing bytes
+                yield text[len(shown) :]
+                shown = text
+            feed = torch.tensor([[token]], device=self.model.device)
+            logits = self.model(input_ids=feed, past_key_values=self.cache, use_cache=True).logits[0, -1]
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token id (scalar) from logits [vocab]."""
+    if sampling.temperature == 0:
+        return logits.argmax()
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(0) - ordered > sampling.top_p] = 0.0
+        return order[torch.multinomial(ordered, 1, generator=generator)[0]]
+    return torch.multinomial(probabilities, 1, generator=generator)[0]

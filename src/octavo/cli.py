@@ -1,0 +1,270 @@
+"""The command line. A user's mistake is one line on standard error and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from octavo.errors import ConfigError, OctavoError, TextFileError
+
+app = typer.Typer(
+    help="Cheap LLM inference for Hugging Face models.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+retrofit = typer.Typer(help="Train adapters for a model.", no_args_is_help=True)
+app.add_typer(retrofit, name="retrofit")
+console = Console()
+
+Model = Annotated[
+    str | None, typer.Option(help="Folder, GGUF file or hub id; the embedded SmolLM2-135M-Instruct if left out.")
+]
+AdapterName = Annotated[
+    str, typer.Option(help="Adapter folder, shipped name, 'none', or 'auto' (dms-8x for the embedded model).")
+]
+Budget = Annotated[int | None, typer.Option(help="Bytes that the KV cache may take.")]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default what the device computes in.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one.")]
+
+
+def main() -> None:
+    """Entry point of the `octavo` command."""
+    try:
+        app()
+    except OctavoError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    adapter: AdapterName = "auto",
+    file: Annotated[Path | None, typer.Option(help="Text to read instead of the one that ships.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="Question about the text; may be repeated.")] = None,
+    png: Annotated[Path, typer.Option(help="Where the heat map goes.")] = Path("octavo-demo.png"),
+    budget: Budget = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Answer questions about a long text, with Octavo and without, and show what each costs."""
+    from octavo import demo as demonstration
+    from octavo.retrofit.data import read_text
+
+    text = read_text(file or demonstration.TEXT)
+    if file is not None and not question:
+        raise ConfigError("give at least one --question about your --file")
+    loaded, tokenizer = _load(model, adapter, dtype, device, budget)
+    demonstration.run(loaded, tokenizer, text, question or demonstration.QUESTIONS, console, png)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    adapter: AdapterName = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    budget: Budget = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Talk to a model; the cache lives on between turns. An empty line or Ctrl-D ends the chat."""
+    from octavo.chat import Conversation, Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    loaded, tokenizer = _load(model, adapter, dtype, device, budget)
+    conversation = Conversation(loaded, tokenizer, sampling)
+    while True:
+        try:
+            text = console.input("[bold cyan]you> [/bold cyan]")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text.strip():
+            break
+        try:
+            for piece in conversation.ask(text):
+                console.print(piece, end="", markup=False, highlight=False)
+        except KeyboardInterrupt:
+            console.print(" [interrupted]", markup=False)
+        cache = conversation.cache
+        console.print(f"\n[dim]{cache.seen:,} tokens, {cache.nbytes:,} B held, dense {cache.dense_nbytes:,} B[/dim]")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input if left out.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Text put before the prompt.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")] = False,
+    model: Model = None,
+    adapter: AdapterName = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    budget: Budget = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Answer one prompt, streaming."""
+    from octavo.chat import Conversation, Sampling
+    from octavo.retrofit.data import read_text
+
+    text = prompt if prompt is not None else sys.stdin.read()
+    if file is not None:
+        text = f"{read_text(file)}\n\n{text}"
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    loaded, tokenizer = _load(model, adapter, dtype, device, budget)
+    conversation = Conversation(loaded, tokenizer, sampling)
+    for piece in conversation.complete(text) if raw else conversation.ask(text):
+        print(piece, end="", flush=True)
+    print()
+
+
+@retrofit.command()
+def dms(
+    out: Annotated[Path, typer.Argument(help="Folder for the run and, at its end, the adapter.")],
+    data: Annotated[
+        list[str], typer.Option(help="Text, JSONL (.xz, .gz) or .npy token file; 'path:share' weighs a mix.")
+    ],
+    model: Model = None,
+    target: Annotated[float, typer.Option(help="Tokens per kept token to train for.")] = 8.0,
+    steps: int = 200,
+    batch: Annotated[int, typer.Option(help="Sequences per step over all processes.")] = 8,
+    micro_batch: Annotated[int, typer.Option(help="Sequences per forward.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens a marked one stays visible.")] = 256,
+    lr: float = 2e-4,
+    recall: Annotated[float, typer.Option(help="Share of sequences with hidden facts and questions.")] = 0.25,
+    seed: int = 0,
+    init: Annotated[str | None, typer.Option(help="Adapter to start from.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    held_out: Annotated[Path | None, typer.Option(help="Text for the evaluation at the end.")] = None,
+    name: Annotated[str | None, typer.Option(help="The adapter's name; the folder's if left out.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Distil eviction gates for a model from text."""
+    from octavo.retrofit.command import retrofit_dms
+    from octavo.retrofit.trainer import RetrofitSettings
+
+    settings = RetrofitSettings(
+        target=target, steps=steps, batch=batch, micro_batch=micro_batch, length=length, window=window, lr=lr,
+        recall=recall, seed=seed,
+    )  # fmt: skip
+    loaded, tokenizer = _load_plain(model, dtype, device)
+    retrofit_dms(loaded, tokenizer, data, settings, out, name or out.name, init, resume, held_out, console)
+
+
+@retrofit.command()
+def chats(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL with 'prompt', 'question', 'instruction' or 'text'.")],
+    model: Model = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts to answer; all if left out.")] = None,
+    batch: int = 64,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Write chats in the model's own words, for training data."""
+    from rich.progress import Progress
+
+    from octavo.retrofit.chats import read_prompts, write_chats
+
+    asked = read_prompts(prompts, limit)
+    loaded, tokenizer = _load_plain(model, dtype, device)
+    with Progress(console=console) as bar:
+        task = bar.add_task("answering", total=len(asked))
+        write_chats(
+            loaded, tokenizer, asked, out, batch=batch, max_new_tokens=max_new_tokens, seed=seed,
+            on_batch=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    text: Annotated[Path, typer.Argument(help="Running text that the adapters were not trained on.")],
+    model: Model = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapter to measure; may be repeated. dms-8x by default.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Needle prompt lengths in tokens.")] = "2048,4096",
+    cases: Annotated[int, typer.Option(help="Needles at each length.")] = 10,
+    texts: Annotated[int, typer.Option(help="Pieces of text for the NLL.")] = 1,
+    nll_length: int = 4096,
+    nll_from: int = 1024,
+    batch: int = 1,
+    baselines: Annotated[bool, typer.Option(help="Measure the training-free policies too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="JSON file; the plot goes beside it.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Measure what eviction costs: NLL, needles found, bytes held; dense, adapters and training-free policies."""
+    from octavo.models import find_adapter
+    from octavo.retrofit.command import run_evaluation
+    from octavo.retrofit.evaluate import EvaluationSettings
+
+    try:
+        sizes = tuple(int(n) for n in lengths.split(",") if n.strip())
+    except ValueError as e:
+        raise ConfigError(f"--lengths takes numbers separated by commas, not {lengths!r}") from e
+    settings = EvaluationSettings(
+        nll_length=nll_length, nll_from=nll_from, texts=texts, lengths=sizes, cases=cases, batch=batch,
+        baselines=baselines,
+    )  # fmt: skip
+    adapters = [find_adapter(name) for name in adapter or (["dms-8x"] if model is None else [])]
+    loaded, tokenizer = _load_plain(model, dtype, device)
+    result = run_evaluation(loaded, tokenizer, text, adapters, settings, console)
+    if out is not None:
+        from octavo.plots import evaluation as draw
+
+        _writable(out).write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        draw(result, out.with_suffix(".png"))
+        console.print(f"wrote {out} and {out.with_suffix('.png')}")
+
+
+def _load(
+    model: str | None, adapter: str, dtype: str | None, device: str | None, budget: int | None
+) -> tuple[Any, Any]:
+    from octavo.models import load
+
+    _quiet()
+    with console.status("loading the model"):
+        return load(model, None if adapter == "none" else adapter, dtype=_dtype(dtype), device=device, budget=budget)
+
+
+def _load_plain(model: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    from octavo.models import load_plain
+
+    _quiet()
+    with console.status("loading the model"):
+        return load_plain(model, dtype=_dtype(dtype), device=device)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
+    if name not in known:
+        raise ConfigError(f"dtype must be bf16, fp16 or fp32, not {name}")
+    return known[name]
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _writable(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise TextFileError(f"cannot write {path}: {e.strerror}") from e
+    return path

@@ -1,0 +1,48 @@
+"""Frozen settings shared by the rooms, each checked once, when it is made."""
+
+from dataclasses import dataclass
+
+from octavo.errors import ConfigError
+
+NEVER = 2**31 - 1  # the expiry of a slot that is kept for ever (int32 max)
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """When a marked token is forgotten.
+
+    A token marked at position i is visible to queries up to position i + `window`. With `shift` 1 the mark of
+    token i is read at token i + 1 (the published DMS checkpoints), with 0 at token i itself.
+    """
+
+    window: int
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("window", self.window)
+        if self.shift not in (0, 1):
+            raise ConfigError(f"shift must be 0 or 1, not {self.shift}")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """How an attached model keeps its keys and values.
+
+    `chunk`: tokens per prefill step. `page_size`: slots per page. `budget`: bytes that the page pool may
+    take, None for no limit.
+    """
+
+    chunk: int = 512
+    page_size: int = 16
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive("chunk", self.chunk)
+        _positive("page_size", self.page_size)
+        if self.budget is not None:
+            _positive("budget", self.budget)

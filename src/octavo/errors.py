@@ -1,0 +1,88 @@
+"""Every error a user can meet, as one tree.
+
+OctavoError
+├── ConfigError            a setting has an impossible value
+├── ModelError
+│   ├── ModelNotFoundError     no such folder, file or hub id, or it cannot be read
+│   ├── UnsupportedModelError  the model lacks a seam Octavo needs; the message names it
+│   └── NotAttachedError       an attached model was expected
+├── AdapterError
+│   ├── AdapterFileError       missing, truncated, tampered or of an unknown format
+│   └── AdapterMismatchError   made for another model
+├── InputError
+│   ├── PromptError            empty, or longer than the model's positions
+│   └── TextFileError          a text file that cannot be read
+├── CacheError
+│   ├── CacheBudgetError       the byte budget cannot hold the next tokens; nothing was written
+│   └── CacheStateError        what was asked for needs tokens that are already evicted, or another model's cache
+└── RetrofitError              training cannot start or go on
+    └── RetrofitInterrupted    stopped by the user; a checkpoint was written
+"""
+
+
+class OctavoError(Exception):
+    """Root of all errors that Octavo raises on purpose."""
+
+
+class ConfigError(OctavoError, ValueError):
+    """A setting has an impossible value."""
+
+
+class ModelError(OctavoError):
+    """Something is wrong with the model itself."""
+
+
+class ModelNotFoundError(ModelError):
+    """No such folder, file or hub id, or it cannot be read."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model lacks a seam that Octavo needs; the message names it."""
+
+
+class NotAttachedError(ModelError):
+    """An attached model was expected (see `octavo.attach`)."""
+
+
+class AdapterError(OctavoError):
+    """Something is wrong with an adapter."""
+
+
+class AdapterFileError(AdapterError):
+    """The adapter is missing, truncated, tampered with or of an unknown format."""
+
+
+class AdapterMismatchError(AdapterError):
+    """The adapter was made for another model."""
+
+
+class InputError(OctavoError, ValueError):
+    """The user's text or tokens cannot be used."""
+
+
+class PromptError(InputError):
+    """The prompt is empty or longer than the model's positions."""
+
+
+class TextFileError(InputError):
+    """A text file cannot be read."""
+
+
+class CacheError(OctavoError):
+    """Something is wrong with a KV cache."""
+
+
+class CacheBudgetError(CacheError):
+    """The byte budget cannot hold the next tokens; the cache is as it was."""
+
+
+class CacheStateError(CacheError):
+    """The cache cannot do this in its present state; it is as it was."""
+
+
+class RetrofitError(OctavoError):
+    """Training cannot start or go on."""
+
+
+class RetrofitInterrupted(RetrofitError):
+    """Training was stopped by the user; the message names the checkpoint."""

@@ -1,0 +1,339 @@
+"""The transformers `Cache` over pages: the protocol of one forward, and what `generate` asks of a cache.
+
+A forward goes: `begin` (positions of the new tokens), then per layer `update` (the layer's keys and values
+are held back) and `attend` (attention over the pages and the held-back tokens), and after the last layer
+`commit`, which writes the survivors of all layers at once. So a chunk's tokens that expire before the next
+query never reach a page, bookkeeping costs a few tensor operations per forward and not per layer, and a
+forward that fails leaves the cache as it was.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from octavo.attention import paged_attention
+from octavo.attention.ragged import first_chunk_attention
+from octavo.config import NEVER, CacheSettings, Eviction
+from octavo.errors import CacheStateError, NotAttachedError
+from octavo.kv.pool import PagePool
+from octavo.kv.rows import Rows
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a cache must know of a model. `dtype` is how slots are stored."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass
+class Forward:
+    """The tokens of the running forward: filled by `begin`, `update` and `attend`, consumed by `commit`."""
+
+    valid: Tensor | None  # [B, N] bool, None: no padding
+    position: Tensor  # [B, N] int32, -1 is padding
+    now: Tensor  # [B] int64, position of the next query after this forward
+    mortal: Tensor  # [B, 1, N] int32, expiry of a marked token
+    never: Tensor  # [B, H, N] int32, all NEVER
+    plain: bool  # nothing is cached, nothing is padded and nothing can expire within this chunk
+    late: bool  # no new token can expire within this forward, so that marks may wait for `commit`
+    host_length: list[list[list[int]]]  # [L][B][H] slots in use, read once for all layers
+    keys: list[Tensor] = field(default_factory=list)  # per layer [B, H, N, D]
+    values: list[Tensor] = field(default_factory=list)
+    expiry: list[Tensor] = field(default_factory=list)  # per layer [B, H, N] int32
+
+
+class PagedCache(Cache):  # type: ignore[misc]
+    """Keys and values of one batch of sequences, all layers, on pages that eviction frees."""
+
+    def __init__(self, shape: CacheShape, eviction: Eviction | None, settings: CacheSettings) -> None:
+        super().__init__(layers=[])
+        self.shape = shape
+        self.eviction = eviction
+        self.settings = settings
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        self.rows: Rows | None = None
+        self.position = torch.zeros(0, dtype=torch.int64, device=self.shape.device)  # [B] real tokens seen
+        self.seen = 0  # columns seen, padding included, as transformers counts
+        self._forward: Forward | None = None
+        self._last_slot: Tensor | None = None  # [L, B, H] int64, slot of each row's newest token; shift 1 only
+        self._cropped = False
+
+    # What it holds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for the cache: pages, free or in use, and all bookkeeping."""
+        own = [self.position] + ([] if self._last_slot is None else [self._last_slot])
+        return sum(t.numel() * t.element_size() for t in own) + (self.rows.nbytes if self.rows else 0)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that transformers' `DynamicCache` would hold for the same tokens in the same dtype."""
+        s = self.shape
+        return 2 * s.layers * s.kv_heads * s.head_dim * s.dtype.itemsize * len(self.position) * self.seen
+
+    @property
+    def kept(self) -> Tensor:
+        """Slots that the next query can see, int64 [batch, layers, kv_heads]."""
+        if self.rows is None:
+            return torch.zeros(0, self.shape.layers, self.shape.kv_heads, dtype=torch.int64)
+        return self.rows.live(self.position).transpose(0, 1)
+
+    # One forward
+
+    @torch.no_grad()
+    def begin(self, batch: int, columns: int, valid: Tensor | None) -> None:
+        """Open a forward of `columns` tokens per sequence; `valid` [B, N] bool marks the real ones."""
+        if self.rows is None:
+            s, c = self.shape, self.settings
+            pool = PagePool(s.head_dim, s.dtype, s.device, c.page_size, c.budget)
+            self.rows = Rows(pool, s.layers, batch, s.kv_heads)
+            self.position = torch.zeros(batch, dtype=torch.int64, device=s.device)
+            if self.eviction is not None and self.eviction.shift:
+                self._last_slot = torch.full_like(self.rows.length, -1, dtype=torch.int64)
+        elif batch != len(self.position):
+            raise CacheStateError(f"this cache holds {len(self.position)} sequences, the input has {batch}")
+        if valid is None:
+            position = self.position[:, None] + torch.arange(columns, device=self.position.device)
+            now = self.position + columns
+        else:
+            position = (self.position[:, None] + valid.cumsum(1) - 1).masked_fill(~valid, -1)
+            now = self.position + valid.sum(1)
+        window = self.eviction.window if self.eviction else 0
+        plain = self.seen == 0 and valid is None and (self.eviction is None or columns <= window + 1)
+        position = position.int()
+        self._forward = Forward(
+            valid,
+            position,
+            now,
+            (position + window)[:, None],
+            torch.full((batch, self.shape.kv_heads, columns), NEVER, dtype=torch.int32, device=position.device),
+            plain,
+            plain or columns == 1,
+            self.rows.length.tolist(),
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hold back one layer's new keys and values [B, H, N, D] until `commit`; returns them unchanged."""
+        forward = self._forward
+        if forward is None or not (len(forward.keys) == len(forward.expiry) == layer_idx):
+            self._forward = None
+            raise NotAttachedError("octavo.KVCache works only with the attached model it was made for")
+        forward.keys.append(key_states.detach())
+        forward.values.append(value_states.detach())
+        return key_states, value_states
+
+    def attend(self, layer: int, query: Tensor, marked: Tensor | None, scale: float) -> Tensor:
+        """Attention of one layer's new tokens, [B, N, Hq, D].
+
+        `query` [B, Hq, N, D]; `marked` [B, H, N] bool is the gate's decision at each token. None where nothing
+        is evicted, and where `late` says that the marks of all layers may come with `commit`.
+        """
+        forward, rows = self._forward, self.rows
+        assert forward is not None
+        assert rows is not None
+        assert len(forward.keys) == layer + 1
+        key, value = forward.keys[layer], forward.values[layer]
+        expiry = forward.never
+        if marked is not None:
+            expiry = self._expiry(slice(layer, layer + 1), marked[None], forward)[0]
+        forward.expiry.append(expiry)
+        if forward.plain:
+            return first_chunk_attention(query, key, value, scale)
+        pool = rows.pool
+        past = (pool.k, pool.v, pool.position, pool.expiry, rows.table[layer], rows.length[layer])
+        return paged_attention(query, key, value, forward.position, expiry, *past, forward.host_length[layer], scale)
+
+    @property
+    def late(self) -> bool:
+        """Whether `commit` takes the running forward's marks: one operation for all layers, not one per layer."""
+        return self._forward is not None and self._forward.late
+
+    @torch.no_grad()
+    def commit(self, marked: Tensor | None = None) -> None:
+        """Write the survivors of all layers; `marked` [L, B, H, N] bool gives the marks that `attend` did not get.
+
+        Raises CacheBudgetError with the cache as it was.
+        """
+        forward, rows = self._forward, self.rows
+        self._forward = None
+        assert forward is not None
+        assert rows is not None
+        if len(forward.expiry) != self.shape.layers:
+            raise NotAttachedError(
+                f"{len(forward.expiry)} of {self.shape.layers} attention layers used the cache; is the model attached?"
+            )
+        columns = forward.position.shape[1]
+        window = self.eviction.window if self.eviction else 0
+        expired = self._cropped or (self.eviction is not None and self.seen + columns > window + 1)
+        everything = slice(0, self.shape.layers)
+        slot = rows.write(
+            torch.stack(forward.keys),
+            torch.stack(forward.values),
+            forward.position,
+            torch.stack(forward.expiry) if marked is None else self._expiry(everything, marked, forward),
+            forward.now,
+            expired,
+            padded=forward.valid is not None,
+        )
+        if self._last_slot is not None:
+            newest = _newest(forward.position)[None, :, None, None].expand(*slot.shape[:3], 1)
+            some = (forward.now > self.position)[None, :, None]
+            self._last_slot = torch.where(some, slot.gather(3, newest)[..., 0], self._last_slot)
+        self.position = forward.now
+        self.seen += columns
+
+    def abandon(self) -> None:
+        """Drop a forward that failed; the cache stays as it was before it."""
+        self._forward = None
+
+    def _expiry(self, layers: slice, marked: Tensor, forward: Forward) -> Tensor:
+        """When the new tokens of some layers expire, [l, B, H, N] int32, from their marks [l, B, H, N]."""
+        if self._last_slot is not None:
+            marked = self._read_at_next(layers, marked, forward)
+        return torch.where(marked.contiguous(), forward.mortal, forward.never)
+
+    def _read_at_next(self, layers: slice, marked: Tensor, forward: Forward) -> Tensor:
+        """Shift 1: each token's mark is read at the next token, so that of the newest token is still open.
+
+        Settles the newest cached token with the first new mark, then returns `marked` moved by one.
+        """
+        assert self.rows is not None
+        assert self._last_slot is not None
+        assert self.eviction is not None
+        real = forward.position >= 0  # [B, N]
+        if self.seen:
+            slot = self._last_slot[layers]  # [l, B, H]
+            first = real.int().argmax(1)[None, :, None, None].expand(*marked.shape[:3], 1)
+            doomed = marked.gather(3, first)[..., 0] & real.any(1)[:, None] & (slot >= 0)
+            at = self.rows.at(slot.clamp(min=0)[..., None], layers).flatten()
+            mortal = (self.position[:, None] - 1 + self.eviction.window).int().expand_as(slot)
+            expiry = self.rows.pool.expiry.view(-1)
+            expiry[at] = torch.where(doomed.flatten(), mortal.flatten(), expiry[at])
+        later = torch.zeros_like(marked)
+        later[..., :-1] = marked[..., 1:] & real[:, None, 1:]
+        return later
+
+    # What transformers asks of a cache
+
+    def __len__(self) -> int:
+        return self.shape.layers
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seen={self.seen}, nbytes={self.nbytes}, dense_nbytes={self.dense_nbytes})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """(columns after this forward, 0); older transformers passes the columns' positions instead of a count."""
+        columns = query_length if isinstance(query_length, int) else len(query_length)
+        return self.seen + columns, 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: no fixed length."""
+        return -1
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no fixed length."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first forward."""
+        return len(self.position) if self.rows is not None else -1
+
+    max_batch_size = batch_size
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: pages are taken as they are needed."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a forward has begun."""
+        return self.rows is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can always undo; with eviction it only sometimes can."""
+        return self.eviction is None
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer slides."""
+        return [False] * self.shape.layers
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens: -n removes n columns, n > 0 keeps the first n (the older meaning), 0 none.
+
+        Exact or refused: CacheStateError, with the cache unchanged, when a token that would be visible again is
+        already evicted.
+        """
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if remove == 0 or self.rows is None:
+            return
+        if remove > self.seen:
+            raise CacheStateError(f"cannot remove {remove} tokens from a cache of {self.seen}")
+        if remove == self.seen:
+            self.reset()
+            return
+        now = (self.position - remove).clamp(min=0)
+        self.rows.crop(now)
+        if self._last_slot is not None:
+            self._reopen(now)
+        self.position = now
+        self.seen -= remove
+        self._cropped = True
+
+    def _reopen(self, now: Tensor) -> None:
+        """Shift 1: the newest token left was settled by a token that is gone; its mark is open again."""
+        rows = self.rows
+        assert rows is not None
+        position = rows.pool.position[rows.table].flatten(3)  # [L, B, H, M*S]
+        slots = torch.arange(position.shape[-1], device=now.device)
+        newest = (position == (now - 1)[None, :, None, None]) & (slots < rows.length[..., None])
+        slot = torch.where(newest, slots, -1).amax(-1)
+        at = rows.at(slot.clamp(min=0)[..., None])[..., 0]
+        rows.pool.expiry.view(-1)[at[slot >= 0]] = NEVER
+        self._last_slot = slot
+
+    @torch.no_grad()
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices` (int64 [n]), in that order; a repeated one is copied."""
+        if self.rows is None:
+            return
+        indices = indices.to(self.position.device)
+        self.rows.select(indices)
+        self.position = self.position[indices]
+        if self._last_slot is not None:
+            self._last_slot = self._last_slot[:, indices]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the sequences for beam search; pages are copied, since each belongs to one sequence."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        self.batch_select_indices(torch.arange(len(self.position)).repeat_interleave(repeats))
+
+
+def _newest(position: Tensor) -> Tensor:
+    """Column of each sequence's last real token [B] int64 (0 where there is none)."""
+    return position.argmax(1)

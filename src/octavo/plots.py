@@ -1,0 +1,77 @@
+"""Plots, drawn from the same numbers that are printed: the heat map of a cache, a training run, an evaluation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from octavo.retrofit.evaluate import Evaluation
+
+SHADES = " ░▒▓█"
+
+
+def heat_map_text(share: Tensor) -> list[str]:
+    """One line per KV head, one cell per layer, from the kept share [layers, kv_heads] in 0..1."""
+    lines = []
+    for head in range(share.shape[1]):
+        # The scale is the square root, or the few heads that keep nearly everything would hide the rest.
+        cells = (share[:, head].clamp(0, 1).sqrt() * (len(SHADES) - 1)).round().int().tolist()
+        lines.append("".join(SHADES[c] * 2 for c in cells))
+    return lines
+
+
+def heat_map(share: Tensor, path: Path, title: str) -> None:
+    """Write the kept share [layers, kv_heads] as a PNG."""
+    figure, axis = _figure(10, 2.2)
+    image = axis.imshow(share.T.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    axis.set(xlabel="layer", ylabel="KV head", title=title, yticks=range(share.shape[1]))
+    figure.colorbar(image, label="share of tokens kept")
+    _save(figure, path)
+
+
+def training(log: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write KL and compression over the steps of a run's log as a PNG."""
+    figure, axis = _figure(8, 4)
+    steps = [entry["step"] for entry in log]
+    axis.plot(steps, [entry["kl"] for entry in log], color="tab:blue")
+    axis.set(xlabel="step", ylabel="KL to the dense model (nats per token)", ylim=(0, None))
+    axis.yaxis.label.set_color("tab:blue")
+    other = axis.twinx()
+    other.plot(steps, [entry["ratio"] for entry in log], color="tab:orange", label="reached")
+    other.plot(steps, [entry["target"] for entry in log], color="tab:gray", linestyle="--", label="target")
+    other.set_ylabel("tokens per kept token")
+    other.legend(loc="lower right")
+    _save(figure, path)
+
+
+def evaluation(result: "Evaluation", path: Path) -> None:
+    """Write NLL and needle retrieval of all policies as a PNG."""
+    figure, left = _figure(11, 4, 2)
+    names = [row.policy for row in result.rows]
+    left[0].barh(names, [row.nll for row in result.rows], color="tab:blue")
+    lowest, highest = min(row.nll for row in result.rows), max(row.nll for row in result.rows)
+    pad = max(0.02, 0.3 * (highest - lowest))
+    left[0].set(xlim=(lowest - pad, highest + pad), xlabel=f"NLL past token {result.settings.nll_from} (nats)")
+    left[0].invert_yaxis()
+    for row in result.rows:
+        left[1].plot(list(row.needle), list(row.needle.values()), marker="o", label=row.policy)
+    left[1].set(xlabel="prompt length (tokens)", ylabel="needles found", ylim=(-0.03, 1.03))
+    left[1].legend(fontsize="small")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes: Axes | Any = figure.subplots(1, columns)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

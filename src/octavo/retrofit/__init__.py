@@ -1,0 +1,1 @@
+"""Distillation of gates: data, trainer, evaluation of what it made."""

@@ -1,0 +1,153 @@
+"""Training text: plain text, JSONL (optionally .xz or .gz) or ready token files, as seeded random sequences.
+
+A source draws sequences of a fixed length. Running text is cut anywhere; chats are cut at their beginnings.
+What is drawn depends only on the seed, the step and the rank, so that a resumed run sees the same data.
+"""
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import ConfigError, TextFileError
+
+Tokens = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A token stream with the places where a sequence may start (None: anywhere), and its share of the mix."""
+
+    name: str
+    tokens: Tokens  # [n] uint16 or uint32
+    starts: npt.NDArray[np.int64] | None
+    share: float
+
+    def draw(self, rng: np.random.Generator, length: int) -> npt.NDArray[np.int64]:
+        """`length` tokens [length] int64; a start too near the end wraps to the beginning."""
+        if self.starts is None:
+            first = int(rng.integers(0, len(self.tokens) - length + 1))
+        else:
+            first = int(rng.choice(self.starts))
+        piece = self.tokens[first : first + length]
+        if len(piece) < length:
+            piece = np.concatenate([piece, self.tokens[: length - len(piece)]])
+        return piece.astype(np.int64)
+
+
+def read_documents(path: Path) -> Iterator[str | list[dict[str, str]]]:
+    """Documents of a text or JSONL file: strings, or chats as lists of {"role", "content"}.
+
+    JSONL lines hold `text` or `messages`; `.xz` and `.gz` are read through. Raises TextFileError.
+    """
+    inner = path.with_suffix("") if path.suffix in (".xz", ".gz") else path
+    try:
+        with _open(path) as f:
+            if inner.suffix != ".jsonl":
+                yield f.read()
+                return
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield _document(line, f"{path}:{number}")
+    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as e:
+        raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def read_text(path: Path) -> str:
+    """A whole text or JSONL file as one string. Raises TextFileError where there is none."""
+    text = "\n".join(d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in read_documents(path))
+    if not text.strip():
+        raise TextFileError(f"{path} holds no text")
+    return text
+
+
+def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.0) -> Source:
+    """Tokenise a file, or open a `.npy` token file, as a source of sequences of `length` tokens."""
+    path = Path(path)
+    starts = None
+    if path.suffix == ".npy":
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise TextFileError(f"cannot read {path}: {e}") from e
+        if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+            raise TextFileError(
+                f"{path} must hold one row of uint16 or uint32 tokens, not {tokens.dtype} {tokens.shape}"
+            )
+    else:
+        tokens, starts = tokenize(path, tokenizer)
+    if len(tokens) < length:
+        raise TextFileError(f"{path} has {len(tokens):,} tokens; sequences of {length:,} need at least as many")
+    return Source(path.name, tokens, starts, share)
+
+
+def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64] | None]:
+    """All documents as one stream, each closed by the end token; for chats also where each one begins."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    pieces, starts, chats, at = [], [], False, 0
+    for document in read_documents(path):
+        if isinstance(document, str):
+            ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = [*ids, tokenizer.eos_token_id]
+        else:
+            chats = True
+            ids = chat_ids(tokenizer, document)
+        starts.append(at)
+        at += len(ids)
+        pieces.append(np.array(ids, dtype=dtype))
+    if not pieces:
+        raise TextFileError(f"{path} holds no documents")
+    return np.concatenate(pieces), np.array(starts) if chats else None
+
+
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat in the tokenizer's own format, or as plain lines where it has none."""
+    if tokenizer.chat_template is None:
+        text = "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+    else:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def parse_mix(specs: list[str]) -> list[tuple[Path, float]]:
+    """`path` or `path:share` (share > 0) per source. Raises ConfigError."""
+    mix = []
+    for spec in specs:
+        path, _, share = spec.rpartition(":")
+        try:
+            parsed = (Path(path), float(share)) if path else (Path(spec), 1.0)
+        except ValueError:
+            parsed = (Path(spec), 1.0)  # a colon that belongs to the path
+        if not parsed[1] > 0:
+            raise ConfigError(f"the share in {spec!r} must be positive")
+        mix.append(parsed)
+    return mix
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _document(line: str, where: str) -> str | list[dict[str, str]]:
+    try:
+        record = json.loads(line)
+    except ValueError as e:
+        raise TextFileError(f"{where} is not valid JSON: {e}") from e
+    text = record.get("text") if isinstance(record, dict) else None
+    if isinstance(text, str):
+        return text
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        return messages
+    raise TextFileError(f"{where} has neither a 'text' string nor a list of 'messages'")

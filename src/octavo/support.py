@@ -1,0 +1,82 @@
+"""Which models can be attached: every requirement is checked by name, and a refusal says which one failed."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from octavo.errors import UnsupportedModelError
+
+NORM_SAMPLE = 64  # values of the final norm's weight kept in a fingerprint
+_LATENT = ("kv_lora_rank", "q_lora_rank")
+
+
+def check_supported(model: object) -> None:
+    """Raise UnsupportedModelError unless `model` is a decoder with full attention over RoPE'd keys.
+
+    Llama, Mistral, Qwen2 and Qwen3 are tested, and so is what shares their attention interface.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"expected a transformers model, not {type(model).__name__}")
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; its cross-attention cache is not supported")
+    if any(getattr(config, key, None) for key in _LATENT):
+        raise UnsupportedModelError(f"{name} uses latent attention; its cache holds no keys to evict")
+    kinds = sorted({str(k) for k in getattr(config, "layer_types", None) or ()} - {"full_attention"})
+    if kinds:
+        raise UnsupportedModelError(f"{name} has {', '.join(kinds)} layers; only full attention is supported")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UnsupportedModelError(
+            f"{name} uses a sliding window of {config.sliding_window}; only full attention is supported"
+        )
+    for key in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, key, None):
+            raise UnsupportedModelError(f"{name} sets {key}, which Octavo's attention does not compute")
+    for module in attention_modules(model):
+        if getattr(module, "sinks", None) is not None:
+            raise UnsupportedModelError(f"{name} has attention sinks, which Octavo's attention does not compute")
+    devices = {p.device for p in model.base_model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"{name} lies on {len(devices)} devices; put it on one")
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention module of every decoder layer, in order. Raises UnsupportedModelError where there are none."""
+    layers = getattr(model.base_model, "layers", None)
+    modules = [getattr(layer, "self_attn", None) for layer in layers] if layers is not None else []
+    needed = ("layer_idx", "num_key_value_groups", "head_dim")
+    if not modules or not all(m is not None and all(hasattr(m, a) for a in needed) for m in modules):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lacks decoder layers with a self_attn that has {', '.join(needed)}"
+        )
+    return [m for m in modules if m is not None]
+
+
+def head_dim(config: Any) -> int:
+    """Elements of one key."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a model for an adapter: its shape, and a sample of its final norm's weight.
+
+    Norm weights survive casting and quantised files nearly unchanged and differ between models.
+    """
+    config = model.config
+    keys = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    norm = getattr(model.base_model, "norm", None)
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no final norm to identify it by")
+    at = torch.linspace(0, len(weight) - 1, NORM_SAMPLE, device=weight.device).long()
+    sample = [round(x, 4) for x in weight.detach()[at].float().tolist()]
+    return {**{k: getattr(config, k) for k in keys}, "head_dim": head_dim(config), "norms": sample}
