@@ -1,86 +1,9 @@
-"""Tiny random models of every tested family, gates that evict, and the embedded default model."""
+"""Fixtures that several rooms' tests share."""
 
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
-
-from octavo.attachment import KVCache
-from octavo.config import Eviction
-from octavo.dms import Adapter, Gates, GateSpec
-from octavo.support import fingerprint
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-FAMILIES = {
-    "llama": lambda: LlamaConfig(**SHAPE),
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**SHAPE),
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=24),
-}
-
-
-def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = FAMILIES[family]()
-    for key, value in changes.items():
-        setattr(config, key, value)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    with torch.no_grad():  # larger weights than the default, so that what is evicted matters
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(0, 0.15)
-    return model
-
-
-def tiny_adapter(
-    model: PreTrainedModel, window: int = 20, shift: int = 0, granularity: Any = "head", rate: float = 0.5
-) -> Adapter:
-    """Random gates that mark about `rate` of the tokens."""
-    config = model.config
-    spec = GateSpec(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_key_value_heads,
-        Eviction(window, shift),
-        granularity=granularity,
-    )
-    gates = Gates(spec)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        gates.weight.normal_(0, 0.1, generator=generator)
-        gates.bias.fill_(spec.offset / spec.scale + (rate - 0.5))
-    return Adapter("tiny", gates, fingerprint(model), 2.0)
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def feed(model: PreTrainedModel, ids: torch.Tensor, prompt: int, cache: KVCache | None = None) -> Any:
-    """Logits of all tokens [B, T, vocab] from a prefill of `prompt` tokens and single steps; and the cache."""
-    cache = cache or KVCache(model)
-    with torch.no_grad():
-        parts = [model(input_ids=ids[:, :prompt], past_key_values=cache).logits]
-        for i in range(prompt, ids.shape[1]):
-            parts.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits)
-    return torch.cat(parts, 1), cache
-
-
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return tiny_model()
 
 
 @pytest.fixture(scope="session")

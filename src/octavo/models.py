@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -108,7 +108,7 @@ def unpacked_gguf(path: Path) -> Path:
     except OSError as e:
         raise ModelNotFoundError(f"cannot read {path}: {e.strerror}") from e
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = Path(HF_HOME) / "octavo" / f"{path.stem}-{key}"
+    folder = Path(HF_HOME) / "octavo" / key / path.stem
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

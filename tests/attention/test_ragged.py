@@ -57,7 +57,9 @@ def random_case(seed: int, B: int, H: int, group: int, N: int, D: int, S: int, l
     longest=st.sampled_from([0, 1, 7, 50]),
     padding=st.booleans(),
 )
-def test_ragged_equals_reference(seed: int, B: int, H: int, group: int, N: int, D: int, S: int, longest: int, padding: bool) -> None:
+def test_ragged_equals_reference(
+    seed: int, B: int, H: int, group: int, N: int, D: int, S: int, longest: int, padding: bool
+) -> None:
     case = random_case(seed, B, H, group, N, D, S, longest, padding)
     expected = reference.paged_attention(**case)
     got = ragged.paged_attention(**{**case, "length": case["length"].tolist()})
@@ -75,9 +77,7 @@ def test_dense_mask_equals_reference_without_pages(padding: bool) -> None:
     expected = reference.paged_attention(**case)
     log_keep = torch.zeros(B, H, N).masked_fill(marked, float("-inf"))
     real = position >= 0
-    got = dense_attention(
-        case["query"], case["key"], case["value"], log_keep, window, 0.3, real if padding else None
-    )
+    got = dense_attention(case["query"], case["key"], case["value"], log_keep, window, 0.3, real if padding else None)
     torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=2e-5)
 
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from tiny import FAMILIES, feed, tiny_adapter, tiny_model, tokens
 from transformers import DynamicCache
 
-from conftest import FAMILIES, feed, tiny_adapter, tiny_model, tokens
 from octavo import KVCache, attach, detach
 from octavo.attachment import attachment_of
 from octavo.errors import CacheBudgetError, CacheStateError, NotAttachedError
@@ -64,7 +64,9 @@ def test_left_padding_equals_each_sequence_alone(shift, chunk):
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
             step = tokens(3, 1, seed=50 + i)
             position = mask.sum(1, keepdim=True) - 1
-            steps.append(model(input_ids=step, attention_mask=mask, position_ids=position, past_key_values=cache).logits)
+            steps.append(
+                model(input_ids=step, attention_mask=mask, position_ids=position, past_key_values=cache).logits
+            )
     for b, n in enumerate(lengths):
         alone = torch.cat([ids[b : b + 1, width - n :], *[tokens(3, 1, seed=50 + i)[b : b + 1] for i in range(12)]], 1)
         expected = oracle(model, alone)[0]
@@ -243,8 +245,8 @@ def test_a_cache_is_refused_where_it_does_not_belong():
         KVCache(model)
     attach(model)
     cache = KVCache(model)
+    feed(model, tokens(1, 5), 5, cache)
     with pytest.raises(CacheStateError, match="sequences"), torch.no_grad():
-        model(input_ids=tokens(1, 5), past_key_values=cache)
         model(input_ids=tokens(2, 5), past_key_values=cache)
     attach(model)  # anew
     with pytest.raises(CacheStateError, match="another model"), torch.no_grad():

@@ -70,7 +70,9 @@ def check(rows: Rows, oracle: Oracle) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), page_size=st.integers(1, 5), window=st.integers(1, 12), rate=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+@given(
+    data=st.data(), page_size=st.integers(1, 5), window=st.integers(1, 12), rate=st.sampled_from([0.0, 0.5, 0.9, 1.0])
+)
 def test_rows_hold_what_is_visible(data: st.DataObject, page_size: int, window: int, rate: float) -> None:
     batch = data.draw(st.integers(1, 3))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))

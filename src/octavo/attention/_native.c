@@ -15,9 +15,7 @@
 #define Py_LIMITED_API 0x030B0000
 #endif
 #include <Python.h>
-#include <dlfcn.h>
 #include <math.h>
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -26,13 +24,13 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include "_threads.h"
 
 enum { FLOAT32, BFLOAT16, FLOAT16, DTYPES }; /* the codes that native.py passes */
 enum {
     TILE = 64,         /* slots scored together; a multiple of every LANES */
     BLOCK = 64,        /* queries per pass over the slots, so that their state stays in cache */
     WIDEST = 16,       /* floats in the widest vector; head_dim is padded to a multiple of it */
-    MOST_THREADS = 256,
     SHARE = 4,         /* chunks per thread: one that starts late or runs slow takes fewer */
 };
 /* Multiply-adds that are worth a chunk of their own: about 4 us, against some 2 us to call a thread. */
@@ -413,32 +411,11 @@ static void join_cut_rows(const Job *job) {
     }
 }
 
-/* Threads are those of the OpenMP runtime that torch has loaded. Threads of our own lose: torch's keep
-   spinning on their cores after each of its operators, and with all cores taken ours displace the caller.
-   Where that runtime has another interface, and in a forked child, whose parent's threads it would wait
-   for in vain, a call uses its own thread only. */
-typedef void Parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-static Parallel *parallel;
-static pthread_once_t found = PTHREAD_ONCE_INIT;
-
-static void forget_threads(void) { parallel = NULL; }
-
-static void find_threads(void) {
-    void *symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    memcpy(&parallel, &symbol, sizeof parallel); /* ISO C has no cast from object to function */
-    pthread_atfork(NULL, NULL, forget_threads);
-}
-
 static void take_chunks(void *data) {
     Job *job = data;
     int thread = atomic_fetch_add(&job->joined, 1);
     for (int chunk; (chunk = atomic_fetch_add(&job->taken, 1)) < job->chunks;)
         attend_chunk(job, chunk, thread);
-}
-
-static void run_chunks(Job *job) {
-    if (job->threads > 1 && parallel) parallel(take_chunks, job, (unsigned)job->threads, 0);
-    else take_chunks(job);
 }
 
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
@@ -487,7 +464,7 @@ static bool attend(Job *job, int threads) {
     plan(job, threads);
     bool enough = allocate(job);
     if (enough) {
-        run_chunks(job);
+        on_threads(take_chunks, job, job->threads);
         join_cut_rows(job);
         free(job->memory);
     }
@@ -596,7 +573,7 @@ static PyMethodDef methods[] = {
 
 static int prepare(PyObject *module) {
     (void)module;
-    pthread_once(&found, find_threads);
+    find_threads();
     for (int isa = 0; isa < ISAS; isa++)
         if (supported(isa)) atomic_store(&chosen, isa);
     return 0;

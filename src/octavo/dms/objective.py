@@ -27,7 +27,6 @@ def distillation_loss(
     student: Tensor,  # [..., hidden] last hidden states
     teacher: Tensor,  # [..., hidden]
     head: Tensor,  # [vocab, hidden] output embedding
-    weight: Tensor | None = None,  # [...] per-token weight, None: all one
     chunk: int = 4096,
 ) -> Tensor:
     """Mean KL(teacher || student) per token over the vocabulary.
@@ -36,15 +35,14 @@ def distillation_loss(
     [tokens, vocab] tensor is ever held.
     """
     s, t = student.flatten(0, -2), teacher.flatten(0, -2)
-    w = torch.ones(len(s), device=s.device) if weight is None else weight.flatten().float()
     total = s.new_zeros((), dtype=torch.float32)
     for i in range(0, len(s), chunk):
         part = slice(i, i + chunk)
-        total = total + checkpoint(_kl_sum, s[part], t[part], head, w[part], use_reentrant=False)
-    return total / w.sum().clamp(min=1e-9)
+        total = total + checkpoint(_kl_sum, s[part], t[part], head, use_reentrant=False)
+    return total / len(s)
 
 
-def _kl_sum(student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor) -> Tensor:
+def _kl_sum(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
     log_s = (student @ head.T).float().log_softmax(-1)
     log_t = (teacher @ head.T).float().log_softmax(-1)
-    return ((log_t.exp() * (log_t - log_s)).sum(-1) * weight).sum()
+    return (log_t.exp() * (log_t - log_s)).sum()

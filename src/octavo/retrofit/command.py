@@ -119,9 +119,9 @@ def card_text(adapter: Adapter) -> str:
     lines = [
         f"# {adapter.name}",
         "",
-        f"DMS gates for a {adapter.fingerprint['model_type']} model with "
-        f"{adapter.fingerprint['num_hidden_layers']} layers; window {spec.eviction.window}, shift {spec.eviction.shift}, one decision per {spec.granularity}, trained for "
-        f"{adapter.target:g} tokens per kept token.",
+        f"DMS gates for a {adapter.fingerprint['model_type']} model with {spec.layers} layers; window "
+        f"{spec.eviction.window}, shift {spec.eviction.shift}, one decision per {spec.granularity}, "
+        f"trained for {adapter.target:g} tokens per kept token.",
         "",
         "Training: " + ", ".join(f"{k} {v}" for k, v in card.get("settings", {}).items()) + ".",
         "Data: " + ", ".join(f"{k} (share {v:g})" for k, v in card.get("data", {}).items()) + ".",

@@ -114,6 +114,7 @@ class Retrofit:
             self.start = min(init.target, settings.target)
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0
+        self.noise = True  # whether decisions are relaxed with logistic noise; tests compare gradients without it
 
     def run(self, on_step: Callable[[StepReport], None] = lambda report: None) -> Gates:
         """Train to the last step and return the gates.
@@ -184,7 +185,7 @@ class Retrofit:
     def _losses(self, tokens: Tensor, target: float, part: int) -> tuple[Tensor, Tensor, Tensor]:
         attachment, base = require_attachment(self.model), self.model.base_model
         head = self.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-        noise = torch.Generator(device=tokens.device).manual_seed(self._seed("noise", part))
+        noise = torch.Generator(device=tokens.device).manual_seed(self._seed("noise", part)) if self.noise else None
         with attachment.using(None), torch.no_grad():
             teacher = base(input_ids=tokens, use_cache=False).last_hidden_state
         soft = SoftGates(self.gates, self.settings.temperature, noise)

@@ -1,0 +1,166 @@
+"""Gates, schedule, losses and adapter files."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_adapter, tiny_model, tokens
+from torch import Tensor
+
+from octavo import attach, load_adapter, save_adapter
+from octavo.attachment import require_attachment
+from octavo.config import Eviction
+from octavo.dms import Gates, GateSpec, SoftGates
+from octavo.dms.objective import distillation_loss, eviction_loss, target_ratio
+from octavo.errors import AdapterFileError, ConfigError
+
+
+def test_fresh_gates_keep_everything():
+    gates = Gates(GateSpec(2, 8, 3, Eviction(4)))
+    assert torch.equal(gates.logits(0, torch.randn(2, 5, 8)), torch.full((2, 3, 5), -5.0))
+
+
+def test_folding_changes_no_decision():
+    gates = tiny_adapter(tiny_model()).gates
+    gates.input_scale.copy_(torch.tensor([[0.5], [2.0], [3.0]]))
+    weight, bias = gates.folded(torch.device("cpu"))
+    hidden = torch.randn(2, 50, 96, generator=torch.Generator().manual_seed(0))
+    for layer in range(3):
+        folded = (hidden @ weight[layer].T + bias[layer]).transpose(1, 2)
+        torch.testing.assert_close(folded, gates.logits(layer, hidden), rtol=1e-4, atol=1e-3)
+
+
+def test_soft_gates_at_zero_temperature_are_hard_gates():
+    """The identity that joins training with inference: logits agree within 1e-4 in fp32."""
+    model = tiny_model()
+    adapter = tiny_adapter(model)
+    attach(model, adapter)
+    ids = tokens(2, 120)
+    with torch.no_grad():
+        hard = model(ids, use_cache=False).logits
+        with require_attachment(model).using(SoftGates(adapter.gates, 1e-6, None)):
+            soft = model(ids, use_cache=False).logits
+        with require_attachment(model).using(None):
+            dense = model(ids, use_cache=False).logits
+    torch.testing.assert_close(soft, hard, rtol=0, atol=1e-4)
+    assert (hard - dense).abs().max() > 0.1
+
+
+def test_gradients_reach_every_gate():
+    model = tiny_model().requires_grad_(False)
+    gates = Gates(tiny_adapter(model).gates.spec)
+    attach(model)
+    soft = SoftGates(gates, 0.5, torch.Generator().manual_seed(0))
+    with require_attachment(model).using(soft):
+        out = model.model(tokens(2, 100), use_cache=False).last_hidden_state
+    (out.square().mean()).backward()
+    assert (gates.weight.grad.abs().sum((1, 2)) > 0).all()
+    assert (gates.bias.grad.abs().sum(1) > 0).all()
+
+
+def test_target_ratio_rises_linearly_and_stays():
+    assert [target_ratio(s, 100, 8, 0.5) for s in (0, 25, 50, 75, 100)] == [1.0, 4.5, 8.0, 8.0, 8.0]
+    assert target_ratio(0, 10, 16, 0.5, start=8) == 8
+
+
+def test_eviction_loss_counts_hard_decisions_and_pushes_them():
+    logits = [torch.tensor([[[2.0, -2.0, -1.0, -3.0]]]).requires_grad_()]
+    missing, evicted = eviction_loss(logits, 4.0)
+    assert evicted.item() == pytest.approx(0.25)
+    assert missing.item() == pytest.approx(0.5)
+    missing.backward()
+    assert (logits[0].grad < 0).all(), "more eviction lowers the loss"
+    assert eviction_loss(logits, 1.2)[0].item() == 0
+
+
+def test_distillation_loss_is_the_mean_kl():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 7, 5, generator=g) for _ in range(2))
+    head = torch.randn(11, 5, generator=g)
+    p, q = (torch.distributions.Categorical(logits=x @ head.T) for x in (teacher, student))
+    expected = torch.distributions.kl_divergence(p, q).mean()
+    for chunk in (3, 4096):
+        torch.testing.assert_close(distillation_loss(student, teacher, head, chunk=chunk), expected)
+    assert distillation_loss(teacher, teacher, head).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_saved_is_loaded(tmp_path):
+    model = tiny_model()
+    adapter = tiny_adapter(model, window=33, shift=1, granularity="layer")
+    adapter.card["note"] = {"nll": 1.5}
+    adapter.gates.input_scale.fill_(2.0)
+    save_adapter(adapter, tmp_path / "a")
+    loaded = load_adapter(tmp_path / "a")
+    assert loaded.gates.spec == adapter.gates.spec
+    assert loaded.card == adapter.card
+    assert loaded.fingerprint == adapter.fingerprint
+    hidden = torch.randn(1, 9, 96)
+    torch.testing.assert_close(loaded.gates.logits(1, hidden), adapter.gates.logits(1, hidden))
+    attach(model, tmp_path / "a")
+
+
+def _truncate(folder, settings):
+    path = folder / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _flip(folder, settings):
+    path = folder / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _edit(folder, settings):
+    (folder / "adapter.json").write_text(json.dumps({**settings, "window": 999}))
+
+
+def _unknown(folder, settings):
+    (folder / "adapter.json").write_text(json.dumps({**settings, "format": 99}))
+
+
+def _garbage(folder, settings):
+    (folder / "adapter.json").write_text("{")
+
+
+def _list(folder, settings):
+    (folder / "adapter.json").write_text("[]")
+
+
+def _binary(folder, settings):
+    (folder / "adapter.json").write_bytes(b"\xff\xfe\x00")
+
+
+def _gone(folder, settings):
+    (folder / "adapter.safetensors").unlink()
+
+
+@pytest.mark.parametrize("harm", [_truncate, _flip, _edit, _unknown, _garbage, _list, _binary, _gone])
+def test_broken_adapters_are_refused(tmp_path, harm):
+    save_adapter(tiny_adapter(tiny_model()), tmp_path)
+    harm(tmp_path, json.loads((tmp_path / "adapter.json").read_text()))
+    with pytest.raises(AdapterFileError) as caught:
+        load_adapter(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": 0}, {"window": None}, {"scale": -1.0}, {"granularity": "token"}, {"shift": 7}]
+)
+def test_adapters_with_impossible_settings_are_refused_even_when_whole(tmp_path, change):
+    from octavo.dms import adapter as files
+
+    save_adapter(tiny_adapter(tiny_model()), tmp_path)
+    settings = {**json.loads((tmp_path / "adapter.json").read_text()), **change}
+    settings["sha256"] = files._digest(settings, (tmp_path / "adapter.safetensors").read_bytes())
+    (tmp_path / "adapter.json").write_text(json.dumps(settings))
+    with pytest.raises(AdapterFileError):
+        load_adapter(tmp_path)
+
+
+def test_impossible_specs_are_refused():
+    with pytest.raises(ConfigError):
+        GateSpec(0, 8, 3, Eviction(4))
+    with pytest.raises(ConfigError):
+        Eviction(0)
+    assert isinstance(Gates(GateSpec(1, 2, 1, Eviction(1))).weight, Tensor)

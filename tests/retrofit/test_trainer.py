@@ -1,0 +1,166 @@
+"""A run learns, stops and goes on bit for bit, whatever the micro-batch and the number of processes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from octavo import attach
+from octavo.attachment import attachment_of
+from octavo.errors import ConfigError, RetrofitError, RetrofitInterrupted
+from octavo.retrofit.trainer import CHECKPOINT, LOG, Retrofit, RetrofitSettings
+
+SETTINGS = RetrofitSettings(
+    target=3, steps=6, batch=2, micro_batch=2, length=96, window=8, lr=1e-3, recall=0.0, checkpoint_every=2
+)
+
+
+def run(student, tokenizer, source, folder, settings=SETTINGS, **options):
+    out = Retrofit(student, tokenizer, [source], settings, folder, **options)
+    out.run()
+    return out
+
+
+def test_the_target_is_approached_and_everything_is_written(student, tokenizer, source, tmp_path):
+    before = [p.clone() for p in student.parameters()]
+    trained = run(student, tokenizer, source, tmp_path, replace(SETTINGS, steps=30, lr=3e-3, recall=0.3))
+    log = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, 31))
+    assert log[-1]["ratio"] > 2 > log[0]["ratio"]
+    assert log[-1]["kl"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)), "the model is frozen"
+    assert all(p.requires_grad for p in student.parameters())
+    assert attachment_of(student) is None
+    adapter = trained.adapter("mine")
+    attach(student, adapter)
+    assert adapter.card["settings"]["target"] == 3
+    assert torch.equal(adapter.gates.input_scale, torch.ones(2, 1)), "files hold the folded weight"
+
+
+def test_resume_continues_bit_for_bit(student, tokenizer, source, tmp_path):
+    settings = replace(SETTINGS, recall=0.5)
+    whole = run(student, tokenizer, source, tmp_path / "whole", settings)
+    part = Retrofit(student, tokenizer, [source], settings, tmp_path / "part")
+
+    def stop(report):
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(RetrofitInterrupted, match=r"after step 3 of 6.*--resume"):
+        part.run(stop)
+    again = Retrofit(student, tokenizer, [source], settings, tmp_path / "part")
+    again.resume()
+    assert again.step == 3
+    again.run()
+    for a, b in zip(whole.gates.state_dict().values(), again.gates.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    logs = [(tmp_path / name / LOG).read_text().splitlines() for name in ("whole", "part")]
+    strip = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
+    assert strip[0] == strip[1]
+
+
+def test_an_interrupt_within_a_step_keeps_the_steps_before(student, tokenizer, source, tmp_path):
+    part = Retrofit(student, tokenizer, [source], SETTINGS, tmp_path)
+    calls = []
+
+    def hook(module, args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+
+    handle = student.model.layers[1].mlp.register_forward_pre_hook(hook)
+    with pytest.raises(RetrofitInterrupted):
+        part.run()
+    handle.remove()
+    assert attachment_of(student) is None
+    again = Retrofit(student, tokenizer, [source], SETTINGS, tmp_path)
+    again.resume()
+    assert 0 < again.step < 6
+    again.run()
+    whole = run(student, tokenizer, source, tmp_path / "whole")
+    assert torch.equal(whole.gates.weight, again.gates.weight)
+
+
+def test_micro_batches_only_split_the_work(student, tokenizer, source, tmp_path):
+    """Without noise the gradient of a batch is the mean over its micro-batches."""
+    gates = []
+    for micro in (1, 2):
+        settings = replace(SETTINGS, batch=4, micro_batch=micro, steps=1)
+        part = Retrofit(student, tokenizer, [source], settings, tmp_path / str(micro))
+        with torch.no_grad():
+            part.gates.bias.fill_(0.05)
+        part.noise = False
+        part.run()
+        gates.append(part.gates.weight.detach().clone())
+    torch.testing.assert_close(gates[0], gates[1], rtol=1e-3, atol=1e-5)
+
+
+def test_init_starts_from_an_adapter(student, tokenizer, source, tmp_path):
+    first = run(student, tokenizer, source, tmp_path / "a", replace(SETTINGS, steps=12, lr=3e-3)).adapter("first")
+    second = Retrofit(student, tokenizer, [source], replace(SETTINGS, target=6, lr=1e-9), tmp_path / "b", init=first)
+    second.run()
+    hidden = torch.randn(1, 20, 32)
+    torch.testing.assert_close(second.gates.logits(0, hidden), first.gates.logits(0, hidden), rtol=1e-3, atol=1e-3)
+    assert json.loads((tmp_path / "b" / LOG).read_text().splitlines()[0])["target"] > 3
+    with pytest.raises(ConfigError, match="other gate settings"):
+        Retrofit(student, tokenizer, [source], replace(SETTINGS, window=9), tmp_path / "c", init=first)
+
+
+def test_broken_and_foreign_checkpoints_are_refused(student, tokenizer, source, tmp_path):
+    run(student, tokenizer, source, tmp_path)
+    with pytest.raises(RetrofitError, match="other settings"):
+        Retrofit(student, tokenizer, [source], replace(SETTINGS, seed=1), tmp_path).resume()
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RetrofitError, match="cannot resume"):
+        Retrofit(student, tokenizer, [source], SETTINGS, tmp_path).resume()
+    with pytest.raises(RetrofitError, match="cannot resume"):
+        Retrofit(student, tokenizer, [source], SETTINGS, tmp_path / "nothing").resume()
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"target": 0.5}, {"lr": 0.0}, {"recall": 2.0}, {"window": 96}, {"ramp": 0.0}]
+)
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(ConfigError):
+        replace(SETTINGS, **change)
+
+
+def test_a_run_without_text_is_refused(student, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="at least one source"):
+        Retrofit(student, tokenizer, [], SETTINGS, tmp_path)
+
+
+TWO_PROCESSES = """
+import sys
+import numpy as np, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from octavo.retrofit.data import Source
+from octavo.retrofit.trainer import Retrofit, RetrofitSettings
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=500, hidden_size=32, intermediate_size=32,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).eval()
+source = Source("r", np.random.default_rng(0).integers(5, 499, 4000).astype(np.uint16), None, 1.0)
+s = RetrofitSettings(target=3, steps=3, batch=4, micro_batch=2, length=64, window=8, lr=1e-3, recall=0.0)
+run = Retrofit(model, None, [source], s, sys.argv[1])
+run.run()
+total = run.gates.weight.detach().double().sum().item()
+print("RANK", run.accelerator.process_index, run.accelerator.num_processes, total)
+"""
+
+
+def test_two_processes_agree(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    out = subprocess.run([*launch, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    lines = sorted(line.split() for line in out.stdout.splitlines() if line.startswith("RANK"))
+    assert [line[1:3] for line in lines] == [["0", "2"], ["1", "2"]], out.stderr[-2000:]
+    assert lines[0][3] == lines[1][3], "both hold the same gates"
+    assert len(Path(tmp_path / "run" / LOG).read_text().splitlines()) == 3
+    assert np.isfinite(float(lines[0][3]))
