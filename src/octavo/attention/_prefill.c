@@ -59,11 +59,12 @@ typedef struct {
 } Range;
 
 typedef struct {
-    int64_t most, slots, strips; /* slots before and after the unseen ones are left out */
-    Slot *found, *slot;          /* [most], as they come and in order */
+    int64_t slots, strips;
+    Slot *found, *slot;          /* those that some query sees, as they come and in order */
     int32_t *position, *expiry;  /* [strips * STRIP] */
     Range *range;                /* [strips] */
     char *keys, *values;         /* [strips, head_dim / 16 tiles] */
+    _Atomic int64_t taken;       /* tasks of the stage so far */
 } Row;
 
 /* A step of the running softmax: PAIR queries by up to GROUP strips. */
@@ -89,7 +90,8 @@ typedef struct {
 } Scratch;
 
 typedef struct Job Job;
-typedef void Task(const Job *, Scratch *, int64_t task);
+typedef void Task(const Job *, Scratch *, int64_t row, int64_t task);
+typedef int64_t Tasks(const Job *, const Row *);
 
 struct Job {
     const char *query, *key, *value; /* [B, heads, tokens, head_dim], the last dimension contiguous */
@@ -105,16 +107,14 @@ struct Job {
     float scale;   /* to units of log 2 */
     bool negative; /* scores are to be turned around */
 
-    int64_t rows, group, queries, blocks, pieces;
+    int64_t rows, group, queries, blocks;
     Row *row;
     char *scratch; /* [threads], scratch_size bytes each */
     size_t scratch_size;
-    void *memory;
     int threads;
     Task *task;
-    int64_t tasks;
-    _Atomic int joined; /* threads and tasks of the stage so far */
-    _Atomic int64_t taken;
+    Tasks *tasks;       /* how many a row has */
+    _Atomic int joined; /* threads of the stage so far */
 };
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -157,8 +157,8 @@ static void order_slots(Row *row, int32_t oldest, int32_t newest) {
 #undef BUCKET
 }
 
-static void plan_row(const Job *job, Scratch *s, int64_t r) {
-    (void)s;
+static void plan_row(const Job *job, Scratch *s, int64_t r, int64_t task) {
+    (void)s, (void)task;
     Row *row = &job->row[r];
     int32_t oldest, newest;
     row->slots = 0;
@@ -261,9 +261,9 @@ static void pack_strip(const Job *job, Row *row, int64_t b, int64_t h, int64_t s
     pack_values(value, job->head_dim, row->values + strip * STRIP * 2 * job->head_dim);
 }
 
-static void pack_piece(const Job *job, Scratch *s, int64_t task) {
+static void pack_piece(const Job *job, Scratch *s, int64_t r, int64_t task) {
     (void)s;
-    int64_t r = task / job->pieces, first = task % job->pieces * PIECE;
+    int64_t first = task * PIECE;
     Row *row = &job->row[r];
     for (int64_t strip = first; strip < smaller(first + PIECE, row->strips); strip++)
         pack_strip(job, row, r / job->kv_heads, r % job->kv_heads, strip);
@@ -551,8 +551,8 @@ static Step step_at(const Scratch *s, int64_t strips, int64_t step, int pairs) {
 }
 
 /* Step n is weighed while step n - 1 is gathered and step n + 1 is scored. */
-TARGET static void attend_block(const Job *job, Scratch *s, int64_t task) {
-    int64_t r = task / job->blocks, first = (job->blocks - 1 - task % job->blocks) * BLOCK;
+TARGET static void attend_block(const Job *job, Scratch *s, int64_t r, int64_t task) {
+    int64_t first = (job->blocks - 1 - task) * BLOCK; /* the longest task first */
     const Row *row = &job->row[r];
     load_queries(job, s, r, first);
     for (int i = 0; i < BLOCK; i++) s->top[i] = -INFINITY;
@@ -596,66 +596,86 @@ static bool granted(void) {
 }
 #else
 static bool granted(void) { return false; }
-static void pack_piece(const Job *job, Scratch *s, int64_t task) { (void)job, (void)s, (void)task; }
-static void attend_block(const Job *job, Scratch *s, int64_t task) { (void)job, (void)s, (void)task; }
+static void pack_piece(const Job *job, Scratch *s, int64_t r, int64_t task) {
+    (void)job, (void)s, (void)r, (void)task;
+}
+static void attend_block(const Job *job, Scratch *s, int64_t r, int64_t task) {
+    (void)job, (void)s, (void)r, (void)task;
+}
 #endif
 
+static int64_t one(const Job *job, const Row *row) { return (void)job, (void)row, 1; }
+static int64_t pieces(const Job *job, const Row *row) { return (void)job, divided(row->strips, PIECE); }
+static int64_t blocks(const Job *job, const Row *row) { return (void)row, job->blocks; }
+
+/* Every thread begins with rows of its own, the same in all stages, so that most of what it packs is in
+   its own cache when it attends; then it helps with the others. */
 static void take_tasks(void *data) {
     Job *job = data;
     int thread = atomic_fetch_add(&job->joined, 1);
     Scratch *s = (Scratch *)(job->scratch + (size_t)thread * job->scratch_size);
-    for (int64_t task; (task = atomic_fetch_add(&job->taken, 1)) < job->tasks;) job->task(job, s, task);
+    for (int64_t i = 0; i < job->rows; i++) {
+        int64_t r = (thread * job->rows / job->threads + i) % job->rows, tasks = job->tasks(job, &job->row[r]);
+        for (int64_t task; (task = atomic_fetch_add(&job->row[r].taken, 1)) < tasks;) job->task(job, s, r, task);
+    }
 }
 
-static void run_stage(Job *job, Task *task, int64_t tasks) {
+static void run_stage(Job *job, Task *task, Tasks *tasks) {
     job->task = task;
     job->tasks = tasks;
     atomic_store(&job->joined, 0);
-    atomic_store(&job->taken, 0);
-    on_threads(take_tasks, job, (int)smaller(job->threads, tasks));
+    for (int64_t r = 0; r < job->rows; r++) atomic_store(&job->row[r].taken, 0);
+    on_threads(take_tasks, job, job->threads);
 }
 
-/* Hands out parts of one piece of memory; before there is one, counts what they need. */
-static void *part(char **at, size_t bytes) {
-    char *here = *at;
-    *at += (bytes + 63) & ~(size_t)63;
-    return here;
+/* Hands out parts of `memory`, in whole cache lines; without it, only counts what they need. */
+static void *part(char *memory, size_t *used, size_t bytes) {
+    size_t at = *used;
+    *used += (bytes + 63) & ~(size_t)63;
+    return memory ? memory + at : NULL;
 }
 
-static char *divide(Job *job, char *at) {
+static void divide_row(Row *row, int64_t most, int64_t head_dim, char *memory, size_t *used) {
+    size_t strips = (size_t)divided(most, STRIP), packed = strips * STRIP * (size_t)head_dim * 2;
+    Row own = {0};
+    own.found = part(memory, used, sizeof(Slot) * (size_t)(most + 1)); /* written to before it is decided */
+    own.slot = part(memory, used, sizeof(Slot) * (size_t)most);
+    own.position = part(memory, used, sizeof(int32_t) * strips * STRIP);
+    own.expiry = part(memory, used, sizeof(int32_t) * strips * STRIP);
+    own.range = part(memory, used, sizeof(Range) * strips);
+    own.keys = part(memory, used, packed);
+    own.values = part(memory, used, packed);
+    if (memory) *row = own;
+}
+
+static void divide_scratch(Scratch *s, int64_t strips, size_t head_dim, char *memory, size_t *used) {
+    Scratch own;
+    own.query = part(memory, used, BLOCK * head_dim * 2);
+    own.acc = part(memory, used, BLOCK * head_dim * 4);
+    for (int i = 0; i < 2; i++) own.scores[i] = part(memory, used, 4 * GROUP * TILE);
+    for (int i = 0; i < 2; i++) own.weights[i] = part(memory, used, 2 * GROUP * TILE);
+    own.strip = part(memory, used, sizeof(int64_t) * (size_t)(strips + 1));
+    if (memory) *s = own;
+}
+
+/* Returns the size of the memory that is needed. */
+static size_t divide(Job *job, char *memory) {
+    size_t used = 0;
     int64_t longest = 0;
-    bool counting = !at;
-    Row *rows = part(&at, sizeof(Row) * (size_t)job->rows);
+    job->row = part(memory, &used, sizeof(Row) * (size_t)job->rows);
     for (int64_t r = 0; r < job->rows; r++) {
-        int64_t most = job->length[r] + job->tokens, strips = divided(most, STRIP);
-        size_t slots = (size_t)(strips * STRIP);
-        Row row = {.most = most};
-        longest = larger(longest, strips);
-        /* One more, because `find_slots` writes before it decides. */
-        row.found = part(&at, sizeof(Slot) * (size_t)(most + 1));
-        row.slot = part(&at, sizeof(Slot) * (size_t)most);
-        row.position = part(&at, sizeof(int32_t) * slots);
-        row.expiry = part(&at, sizeof(int32_t) * slots);
-        row.range = part(&at, sizeof(Range) * (size_t)strips);
-        row.keys = part(&at, slots * (size_t)job->head_dim * 2);
-        row.values = part(&at, slots * (size_t)job->head_dim * 2);
-        if (!counting) rows[r] = row;
+        int64_t most = job->length[r] + job->tokens;
+        longest = larger(longest, most);
+        divide_row(memory ? &job->row[r] : NULL, most, job->head_dim, memory, &used);
     }
-    job->row = rows;
-    job->pieces = divided(longest, PIECE);
-    char *first = at;
+    size_t first = used;
+    job->scratch = memory ? memory + first : NULL;
     for (int thread = 0; thread < job->threads; thread++) {
-        Scratch *s = part(&at, sizeof(Scratch)), own;
-        own.query = part(&at, BLOCK * (size_t)job->head_dim * 2);
-        own.acc = part(&at, BLOCK * (size_t)job->head_dim * 4);
-        for (int i = 0; i < 2; i++) own.scores[i] = part(&at, 4 * GROUP * TILE);
-        for (int i = 0; i < 2; i++) own.weights[i] = part(&at, 2 * GROUP * TILE);
-        own.strip = part(&at, sizeof(int64_t) * (size_t)(longest + 1));
-        if (!counting) *s = own;
+        Scratch *s = part(memory, &used, sizeof(Scratch));
+        divide_scratch(s, divided(longest, STRIP), (size_t)job->head_dim, memory, &used);
     }
-    job->scratch = first;
-    job->scratch_size = (size_t)(at - first) / (size_t)job->threads;
-    return at;
+    job->scratch_size = (used - first) / (size_t)job->threads;
+    return used;
 }
 
 static bool attend(Job *job, int threads) {
@@ -665,13 +685,13 @@ static bool attend(Job *job, int threads) {
     job->blocks = divided(job->queries, BLOCK);
     job->threads = (int)larger(1, smaller(threads, job->rows * job->blocks));
     if (!job->rows || !job->queries) return true;
-    job->memory = aligned_alloc(64, (size_t)(uintptr_t)divide(job, NULL));
-    if (!job->memory) return false;
-    divide(job, job->memory);
-    run_stage(job, plan_row, job->rows);
-    run_stage(job, pack_piece, job->rows * job->pieces);
-    run_stage(job, attend_block, job->rows * job->blocks);
-    free(job->memory);
+    char *memory = aligned_alloc(64, divide(job, NULL));
+    if (!memory) return false;
+    divide(job, memory);
+    run_stage(job, plan_row, one);
+    run_stage(job, pack_piece, pieces);
+    run_stage(job, attend_block, blocks);
+    free(memory);
     return true;
 }
 

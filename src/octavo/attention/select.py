@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from octavo.attention import native, ragged, reference
+from octavo.attention import native, prefill, ragged
 
-NATIVE_MAX_TOKENS = 16  # above it torch's matrix products beat the streaming kernel
+NATIVE_MAX_TOKENS = 16  # above it matrix products beat the streaming kernel
 
 
 def paged_attention(
@@ -26,7 +26,7 @@ def paged_attention(
     past = (k_pages, v_pages, slot_position, slot_expiry, page_table)
     if query.device.type == "cpu" and query.shape[2] <= NATIVE_MAX_TOKENS and native.available():
         return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
+    if prefill.supported(query, k_pages):
+        return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
     return ragged.paged_attention(query, key, value, position, expiry, *past, host_length, scale)
 
-
-__all__ = ["paged_attention", "reference"]
