@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, SHAPE, tiny_adapter, tiny_model, tokens
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -28,6 +27,7 @@ from octavo.errors import (
     PromptError,
     UnsupportedModelError,
 )
+from tiny import FAMILIES, SHAPE, tiny_adapter, tiny_model, tokens
 
 
 def generate(model, ids, mask=None, **options):

@@ -65,8 +65,8 @@ def test_demo_reads_the_user_s_own_text(tmp_path):
 def test_evaluate_writes_table_json_and_plot(tmp_path):
     (tmp_path / "t.txt").write_text(TEXT)
     out = run(
-        "evaluate", str(tmp_path / "t.txt"), "--lengths", "400", "--cases", "2", "--nll-length", "500", "--nll-from", "300",
-        "--out", str(tmp_path / "e.json"), "--device", "cpu",
+        "evaluate", str(tmp_path / "t.txt"), "--lengths", "400", "--cases", "2", "--nll-length", "500",
+        "--nll-from", "300", "--out", str(tmp_path / "e.json"), "--device", "cpu",
     )  # fmt: skip
     assert out.exit_code == 0, out.exception
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]

@@ -121,7 +121,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @needs_amx
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_matches_the_reference(case: Case) -> None:
     out = prefill.paged_attention(*case, threads=1)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_adapter, tiny_model, tokens
 from torch import Tensor
 
 from octavo import attach, load_adapter, save_adapter
@@ -13,6 +12,7 @@ from octavo.config import Eviction
 from octavo.dms import Gates, GateSpec, SoftGates
 from octavo.dms.objective import distillation_loss, eviction_loss, target_ratio
 from octavo.errors import AdapterFileError, ConfigError
+from tiny import tiny_adapter, tiny_model, tokens
 
 
 def test_fresh_gates_keep_everything():

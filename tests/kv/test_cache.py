@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, feed, tiny_adapter, tiny_model, tokens
 from transformers import DynamicCache
 
 from octavo import KVCache, attach, detach
 from octavo.attachment import attachment_of
 from octavo.errors import CacheBudgetError, CacheStateError, NotAttachedError
+from tiny import FAMILIES, feed, tiny_adapter, tiny_model, tokens
 
 
 def oracle(model, ids, mask=None):

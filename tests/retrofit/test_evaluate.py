@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_adapter
 
 from octavo import KVCache, attach, evaluate
 from octavo.attachment import attachment_of
-from octavo.errors import ConfigError, TextFileError
+from octavo.errors import AdapterMismatchError, ConfigError, TextFileError
 from octavo.plots import evaluation as draw
 from octavo.plots import heat_map, heat_map_text, training
 from octavo.retrofit.baselines import BASELINES
 from octavo.retrofit.command import card_text, evaluation_table
 from octavo.retrofit.evaluate import EvaluationSettings, needle_cases
+from tiny import tiny_adapter, tiny_model
 
 SETTINGS = EvaluationSettings(nll_length=400, nll_from=100, texts=2, lengths=(320,), cases=12, batch=2)
 
@@ -93,7 +93,7 @@ def test_baselines_keep_what_they_were_told(name):
     policy = BASELINES[name](length, kept)
     key = torch.randn(1, 2, length, 8, generator=torch.Generator().manual_seed(0))
     stays = torch.isfinite(policy.log_keep(0, torch.zeros(1, length, 4), key))
-    stays[..., -policy.window - 1 :] = True
+    stays[..., -policy.window :] = True
     assert stays.sum(-1).float().mean().item() == pytest.approx(kept, rel=0.1)
 
 
@@ -104,6 +104,12 @@ def test_sinks_and_small_keys_are_what_is_kept():
     small = torch.isfinite(BASELINES["key norm"](100, 40).log_keep(0, key, key))[0, 0]
     assert small[:20].all()
     assert not small[80:].any()
+
+
+def test_an_adapter_of_another_model_is_refused(student, tokenizer, source):
+    with pytest.raises(AdapterMismatchError):
+        evaluate(student, tokenizer, source.tokens, [tiny_adapter(tiny_model())], SETTINGS)
+    assert attachment_of(student) is None
 
 
 def test_bad_settings_and_short_texts_are_refused(student, tokenizer, source):

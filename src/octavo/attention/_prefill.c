@@ -1,8 +1,8 @@
 /* Attention of a chunk of new tokens over ragged pages, in bfloat16 on AMX: `reference.paged_attention`,
    made for prefill.
 
-   A row is one (sequence, KV head): its slots in the pages, then the new tokens. Three stages follow each
-   other, each shared among the threads:
+   A row is one (sequence, KV head): its slots in the pages, then the new tokens. It goes through three
+   stages, each shared among the threads:
    1. plan:   the slots that some query of the chunk sees are put into an order in which most strips of
               STRIP slots are seen by every query, or by none, of a block of queries;
    2. pack:   their keys and values are copied into the layouts that AMX multiplies by;
@@ -20,6 +20,7 @@
 #endif
 #include <Python.h>
 #include <math.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -43,6 +44,7 @@ enum {
     BLOCK = 2 * PAIR,  /* queries of a task; each group of strips is fetched once for all of them */
     PIECE = 8,         /* strips that are packed as one task */
     BUCKETS = 64,      /* by which slots are ordered */
+    STAGES = 3,
 };
 
 typedef uint16_t bfloat16;
@@ -64,7 +66,7 @@ typedef struct {
     int32_t *position, *expiry;  /* [strips * STRIP] */
     Range *range;                /* [strips] */
     char *keys, *values;         /* [strips, head_dim / 16 tiles] */
-    _Atomic int64_t taken;       /* tasks of the stage so far */
+    _Atomic int64_t taken[STAGES], done[STAGES]; /* tasks */
 } Row;
 
 /* A step of the running softmax: PAIR queries by up to GROUP strips. */
@@ -91,7 +93,6 @@ typedef struct {
 
 typedef struct Job Job;
 typedef void Task(const Job *, Scratch *, int64_t row, int64_t task);
-typedef int64_t Tasks(const Job *, const Row *);
 
 struct Job {
     const char *query, *key, *value; /* [B, heads, tokens, head_dim], the last dimension contiguous */
@@ -112,9 +113,7 @@ struct Job {
     char *scratch; /* [threads], scratch_size bytes each */
     size_t scratch_size;
     int threads;
-    Task *task;
-    Tasks *tasks;       /* how many a row has */
-    _Atomic int joined; /* threads of the stage so far */
+    _Atomic int joined; /* threads so far */
 };
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -424,13 +423,13 @@ static void mask_step(const Row *row, Scratch *s, const Step *step, float *score
 
 /* Chooses the exponent that weights are relative to. It follows the largest score only by leaps: weights
    up to 2^8 do no harm, and so the sums are seldom multiplied. */
-INLINE void raise_top(Scratch *s, Step *step, int tile, const float *scores, float scale) {
+INLINE void raise_top(Scratch *s, Step *step, int tile, const float *scores, float scale, const int strips) {
     float *top = s->top + step->pair * PAIR + tile * EDGE;
     __m512 most[EDGE];
     EACH(r, EDGE) {
         most[r] = _mm512_loadu_ps(scores + r * EDGE);
-        for (int i = 1; i < 2 * step->strips; i++)
-            most[r] = _mm512_max_ps(most[r], _mm512_loadu_ps(scores + (i * EDGE + r) * EDGE));
+        EACH(i, 2 * strips - 1)
+            most[r] = _mm512_max_ps(most[r], _mm512_loadu_ps(scores + ((i + 1) * EDGE + r) * EDGE));
     }
     __m512 high = _mm512_mul_ps(largest(most), _mm512_set1_ps(scale)), old = _mm512_loadu_ps(top);
     high = _mm512_roundscale_ps(high, 0x0a); /* upwards */
@@ -451,7 +450,7 @@ INLINE void raise_top(Scratch *s, Step *step, int tile, const float *scores, flo
 /* Scores become weights, 2^(score - top), of which the sums are kept. */
 INLINE void weigh_tile(Scratch *s, Step *step, int tile, const float *scores, char *weights, float scale,
                        Carried *carried, const int strips) {
-    raise_top(s, step, tile, scores, scale);
+    raise_top(s, step, tile, scores, scale, strips);
     int first = step->pair * PAIR + tile * EDGE;
     for (int r = 0; r < EDGE; r++) {
         advance(carried, carried->parts * (tile * EDGE + r + 1) / PAIR);
@@ -604,28 +603,33 @@ static void attend_block(const Job *job, Scratch *s, int64_t r, int64_t task) {
 }
 #endif
 
-static int64_t one(const Job *job, const Row *row) { return (void)job, (void)row, 1; }
-static int64_t pieces(const Job *job, const Row *row) { return (void)job, divided(row->strips, PIECE); }
-static int64_t blocks(const Job *job, const Row *row) { return (void)row, job->blocks; }
+static int64_t tasks_of(const Job *job, const Row *row, int stage) {
+    return stage == 0 ? 1 : stage == 1 ? divided(row->strips, PIECE) : job->blocks;
+}
 
-/* Every thread begins with rows of its own, the same in all stages, so that most of what it packs is in
-   its own cache when it attends; then it helps with the others. */
-static void take_tasks(void *data) {
-    Job *job = data;
-    int thread = atomic_fetch_add(&job->joined, 1);
-    Scratch *s = (Scratch *)(job->scratch + (size_t)thread * job->scratch_size);
-    for (int64_t i = 0; i < job->rows; i++) {
-        int64_t r = (thread * job->rows / job->threads + i) % job->rows, tasks = job->tasks(job, &job->row[r]);
-        for (int64_t task; (task = atomic_fetch_add(&job->row[r].taken, 1)) < tasks;) job->task(job, s, r, task);
+/* One parallel region for all stages, for where other processes take a core from a thread, every region
+   waits until it is back. One that comes late finds nothing left to do, and is not waited for before. */
+static void work_on(const Job *job, Scratch *s, int64_t r, int stage) {
+    static Task *const TASK[STAGES] = {plan_row, pack_piece, attend_block};
+    Row *row = &job->row[r];
+    if (stage > 0)
+        while (atomic_load(&row->done[stage - 1]) < tasks_of(job, row, stage - 1)) sched_yield();
+    int64_t tasks = tasks_of(job, row, stage);
+    for (int64_t task; (task = atomic_fetch_add(&row->taken[stage], 1)) < tasks;) {
+        TASK[stage](job, s, r, task);
+        atomic_fetch_add(&row->done[stage], 1);
     }
 }
 
-static void run_stage(Job *job, Task *task, Tasks *tasks) {
-    job->task = task;
-    job->tasks = tasks;
-    atomic_store(&job->joined, 0);
-    for (int64_t r = 0; r < job->rows; r++) atomic_store(&job->row[r].taken, 0);
-    on_threads(take_tasks, job, job->threads);
+/* Every thread begins with rows of its own, the same in all stages, so that most of what it packs is in
+   its own cache when it attends; then it helps with the others. */
+static void work(void *data) {
+    Job *job = data;
+    int thread = atomic_fetch_add(&job->joined, 1);
+    Scratch *s = (Scratch *)(job->scratch + (size_t)thread * job->scratch_size);
+    for (int stage = 0; stage < STAGES; stage++)
+        for (int64_t i = 0; i < job->rows; i++)
+            work_on(job, s, (thread * job->rows / job->threads + i) % job->rows, stage);
 }
 
 /* Hands out parts of `memory`, in whole cache lines; without it, only counts what they need. */
@@ -637,7 +641,7 @@ static void *part(char *memory, size_t *used, size_t bytes) {
 
 static void divide_row(Row *row, int64_t most, int64_t head_dim, char *memory, size_t *used) {
     size_t strips = (size_t)divided(most, STRIP), packed = strips * STRIP * (size_t)head_dim * 2;
-    Row own = {0};
+    Row own = {0}; /* no task is taken */
     own.found = part(memory, used, sizeof(Slot) * (size_t)(most + 1)); /* written to before it is decided */
     own.slot = part(memory, used, sizeof(Slot) * (size_t)most);
     own.position = part(memory, used, sizeof(int32_t) * strips * STRIP);
@@ -688,9 +692,7 @@ static bool attend(Job *job, int threads) {
     char *memory = aligned_alloc(64, divide(job, NULL));
     if (!memory) return false;
     divide(job, memory);
-    run_stage(job, plan_row, one);
-    run_stage(job, pack_piece, pieces);
-    run_stage(job, attend_block, blocks);
+    on_threads(work, job, job->threads);
     free(memory);
     return true;
 }

@@ -29,4 +29,3 @@ def paged_attention(
     if prefill.supported(query, k_pages):
         return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
     return ragged.paged_attention(query, key, value, position, expiry, *past, host_length, scale)
-

@@ -25,7 +25,7 @@ class SinksAndRecent:
     """Keep the first four tokens and the most recent ones (StreamingLLM, Xiao et al. 2023)."""
 
     def __init__(self, length: int, kept: float) -> None:
-        self.window = min(length, max(1, round(kept) - SINKS)) - 1  # the newest token is one of the recent
+        self.window = min(length, max(1, round(kept) - SINKS))
 
     def log_keep(self, layer: int, hidden: Tensor, key: Tensor) -> Tensor:
         """-inf for all but the sinks."""

@@ -7,6 +7,7 @@ a real cache that has read a whole text in chunks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from transformers import PreTrainedModel
 
 from octavo.attachment import KVCache, attach, attachment_of, detach, require_attachment
 from octavo.dms import Adapter, HardGates, Policy
+from octavo.dms.adapter import check_fingerprint
 from octavo.errors import ConfigError, TextFileError
 from octavo.retrofit.baselines import BASELINES
+from octavo.support import fingerprint
 
 CITIES = ("Paris", "Tokyo", "Lagos", "Lima", "Oslo", "Cairo")
 
@@ -92,8 +95,10 @@ def evaluate(
     longest = max(settings.nll_length, *settings.lengths) if settings.lengths else settings.nll_length
     if len(tokens) < longest:
         raise TextFileError(f"the text has {len(tokens):,} tokens; {longest:,} are needed")
+    for each in adapters:
+        check_fingerprint(each, fingerprint(model))
     before = attachment_of(model)
-    out = Evaluation(str(model.config._name_or_path), settings)
+    out = Evaluation(Path(model.config._name_or_path).name, settings)
     bench = _Bench(model, tokenizer, tokens, settings)
     try:
         attach(model)
@@ -183,7 +188,7 @@ class _Bench:
             def log_keep(self, layer: int, hidden: Tensor, key: Tensor) -> Tensor:
                 keep = policy.log_keep(layer, hidden, key)
                 stays = torch.isfinite(keep)
-                stays[..., -policy.window - 1 :] = True
+                stays[..., -policy.window :] = True  # what the next query sees of the recent ones
                 held.append(stays.sum(-1).float().mean().item())
                 return keep
 

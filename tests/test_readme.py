@@ -1,0 +1,55 @@
+"""The README's Python runs verbatim and prints what the README says; its numbers agree with the shipped cards."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.models import default_dtype, find_adapter
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+OUTPUT = re.findall(r"```\n(.*?)```", README, re.S)[0]
+
+
+def test_the_first_block_prints_what_it_says() -> None:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(BLOCKS[0], "README.md", "exec"), {})
+    got, said = out.getvalue().splitlines(), OUTPUT.splitlines()
+    assert got[0] == said[0]
+    if default_dtype(torch.device("cpu")) == torch.bfloat16:  # in float32 both figures double
+        numbers = [[float(x) for x in re.findall(r"[\d.]+(?= MB)", lines[1])] for lines in (got, said)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
+
+
+def test_the_table_is_the_cards() -> None:
+    rows = {}
+    for name in ("dms-16x", "dms-8x"):
+        rows |= {row["policy"]: row for row in find_adapter(name).card["evaluation"]["rows"]}
+    table = re.findall(r"^\| ([\w +-]+) \| ([\d,]+) \| (.*?) \| ([\d.]+) \| ([\d. /]+) \|$", README, re.M)
+    assert [line[0] for line in table] == ["dense", "dms-8x", "dms-16x", "sinks + recent", "key norm", "random"]
+    for name, kept, held, nll, found in table:
+        row = rows[name]
+        assert int(kept.replace(",", "")) == round(row["kept"])
+        assert float(nll) == pytest.approx(row["nll"], abs=6e-4)
+        assert [float(x) for x in found.split("/")] == pytest.approx(list(row["needle"].values()), abs=6e-4)
+        if name.startswith("dms"):
+            assert held == f"1/{row['dense_nbytes'] / row['nbytes']:.2f}"
+
+
+def test_the_headline_is_the_card_s() -> None:
+    dense, ours = find_adapter("dms-8x").card["evaluation"]["rows"][:2]
+    said = re.search(
+        r"\*\*([\d.]+) MB instead of ([\d.]+) MB\*\*.*?\+([\d.]+) nats.*?with ([\d.]+) of.*?against ([\d.]+)",
+        README,
+        re.S,
+    )
+    assert said is not None
+    means = [sum(r["needle"].values()) / len(r["needle"]) for r in (ours, dense)]
+    measured = [ours["nbytes"] / 1e6, ours["dense_nbytes"] / 1e6, ours["nll"] - dense["nll"], *means]
+    assert [float(x) for x in said.groups()] == pytest.approx(measured, abs=0.06, rel=1e-3)
+    assert float(said.group(3)) == pytest.approx(measured[2], abs=6e-4)
