@@ -5,7 +5,7 @@ BIN = .venv/bin
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt src/octavo/attention/_native.c
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard src/octavo/attention/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"

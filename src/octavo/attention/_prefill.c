@@ -47,8 +47,6 @@ enum {
     STAGES = 3,
 };
 
-typedef uint16_t bfloat16;
-
 typedef struct {
     int64_t source; /* which slot of the pool; -1 - n for token n of the chunk */
     int32_t position, expiry;
@@ -62,10 +60,10 @@ typedef struct {
 
 typedef struct {
     int64_t slots, strips;
-    Slot *found, *slot;          /* those that some query sees, as they come and in order */
-    int32_t *position, *expiry;  /* [strips * STRIP] */
-    Range *range;                /* [strips] */
-    char *keys, *values;         /* [strips, head_dim / 16 tiles] */
+    Slot *found, *slot;         /* [slots] that some query sees, as they come and in order */
+    int32_t *position, *expiry; /* [strips * STRIP] */
+    Range *range;               /* [strips] */
+    char *keys, *values;        /* [strips, head_dim / 16 tiles] */
     _Atomic int64_t taken[STAGES], done[STAGES]; /* tasks */
 } Row;
 
@@ -173,18 +171,6 @@ static void plan_row(const Job *job, Scratch *s, int64_t r, int64_t task) {
     row->strips = divided(row->slots, STRIP);
 }
 
-static Range range_of(const Slot *slot, int slots) {
-    Range range = {INT32_MAX, -1, INT32_MAX, -1};
-    for (int i = 0; i < slots; i++) {
-        if (slot[i].position < range.first) range.first = slot[i].position;
-        if (slot[i].position > range.last) range.last = slot[i].position;
-        if (slot[i].expiry < range.earliest) range.earliest = slot[i].expiry;
-        if (slot[i].expiry > range.latest) range.latest = slot[i].expiry;
-    }
-    if (slots < STRIP) range.earliest = -1; /* the missing ones are hidden by a mask */
-    return range;
-}
-
 #ifdef HAS_AMX
 #define TARGET \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
@@ -234,6 +220,18 @@ TARGET static void pack_values(const char *const *value, int64_t head_dim, char 
         }
 }
 
+static Range range_of(const Slot *slot, int slots) {
+    Range range = {INT32_MAX, -1, INT32_MAX, -1};
+    for (int i = 0; i < slots; i++) {
+        if (slot[i].position < range.first) range.first = slot[i].position;
+        if (slot[i].position > range.last) range.last = slot[i].position;
+        if (slot[i].expiry < range.earliest) range.earliest = slot[i].expiry;
+        if (slot[i].expiry > range.latest) range.latest = slot[i].expiry;
+    }
+    if (slots < STRIP) range.earliest = -1; /* the missing ones are hidden by a mask */
+    return range;
+}
+
 static const char NOTHING[512]; /* the key and the value of a missing slot */
 
 static void pack_strip(const Job *job, Row *row, int64_t b, int64_t h, int64_t strip) {
@@ -268,8 +266,9 @@ static void pack_piece(const Job *job, Scratch *s, int64_t r, int64_t task) {
         pack_strip(job, row, r / job->kv_heads, r % job->kv_heads, strip);
 }
 
-/* Queries by keys: a quarter of a step's scores for every strip, in registers 0 to 3 until complete. */
-INLINE void score_part(const Job *job, Scratch *s, const Row *row, const Step *step, int part, float *scores) {
+/* Queries by keys: 32 dimensions of the scores of PAIR queries by one strip. */
+INLINE void score_part(const Job *job, Scratch *s, const Row *row, const Step *step, int part,
+                       float *scores) {
     int64_t parts = job->head_dim / 32; /* of a strip */
     int64_t strip = part / parts, d = part % parts;
     const char *query = s->query + (2 * step->pair * parts + d) * TILE;
@@ -297,7 +296,7 @@ INLINE void score_part(const Job *job, Scratch *s, const Row *row, const Step *s
     }
 }
 
-/* Weights by values: 32 dimensions of the sums of PAIR queries, one strip at a time. */
+/* Weights by values: one strip's share of 32 dimensions of the sums of PAIR queries. */
 INLINE void gather_part(const Job *job, Scratch *s, const Row *row, const Step *step, int part,
                         const char *weights) {
     int64_t strip = part % step->strips, d = part / step->strips, parts = job->head_dim / 32;
@@ -375,7 +374,8 @@ INLINE void advance(Carried *c, int until) {
 INLINE __m512 largest(const __m512 *v) {
     __m512 a[EDGE / 2], b[EDGE / 4], c[2];
     EACH(i, EDGE / 2)
-        a[i] = _mm512_max_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+        a[i] = _mm512_max_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                             _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
     EACH(i, EDGE / 4) {
         __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
         b[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
@@ -397,10 +397,12 @@ INLINE __m512 power_of_two(__m512 x) {
 }
 
 /* Scores of slots that a query does not see become -infinity. */
-TARGET static void mask_strip(const int32_t *position, const int32_t *expiry, const int32_t *at, float *scores) {
+TARGET static void mask_strip(const int32_t *position, const int32_t *expiry, const int32_t *at,
+                              float *scores) {
     __m512 hidden = _mm512_set1_ps(-INFINITY);
     for (int half = 0; half < 2; half++, scores += EDGE * EDGE) {
-        __m512i from = _mm512_loadu_si512(position + half * EDGE), to = _mm512_loadu_si512(expiry + half * EDGE);
+        __m512i from = _mm512_loadu_si512(position + half * EDGE);
+        __m512i to = _mm512_loadu_si512(expiry + half * EDGE);
         for (int r = 0; r < EDGE; r++) {
             __m512i q = _mm512_set1_epi32(at[r]);
             __mmask16 unseen = _mm512_cmpgt_epi32_mask(from, q) | _mm512_cmpgt_epi32_mask(q, to);
@@ -523,15 +525,13 @@ TARGET static void write_queries(const Job *job, const Scratch *s, int64_t r, in
     }
 }
 
-TARGET static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = EDGE;
-    _tile_loadconfig(&config);
-}
+/* Static, because gcc takes the load of a configuration for a read of its first bytes only. */
+static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} TILES = {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+           .rows = {EDGE, EDGE, EDGE, EDGE, EDGE, EDGE, EDGE, EDGE}};
 
 /* The strips that some query of the block sees. */
 static int64_t choose_strips(const Row *row, Scratch *s) {
@@ -559,7 +559,7 @@ TARGET static void attend_block(const Job *job, Scratch *s, int64_t r, int64_t t
     int pairs = (int)divided(smaller(BLOCK, job->queries - first), PAIR);
     int64_t strips = choose_strips(row, s), steps = divided(strips, GROUP) * pairs;
     Step step[3]; /* step n is in place n % 3 */
-    configure_tiles();
+    _tile_loadconfig(&TILES);
     for (int64_t n = -1; n <= steps; n++) {
         Step *before = n >= 1 ? &step[(n - 1) % 3] : NULL, *after = NULL;
         if (n + 1 < steps) {
@@ -735,7 +735,8 @@ static bool usable;
 static PyObject *py_paged_attention(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     (void)module;
     if (count != INTEGERS + 1)
-        return PyErr_Format(PyExc_TypeError, "paged_attention takes %d arguments, not %zd", INTEGERS + 1, count);
+        return PyErr_Format(PyExc_TypeError, "paged_attention takes %d arguments, not %zd", INTEGERS + 1,
+                            count);
     long long a[INTEGERS];
     for (int i = 0; i < INTEGERS; i++) a[i] = PyLong_AsLongLong(args[i]);
     double scale = PyFloat_AsDouble(args[INTEGERS]);
@@ -746,7 +747,8 @@ static PyObject *py_paged_attention(PyObject *module, PyObject *const *args, Py_
         return NULL;
     }
     Job job = job_from(a);
-    job.scale = (float)fmax(fabs(scale) * 1.4426950408889634, 1e-30); /* 1 / ln 2; -infinity times 0 is none */
+    /* Over ln 2; and not 0, because -infinity times 0 is not -infinity. */
+    job.scale = (float)fmax(fabs(scale) * 1.4426950408889634, 1e-30);
     job.negative = scale < 0;
     int threads = (int)larger(1, smaller(a[28], MOST_THREADS));
     bool enough;
