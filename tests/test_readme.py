@@ -12,7 +12,7 @@ from octavo.models import default_dtype, find_adapter
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-OUTPUT = re.findall(r"```\n\n```\n(.*?)```", README, re.S)[1]
+OUTPUT = re.findall(r"```\n\n```\n(.*?)```", README, re.S)[0]
 
 
 def test_the_first_block_prints_what_it_says() -> None:

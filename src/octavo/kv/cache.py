@@ -43,7 +43,7 @@ class Forward:
     mortal: Tensor  # [B, 1, N] int32, expiry of a marked token
     never: Tensor  # [B, H, N] int32, all NEVER
     plain: bool  # nothing is cached, nothing is padded and nothing can expire within this chunk
-    late: bool  # no new token can expire within this forward, so that marks may wait for `commit`
+    late: bool  # one token, which sees itself whatever its mark: marks may wait for `commit`
     host_length: list[list[list[int]]]  # [L][B][H] slots in use, read once for all layers
     keys: list[Tensor] = field(default_factory=list)  # per layer [B, H, N, D]
     values: list[Tensor] = field(default_factory=list)
@@ -120,7 +120,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             (position + window)[:, None],
             torch.full((batch, self.shape.kv_heads, columns), NEVER, dtype=torch.int32, device=position.device),
             plain,
-            plain or columns == 1,
+            columns == 1,
             self.rows.length.tolist(),
         )
 

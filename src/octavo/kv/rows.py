@@ -62,7 +62,7 @@ class Rows:
         self._extend(length)
         at = self.at(slot).flatten()
         source: Tensor | slice = slice(None)
-        if position.shape[1] > 1 or padded:  # one token, unpadded, is always visible to the next query
+        if padded or (expired and position.shape[1] > 1):  # else all are visible to the next query
             source = alive.flatten().nonzero()[:, 0]
             at = at[source]
         D = key.shape[-1]
@@ -95,8 +95,14 @@ class Rows:
         old = self._expiry()
         slots = torch.arange(old.shape[-1], device=old.device)
         hole = (slots < self.length[..., None]) & (old < next_query)
-        lost = torch.where(hole, old, -1).amax(-1)
         N = alive.shape[-1]
+        if N == 1:  # decoding: at most one slot has expired, and finding it must cost little
+            first = hole.to(torch.uint8).argmax(-1, keepdim=True)
+            found = hole.gather(-1, first) & alive
+            slot = torch.where(found, first, self.length[..., None].long())
+            lost = torch.where(found, old.gather(-1, first), -1)[..., 0]
+            return slot, (self.length + (alive & ~found)[..., 0]).int(), lost
+        lost = torch.where(hole, old, -1).amax(-1)
         order = hole.cumsum(-1, dtype=torch.int32)
         holes = order[..., -1].clamp(max=N)
         # hole_at[i] is the i-th expired slot; what is not among the first N goes to a spill column.
