@@ -11,7 +11,10 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     Qwen2Config,
     StaticCache,
     pipeline,
@@ -171,6 +174,28 @@ def test_inputs_embeds_are_chunked_like_tokens():
         expected = model(ids).logits
         got = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_gradients_are_the_unattached_model_s(use_cache):
+    """Fine-tuning an attached model is exact, also where a cache is made on the way and the input is long."""
+    model, ids = tiny_model(), tokens(2, 70)
+    model(ids, labels=ids, use_cache=use_cache).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    attach(model, chunk=16)
+    model(ids, labels=ids, use_cache=use_cache).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GraniteConfig, Olmo2Config, Phi3Config])
+def test_models_that_share_the_attention_interface(kind):
+    model, ids = small(kind).eval(), tokens(2, 40)
+    expected = generate(model, ids)
+    assert torch.equal(generate(attach(model, chunk=16), ids), expected)
+    attach(model, tiny_adapter(model, window=8), chunk=16)
+    assert generate(model, ids).shape == expected.shape
 
 
 def small(kind, **changes):

@@ -209,7 +209,9 @@ class Attachment:
         cache = self._cache(past)
         self._check_length(cache, columns)
         kwargs.update(past_key_values=cache, use_cache=True)
-        chunk = self.settings.chunk
+        # Pages are constants to autograd: where gradients are wanted, all of the input is one chunk.
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
+        chunk = columns if trains else self.settings.chunk
         if columns <= chunk:
             return self._step(cache, kwargs, batch, columns, padded)
         start = cache.seen

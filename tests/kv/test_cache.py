@@ -74,6 +74,18 @@ def test_left_padding_equals_each_sequence_alone(shift, chunk):
         torch.testing.assert_close(torch.cat(steps, 1)[b], expected[n:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("prompt", [19, 20, 21, 22, 41])
+def test_prompts_about_as_long_as_the_window(prompt, shift):
+    """The first token that can expire does so right after a prompt of window + 1 tokens."""
+    model = tiny_model()
+    attach(model, tiny_adapter(model, window=20, shift=shift, rate=0.9))
+    ids = tokens(2, 60)
+    got, cache = feed(model, ids, prompt)
+    torch.testing.assert_close(got, oracle(model, ids), rtol=0, atol=1e-4)
+    assert torch.equal(cache.rows.length.long(), cache.kept.transpose(0, 1)), "no slot is wasted"
+
+
 def test_multi_turn_continuation_in_uneven_pieces():
     model = tiny_model()
     attach(model, tiny_adapter(model), chunk=16)

@@ -1,5 +1,6 @@
 """Which kernel computes the one operation, by device and chunk length."""
 
+import torch
 from torch import Tensor
 
 from octavo.attention import native, prefill, ragged
@@ -22,10 +23,14 @@ def paged_attention(
     host_length: list[list[int]],  # the same on the host
     scale: float,
 ) -> Tensor:  # [B, N, Hq, D]
-    """Attention of N new tokens over their cached past and themselves; see `reference.paged_attention`."""
+    """Attention of N new tokens over their cached past and themselves; see `reference.paged_attention`.
+
+    Gradients reach `query`, `key` and `value` (through the torch path); the pages are constants.
+    """
     past = (k_pages, v_pages, slot_position, slot_expiry, page_table)
-    if query.device.type == "cpu" and query.shape[2] <= NATIVE_MAX_TOKENS and native.available():
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not trains and query.is_cpu and query.shape[2] <= NATIVE_MAX_TOKENS and native.available():
         return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
-    if prefill.supported(query, k_pages):
+    if not trains and prefill.supported(query, k_pages):
         return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
     return ragged.paged_attention(query, key, value, position, expiry, *past, host_length, scale)

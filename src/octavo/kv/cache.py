@@ -132,8 +132,8 @@ class PagedCache(Cache):  # type: ignore[misc]
         if forward is None or not (len(forward.keys) == len(forward.expiry) == layer_idx):
             self._forward = None
             raise NotAttachedError("octavo.KVCache works only with the attached model it was made for")
-        forward.keys.append(key_states.detach())
-        forward.values.append(value_states.detach())
+        forward.keys.append(key_states)
+        forward.values.append(value_states)
         return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, marked: Tensor | None, scale: float) -> Tensor:
@@ -178,7 +178,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             )
         columns = forward.position.shape[1]
         window = self.eviction.window if self.eviction else 0
-        expired = self._cropped or (self.eviction is not None and self.seen + columns > window + 1)
+        expired = self._cropped or (self.eviction is not None and self.seen + columns > window)
         everything = slice(0, self.shape.layers)
         slot = rows.write(
             torch.stack(forward.keys),
