@@ -103,7 +103,7 @@ class Step:
     attachment: "Attachment"
     cache: PagedCache | None
     valid: Tensor | None = None  # [B, N] bool; without a cache only
-    hidden: list[Tensor] = field(default_factory=list)  # per layer so far [B, N, hidden], the attention's input
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # by layer, so far: the attention's input [B, N, hidden]
 
 
 class Attachment:
@@ -200,11 +200,9 @@ class Attachment:
         batch, columns = tokens.shape[:2]
         if columns == 0:
             raise PromptError("the prompt is empty; give at least one token")
-        mask = kwargs.get("attention_mask")
-        padded = mask is not None and mask.ndim == 2 and not bool(mask[:, -columns:].all())
+        valid = _padding(kwargs.get("attention_mask"), columns)
         past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if past is None and not (self.model.config.use_cache if use_cache is None else use_cache):
-            valid = mask.bool() if padded and mask is not None else None
             return self._forward(**kwargs, octavo_step=Step(self, None, valid))
         cache = self._cache(past)
         self._check_length(cache, columns)
@@ -213,24 +211,21 @@ class Attachment:
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         chunk = columns if trains else self.settings.chunk
         if columns <= chunk:
-            return self._step(cache, kwargs, batch, columns, padded)
-        start = cache.seen
+            return self._step(cache, kwargs, batch, columns, valid)
         parts = []
         for first in range(0, columns, chunk):
             last = min(first + chunk, columns)
-            part = _slice(kwargs, first, last, start + last)
-            parts.append(self._step(cache, part, batch, last - first, padded))
+            part = _slice(kwargs, first, last)
+            parts.append(self._step(cache, part, batch, last - first, None if valid is None else valid[:, first:last]))
         return _join(parts)
 
-    def _step(self, cache: PagedCache, kwargs: dict[str, Any], batch: int, columns: int, padded: bool) -> Any:
+    def _step(self, cache: PagedCache, kwargs: dict[str, Any], batch: int, columns: int, valid: Tensor | None) -> Any:
         """One chunk through the decoder; the cache changes only when all of it went well."""
-        mask = kwargs.get("attention_mask")
-        valid = mask[:, -columns:].bool() if padded and mask is not None else None
         cache.begin(batch, columns, valid)
         step = Step(self, cache)
         try:
             out = self._forward(**kwargs, octavo_step=step)
-            cache.commit(self.marked_everywhere(step.hidden) if cache.late else None)
+            cache.commit(self.marked_everywhere(list(step.hidden.values())) if cache.late else None)
         except BaseException:
             cache.abandon()
             raise
@@ -262,11 +257,19 @@ def _remember_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         raise UnsupportedModelError(
             f"{type(module).__name__} was called without its decoder, which hands down the step"
         )
-    step.hidden.append(args[0] if args else kwargs["hidden_states"])
+    layer: Any = module.layer_idx
+    step.hidden[layer] = args[0] if args else kwargs["hidden_states"]
 
 
-def _slice(kwargs: dict[str, Any], first: int, last: int, seen: int) -> dict[str, Any]:
-    """The arguments of tokens first..last of a long forward; `seen` counts all columns up to `last`."""
+def _padding(mask: Tensor | None, columns: int) -> Tensor | None:
+    """Which of the new tokens are real, [B, columns] bool, from a 2-D mask that ends with them; None: all are."""
+    if mask is None or mask.ndim != 2 or bool(mask[:, -columns:].all()):
+        return None
+    return mask[:, -columns:].bool()
+
+
+def _slice(kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+    """The arguments of tokens first..last of a long forward; its 2-D mask is with the step already."""
     part = dict(kwargs)
     for name in ("input_ids", "inputs_embeds", "position_ids", "cache_position"):
         value = part.get(name)
@@ -274,7 +277,7 @@ def _slice(kwargs: dict[str, Any], first: int, last: int, seen: int) -> dict[str
             part[name] = value[first:last] if name == "cache_position" else value[:, first:last]
     mask = part.get("attention_mask")
     if mask is not None and mask.ndim == 2:
-        part["attention_mask"] = mask[:, :seen]
+        part["attention_mask"] = None
     return part
 
 

@@ -74,6 +74,20 @@ def test_left_padding_equals_each_sequence_alone(shift, chunk):
         torch.testing.assert_close(torch.cat(steps, 1)[b], expected[n:], rtol=0, atol=1e-4)
 
 
+def test_a_mask_of_the_new_tokens_alone_is_understood():
+    model = tiny_model()
+    attach(model, tiny_adapter(model), chunk=8)
+    ids, cache = tokens(1, 60), KVCache(model)
+    with torch.no_grad():
+        model(input_ids=ids[:, :30], past_key_values=cache)
+        mask = torch.ones(1, 34, dtype=torch.long)
+        mask[:, :4] = 0
+        padded = torch.cat([tokens(1, 4, seed=9), ids[:, 30:]], 1)
+        got = model(input_ids=padded, attention_mask=mask, past_key_values=cache,
+                    position_ids=torch.arange(26, 60)[None]).logits[:, 4:]  # fmt: skip
+    torch.testing.assert_close(got, oracle(model, ids)[:, 30:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("prompt", [19, 20, 21, 22, 41])
 def test_prompts_about_as_long_as_the_window(prompt, shift):

@@ -1,0 +1,55 @@
+"""The identities on a GPU: FlexAttention's mask, the torch path over pages, and the CPU agree."""
+
+import pytest
+import torch
+
+from octavo import attach
+from octavo.attachment import require_attachment
+from octavo.dms import SoftGates
+from tiny import feed, tiny_adapter, tiny_model, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("chunk", [7, 64, 512])
+def test_eviction_on_the_gpu_is_the_mask_and_the_cpu(chunk, shift):
+    model = tiny_model()
+    adapter = tiny_adapter(model, shift=shift)
+    ids = tokens(2, 300)
+    attach(model, adapter)
+    with torch.no_grad():
+        on_cpu = model(ids, use_cache=False).logits
+    model.cuda()
+    adapter.gates.cuda()
+    attach(model, adapter, chunk=chunk)
+    with torch.no_grad():
+        masked = model(ids.cuda(), use_cache=False).logits.cpu()
+    paged, cache = feed(model, ids.cuda(), 280)
+    torch.testing.assert_close(masked, on_cpu, rtol=0, atol=2e-3)
+    torch.testing.assert_close(paged.cpu(), on_cpu, rtol=0, atol=2e-3)
+    assert cache.rows.pool.k.is_cuda
+
+
+def test_left_padded_generate_is_token_for_token_the_same():
+    model, ids = tiny_model().cuda(), tokens(3, 40).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
+    expected = model.generate(ids, **options)
+    assert torch.equal(attach(model, chunk=16).generate(ids, **options), expected)
+
+
+def test_gradients_through_flex_are_those_of_the_cpu():
+    model = tiny_model().requires_grad_(False)
+    adapter, ids, grads = tiny_adapter(model), tokens(2, 256), []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        gates = adapter.gates.to(device)
+        gates.zero_grad()
+        attach(model)
+        with require_attachment(model).using(SoftGates(gates, 1.0, None)):
+            out = model.model(ids.to(device), use_cache=False).last_hidden_state
+        out.square().mean().backward()
+        grads.append(gates.weight.grad.cpu().clone())
+    torch.testing.assert_close(grads[1], grads[0], rtol=2e-2, atol=2e-2 * grads[0].abs().max().item())
