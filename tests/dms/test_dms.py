@@ -53,9 +53,9 @@ def test_gradients_reach_every_gate():
     soft = SoftGates(gates, 0.5, torch.Generator().manual_seed(0))
     with require_attachment(model).using(soft):
         out = model.model(tokens(2, 100), use_cache=False).last_hidden_state
-    (out.square().mean()).backward()
-    assert (gates.weight.grad.abs().sum((1, 2)) > 0).all()
-    assert (gates.bias.grad.abs().sum(1) > 0).all()
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    assert (gates.weight.grad.abs().amax((1, 2)) > 1e-3).all()
+    assert (gates.bias.grad.abs().amax(1) > 1e-3).all()
 
 
 def test_target_ratio_rises_linearly_and_stays():
