@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_case import Case
 from octavo.attention import native, reference
 
 if not native.available():
@@ -46,27 +46,6 @@ def _restore() -> Iterator[None]:
     yield
     _native.set_isa(best)
     _native.set_chunk_work(work)
-
-
-class Case(NamedTuple):
-    """The arguments of `paged_attention`, in order."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    position: Tensor
-    expiry: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    slot_position: Tensor
-    slot_expiry: Tensor
-    page_table: Tensor
-    length: Tensor
-    scale: float
-
-    def widened(self) -> "Case":
-        """The same numbers in float32, so that the reference rounds nothing."""
-        return Case(*(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self))
 
 
 def make_case(

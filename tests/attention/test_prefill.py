@@ -1,13 +1,12 @@
 """The AMX prefill kernel against the reference on random shapes and several thread counts."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_case import Case
 from octavo.attention import prefill, reference
 
 NEVER = 2**31 - 1
@@ -15,27 +14,6 @@ NEVER = 2**31 - 1
 needs_amx = pytest.mark.skipif(
     not prefill.available(torch.bfloat16), reason="needs the extension, and a processor and system with AMX"
 )
-
-
-class Case(NamedTuple):
-    """The arguments of `paged_attention`, in order."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    position: Tensor
-    expiry: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    slot_position: Tensor
-    slot_expiry: Tensor
-    page_table: Tensor
-    length: Tensor
-    scale: float
-
-    def widened(self) -> "Case":
-        """The same numbers in float32, so that the reference rounds nothing."""
-        return Case(*(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self))
 
 
 def make_case(

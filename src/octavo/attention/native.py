@@ -10,6 +10,8 @@ import os
 import torch
 from torch import Tensor
 
+from octavo.attention.arguments import check
+
 try:
     from octavo.attention import _native
 except ImportError as error:  # built without a C compiler
@@ -54,49 +56,14 @@ def paged_attention(
     """
     B, Hq, N, D = query.shape
     H = key.shape[1]
-    P, S, _ = k_pages.shape
-    dtype, page_dtype = query.dtype, k_pages.dtype
-    q_step, k_step, v_step = query.stride(), key.stride(), value.stride()
+    S = k_pages.shape[1]
     if not position.is_contiguous():  # one row of positions, expanded over the batch
         position = position.contiguous()
-    if not (
-        key.shape == value.shape == (B, H, N, D)
-        and v_pages.shape == (P, S, D) == k_pages.shape
-        and slot_position.shape == slot_expiry.shape == (P, S)
-        and position.shape == (B, N)
-        and expiry.shape == (B, H, N)
-        and length.shape == (B, H) == page_table.shape[:2]
-        and Hq % H == 0
-    ):
-        raise ValueError("paged_attention: shapes do not fit each other")
-    if not (
-        dtype == key.dtype == value.dtype
-        and page_dtype == v_pages.dtype
-        and dtype in _CODE
-        and page_dtype in _CODE
-        and torch.int32
-        == position.dtype
-        == expiry.dtype
-        == slot_position.dtype
-        == slot_expiry.dtype
-        == page_table.dtype
-        == length.dtype
-    ):
-        raise ValueError("paged_attention: dtypes are float32, bfloat16 or float16, and int32")
-    if not (
-        query.is_cpu
-        and key.is_cpu
-        and k_pages.is_cpu
-        and q_step[3] == k_step[3] == v_step[3] == 1
-        and expiry.is_contiguous()
-        and k_pages.is_contiguous()
-        and v_pages.is_contiguous()
-        and slot_position.is_contiguous()
-        and slot_expiry.is_contiguous()
-        and page_table.is_contiguous()
-        and length.is_contiguous()
-    ):
-        raise ValueError("paged_attention: tensors must be on the CPU, pages and tables contiguous")
+    past = (k_pages, v_pages, slot_position, slot_expiry, page_table, length)
+    check(query, key, value, position, expiry, *past)
+    dtype, page_dtype = query.dtype, k_pages.dtype
+    if dtype not in _CODE or page_dtype not in _CODE:
+        raise ValueError("paged_attention: dtypes are float32, bfloat16 and float16")
     out = torch.empty((B, N, Hq, D), dtype=dtype)
     _native.paged_attention(
         query.data_ptr(),
@@ -114,9 +81,9 @@ def paged_attention(
         page_table.data_ptr(),
         length.data_ptr(),
         *(B, Hq, H, N, D, S, page_table.shape[2]),
-        *q_step[:3],
-        *k_step[:3],
-        *v_step[:3],
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
         _CODE[dtype],
         _CODE[page_dtype],
         min(torch.get_num_threads(), _CORES) if threads is None else threads,

@@ -11,6 +11,8 @@ import os
 import torch
 from torch import Tensor
 
+from octavo.attention.arguments import check
+
 try:
     from octavo.attention import _prefill
 except ImportError:  # built without a C compiler, or with one that does not know AMX
@@ -65,34 +67,13 @@ def paged_attention(
     """
     B, Hq, N, D = query.shape
     H = key.shape[1]
-    P, S, _ = k_pages.shape
-    q_step, k_step, v_step = query.stride(), key.stride(), value.stride()
-    if not position.is_contiguous():  # one row of positions, expanded over the batch
-        position = position.contiguous()
-    pages = (k_pages, v_pages)
-    indices = (position, expiry, slot_position, slot_expiry, page_table, length)
+    S = k_pages.shape[1]
     if not supported(query, k_pages):
         raise ValueError("paged_attention: needs AMX, bfloat16 on the CPU and a head dimension of 32, 64... 256")
-    if not (
-        key.shape == value.shape == (B, H, N, D)
-        and v_pages.shape == (P, S, D) == k_pages.shape
-        and slot_position.shape == slot_expiry.shape == (P, S)
-        and position.shape == (B, N)
-        and expiry.shape == (B, H, N)
-        and length.shape == (B, H) == page_table.shape[:2]
-        and Hq % H == 0
-    ):
-        raise ValueError("paged_attention: shapes do not fit each other")
-    if not (
-        key.dtype == value.dtype == v_pages.dtype == torch.bfloat16 and all(t.dtype == torch.int32 for t in indices)
-    ):
-        raise ValueError("paged_attention: dtypes are bfloat16 and int32")
-    if not (
-        q_step[3] == k_step[3] == v_step[3] == 1
-        and all(t.is_cpu for t in (key, value, v_pages))
-        and all(t.is_cpu and t.is_contiguous() for t in (*pages, *indices))
-    ):
-        raise ValueError("paged_attention: tensors must be on the CPU, pages and tables contiguous")
+    if not position.is_contiguous():  # one row of positions, expanded over the batch
+        position = position.contiguous()
+    past = (k_pages, v_pages, slot_position, slot_expiry, page_table, length)
+    check(query, key, value, position, expiry, *past)
     out = torch.empty((B, N, Hq, D), dtype=torch.bfloat16)
     _prefill.paged_attention(
         query.data_ptr(),
@@ -108,9 +89,9 @@ def paged_attention(
         page_table.data_ptr(),
         length.data_ptr(),
         *(B, Hq, H, N, D, S, page_table.shape[2]),
-        *q_step[:3],
-        *k_step[:3],
-        *v_step[:3],
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
         min(torch.get_num_threads(), _CORES) if threads is None else threads,
         scale,
     )
