@@ -25,7 +25,7 @@ check: install
 	$(BIN)/python -m pytest tests/test_rooms.py
 
 bench: install
-	$(BIN)/python bench/cpu.py --tokens 128 240 8000 --dtype bf16 fp32
+	$(BIN)/python bench/cpu.py --tokens 128 240 8000 --dtype bf16 fp32 --out bench/results-cpu.json
 
 clean:
 	rm -rf .venv build dist src/*.egg-info src/octavo/attention/*.so

@@ -104,7 +104,7 @@ def _report(rows: list[dict[str, Any]], out: Path | None) -> None:
     record = {
         "command": sys.argv,
         "commit": commit,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def test_the_table_is_the_cards() -> None:
         assert [float(x) for x in found.split("/")] == pytest.approx(list(row["needle"].values()), abs=6e-4)
         if name.startswith("dms"):
             assert held == f"1/{row['dense_nbytes'] / row['nbytes']:.2f}"
+
+
+def test_the_speed_table_is_the_measured_file() -> None:
+    measured = json.loads((Path(__file__).parents[1] / "bench" / "results-cpu.json").read_text())["rows"]
+    table = re.findall(r"^\| (bf16|fp32) \| ([\d,]+) \| (.*) \|$", README, re.M)
+    assert len(table) == len(measured) == 6
+    for (dtype, size, cells), row in zip(table, measured, strict=True):
+        assert (dtype, int(size.replace(",", ""))) == (row["dtype"], row["tokens"])
+        said = [float(x) for x in re.findall(r"[\d.]+", cells)]
+        prefill, decode = row["prefill"], row["decode"]
+        expected = [prefill["unattached_s"], prefill["octavo_s"], prefill["speedup_median"]]
+        expected += [decode["unattached_s"] * 1e3, decode["octavo_s"] * 1e3, decode["speedup_median"]]
+        assert said == pytest.approx(expected, rel=1e-3, abs=0.051)
 
 
 def test_the_headline_is_the_card_s() -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.attention import dense_attention, ragged, reference
+from octavo.attention import dense, dense_attention, ragged, reference
 from octavo.attention.ragged import first_chunk_attention
 from octavo.config import NEVER
 
@@ -66,9 +66,11 @@ def test_ragged_equals_reference(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("block", [7, 512])
 @pytest.mark.parametrize("padding", [False, True])
-def test_dense_mask_equals_reference_without_pages(padding: bool) -> None:
+def test_dense_mask_equals_reference_without_pages(padding: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask over one forward is the visibility rule: marked tokens of a given window, hard decisions."""
+    monkeypatch.setattr(dense, "BLOCK", block)
     B, H, group, N, D, window = 2, 2, 3, 50, 8, 6
     case = random_case(3, B, H, group, N, D, 4, 0, padding)
     marked = torch.rand(B, H, N, generator=torch.Generator().manual_seed(5)) < 0.6

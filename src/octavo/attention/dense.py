@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 512  # queries whose mask is made at once
+
 
 def dense_attention(
     query: Tensor,  # [B, Hq, T, D]
@@ -33,26 +35,52 @@ def dense_attention(
         return out.transpose(1, 2)
     if query.is_cuda and valid is None and log_keep is not None:
         return _flex(query, key, value, log_keep, window, scale)
-    mask = _mask(log_keep, window, valid, query)  # [B, 1 or H, T, T]
-    mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1) if mask.shape[1] > 1 else mask
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask.to(query.dtype), scale=scale, enable_gqa=grouped
+    length = query.shape[2]
+    parts = [
+        _rows(query, key, value, log_keep, window, scale, valid, first, min(first + BLOCK, length))
+        for first in range(0, length, BLOCK)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_keep: Tensor | None,
+    window: int,
+    scale: float,
+    valid: Tensor | None,
+    first: int,
+    last: int,
+) -> Tensor:  # [B, Hq, last - first, D]
+    """Queries first..last on the keys before `last`, under a mask of their own."""
+    group = query.shape[1] // key.shape[1]
+    mask = _mask(log_keep, window, valid, query, first, last)  # [B, 1 or H, last - first, last]
+    mask = mask.repeat_interleave(group, 1) if mask.shape[1] > 1 else mask
+    return F.scaled_dot_product_attention(
+        query[:, :, first:last],
+        key[:, :, :last],
+        value[:, :, :last],
+        attn_mask=mask.to(query.dtype),
+        scale=scale,
+        enable_gqa=group > 1,
     )
-    return out.transpose(1, 2)
 
 
-def _mask(log_keep: Tensor | None, window: int, valid: Tensor | None, query: Tensor) -> Tensor:
-    B, T = query.shape[0], query.shape[2]
-    ones = torch.ones(B, T, dtype=torch.bool, device=query.device) if valid is None else valid
-    position = ones.cumsum(1) - 1  # [B, T]
-    age = position[:, :, None] - position[:, None, :]  # [B, T, T]
-    columns = torch.arange(T, device=query.device)
-    seen = (columns <= columns[:, None]) & ones[:, None, :]  # [B, T, T]
-    seen = seen | torch.eye(T, dtype=torch.bool, device=query.device)  # a padded query must see something
-    mask = torch.zeros(B, 1, T, T, device=query.device).masked_fill(~seen[:, None], float("-inf"))
+def _mask(log_keep: Tensor | None, window: int, valid: Tensor | None, query: Tensor, first: int, last: int) -> Tensor:
+    B = query.shape[0]
+    ones = torch.ones(B, last, dtype=torch.bool, device=query.device) if valid is None else valid[:, :last]
+    position = ones.cumsum(1) - 1  # [B, last]
+    age = position[:, first:, None] - position[:, None, :]  # [B, N, last]
+    columns = torch.arange(last, device=query.device)
+    rows = columns[first:, None]
+    # A padded query must see something: itself.
+    seen = (columns <= rows) & ones[:, None, :] | (columns == rows)  # [B, N, last]
+    mask = torch.zeros(B, 1, last - first, last, device=query.device).masked_fill(~seen[:, None], float("-inf"))
     if log_keep is None:
         return mask
-    return torch.where((age > window)[:, None], mask + log_keep[:, :, None, :], mask)
+    return torch.where((age > window)[:, None], mask + log_keep[:, :, None, :last], mask)
 
 
 @cache

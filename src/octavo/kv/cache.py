@@ -199,6 +199,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     def abandon(self) -> None:
         """Drop a forward that failed; the cache stays as it was before it."""
         self._forward = None
+        if self.seen == 0:
+            self.reset()
 
     def _expiry(self, layers: slice, marked: Tensor, forward: Forward) -> Tensor:
         """When the new tokens of some layers expire, [l, B, H, N] int32, from their marks [l, B, H, N]."""
