@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from octavo.errors import ConfigError, OctavoError, TextFileError
+from octavo.errors import ConfigError, OctavoError, OutputFileError
 
 app = typer.Typer(
     help="Cheap LLM inference for Hugging Face models.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -52,6 +52,7 @@ def demo(
     from octavo import demo as demonstration
     from octavo.retrofit.data import read_text
 
+    _check_writable(png)
     text = read_text(file or demonstration.TEXT)
     if file is not None and not question:
         raise ConfigError("give at least one --question about your --file")
@@ -175,6 +176,7 @@ def chats(
 
     from octavo.retrofit.chats import read_prompts, write_chats
 
+    _check_writable(out)
     asked = read_prompts(prompts, limit)
     loaded, tokenizer = _load_plain(model, dtype, device)
     with Progress(console=console) as bar:
@@ -216,13 +218,15 @@ def evaluate(
         nll_length=nll_length, nll_from=nll_from, texts=texts, lengths=sizes, cases=cases, batch=batch,
         baselines=baselines,
     )  # fmt: skip
+    if out is not None:
+        _check_writable(out)
     adapters = [find_adapter(name) for name in adapter or (["dms-8x"] if model is None else [])]
     loaded, tokenizer = _load_plain(model, dtype, device)
     result = run_evaluation(loaded, tokenizer, text, adapters, settings, console)
     if out is not None:
         from octavo.plots import evaluation as draw
 
-        _writable(out).write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        out.write_text(json.dumps(result.to_json(), indent=2) + "\n")
         draw(result, out.with_suffix(".png"))
         console.print(f"wrote {out} and {out.with_suffix('.png')}")
 
@@ -262,9 +266,14 @@ def _quiet() -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def _writable(path: Path) -> Path:
+def _check_writable(path: Path) -> None:
+    """Raise OutputFileError now rather than after minutes of work."""
+    existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
     except OSError as e:
-        raise TextFileError(f"cannot write {path}: {e.strerror}") from e
-    return path
+        raise OutputFileError(f"cannot write {path}: {e.strerror}") from e

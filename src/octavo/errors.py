@@ -11,7 +11,8 @@ OctavoError
 │   └── AdapterMismatchError   made for another model
 ├── InputError
 │   ├── PromptError            empty, or longer than the model's positions
-│   └── TextFileError          a text file that cannot be read
+│   ├── TextFileError          a text file that cannot be read
+│   └── OutputFileError        a file or folder that cannot be written
 ├── CacheError
 │   ├── CacheBudgetError       the byte budget cannot hold the next tokens; nothing was written
 │   └── CacheStateError        what was asked for needs tokens that are already evicted, or another model's cache
@@ -66,6 +67,10 @@ class PromptError(InputError):
 
 class TextFileError(InputError):
     """A text file cannot be read."""
+
+
+class OutputFileError(InputError):
+    """A file or folder cannot be written."""
 
 
 class CacheError(OctavoError):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from octavo.errors import OutputFileError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -74,5 +76,8 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as e:
+        raise OutputFileError(f"cannot write {path}: {e.strerror or e}") from e

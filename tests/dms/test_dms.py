@@ -11,7 +11,7 @@ from octavo.attachment import require_attachment
 from octavo.config import Eviction
 from octavo.dms import Gates, GateSpec, SoftGates
 from octavo.dms.objective import distillation_loss, eviction_loss, target_ratio
-from octavo.errors import AdapterFileError, ConfigError
+from octavo.errors import AdapterFileError, ConfigError, OutputFileError
 from tiny import tiny_adapter, tiny_model, tokens
 
 
@@ -156,6 +156,12 @@ def test_adapters_with_impossible_settings_are_refused_even_when_whole(tmp_path,
     (tmp_path / "adapter.json").write_text(json.dumps(settings))
     with pytest.raises(AdapterFileError):
         load_adapter(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputFileError, match="cannot write adapter"):
+        save_adapter(tiny_adapter(tiny_model()), tmp_path / "file" / "a")
 
 
 def test_impossible_specs_are_refused():

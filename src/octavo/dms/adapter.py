@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 
 from octavo.config import Eviction
 from octavo.dms.gate import Gates, GateSpec
-from octavo.errors import AdapterFileError, AdapterMismatchError, ConfigError
+from octavo.errors import AdapterFileError, AdapterMismatchError, ConfigError, OutputFileError
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
@@ -42,9 +42,11 @@ class Adapter:
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:
-    """Write the adapter into `folder` (made when missing). Written aside and renamed, so never half there."""
+    """Write the adapter into `folder` (made when missing). Written aside and renamed, so never half there.
+
+    Raises OutputFileError.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     spec = adapter.gates.spec
     state = adapter.gates.folded_state()
     data = save_tensors({name: state[name].cpu().contiguous() for name in ("weight", "bias")})
@@ -62,8 +64,12 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
         "card": adapter.card,
     }
     settings["sha256"] = _digest(settings, data)
-    _replace(folder / TENSORS, data)
-    _replace(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / TENSORS, data)
+        _replace(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+    except OSError as e:
+        raise OutputFileError(f"cannot write adapter {folder}: {e.strerror}") from e
 
 
 def load_adapter(folder: str | Path) -> Adapter:

@@ -24,7 +24,7 @@ from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec, SoftGates
 from octavo.dms.adapter import check_fingerprint
 from octavo.dms.objective import distillation_loss, eviction_loss, target_ratio
-from octavo.errors import ConfigError, RetrofitError, RetrofitInterrupted
+from octavo.errors import ConfigError, OutputFileError, RetrofitError, RetrofitInterrupted
 from octavo.retrofit.data import Source
 from octavo.retrofit.recall import recall_sequence
 from octavo.support import attention_modules, check_supported, fingerprint
@@ -122,7 +122,10 @@ class Retrofit:
         Raises RetrofitInterrupted on Ctrl-C, after writing a checkpoint, and RetrofitError when the loss is
         no longer finite.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OutputFileError(f"cannot write to {self.folder}: {e.strerror}") from e
         before = attachment_of(self.model)
         frozen = [(p, p.requires_grad) for p in self.model.parameters()]
         self.model.requires_grad_(False)
