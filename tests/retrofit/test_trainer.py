@@ -104,6 +104,7 @@ def test_init_starts_from_an_adapter(student, tokenizer, source, tmp_path):
     first = run(student, tokenizer, source, tmp_path / "a", replace(SETTINGS, steps=12, lr=3e-3)).adapter("first")
     second = Retrofit(student, tokenizer, [source], replace(SETTINGS, target=6, lr=1e-9), tmp_path / "b", init=first)
     second.run()
+    assert (first.card["init"], second.adapter("second").card["init"]) == (None, "first")
     hidden = torch.randn(1, 20, 32)
     torch.testing.assert_close(second.gates.logits(0, hidden), first.gates.logits(0, hidden), rtol=1e-3, atol=1e-3)
     assert json.loads((tmp_path / "b" / LOG).read_text().splitlines()[0])["target"] > 3

@@ -123,6 +123,7 @@ def card_text(adapter: Adapter) -> str:
         f"{spec.eviction.window}, shift {spec.eviction.shift}, one decision per {spec.granularity}, "
         f"trained for {adapter.target:g} tokens per kept token.",
         "",
+        f"Started from {card.get('init') or 'gates that keep everything'}.",
         "Training: " + ", ".join(f"{k} {v}" for k, v in card.get("settings", {}).items()) + ".",
         "Data: " + ", ".join(f"{k} (share {v:g})" for k, v in card.get("data", {}).items()) + ".",
     ]

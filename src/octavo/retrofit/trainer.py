@@ -105,7 +105,7 @@ class Retrofit:
             config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, Eviction(settings.window)
         )
         self.gates = Gates(spec).to(model.device)
-        self.start = 1.0
+        self.start, self.init = 1.0, init.name if init else None
         if init is not None:
             check_fingerprint(init, fingerprint(model))
             if init.gates.spec != spec:
@@ -283,7 +283,11 @@ class Retrofit:
 
     def adapter(self, name: str) -> Adapter:
         """The gates as an adapter for this model, with the run's settings on its card."""
-        card = {"settings": asdict(self.settings), "data": {source.name: source.share for source in self.sources}}
+        card: dict[str, Any] = {
+            "settings": asdict(self.settings),
+            "init": self.init,
+            "data": {source.name: source.share for source in self.sources},
+        }
         gates = Gates(self.gates.spec)
         gates.load_state_dict({k: v.cpu() for k, v in self.gates.folded_state().items()})
         return Adapter(name, gates, fingerprint(self.model), self.settings.target, card)
