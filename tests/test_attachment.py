@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from octavo import KVCache, attach, detach
-from octavo.attachment import attachment_of
+from octavo.attachment import attachment_of, restore
 from octavo.errors import (
     AdapterMismatchError,
     CacheStateError,
@@ -140,6 +140,18 @@ def test_detach_leaves_no_trace():
     assert torch.equal(generate(model, ids), expected)
     with pytest.raises(NotAttachedError, match="attach"):
         detach(model)
+
+
+def test_restore_puts_back_the_adapter_and_every_setting():
+    model = tiny_model()
+    attach(model, tiny_adapter(model), chunk=9, page_size=3, budget=10**6)
+    before = attachment_of(model)
+    attach(model)
+    restore(model, before)
+    after = attachment_of(model)
+    assert (after.adapter, after.settings) == (before.adapter, before.settings)
+    restore(model, None)
+    assert attachment_of(model) is None
 
 
 def test_two_attached_models_do_not_meet():

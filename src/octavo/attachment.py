@@ -10,7 +10,7 @@ import inspect
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +64,14 @@ def detach(model: Model) -> Model:
     """Undo `attach`: the model is exactly as it was before. Raises NotAttachedError when it was not attached."""
     require_attachment(model).undo()
     return model
+
+
+def restore(model: PreTrainedModel, before: "Attachment | None") -> None:
+    """Leave the model as `attachment_of` found it earlier: unattached, or with the same adapter and settings."""
+    if attachment_of(model) is not None:
+        detach(model)
+    if before is not None:
+        attach(model, before.adapter, **asdict(before.settings))
 
 
 def attachment_of(model: PreTrainedModel) -> "Attachment | None":

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment import attach, attachment_of, detach
+from octavo.attachment import attachment_of, detach, restore
 from octavo.chat import Conversation, Sampling
 from octavo.plots import heat_map, heat_map_text
 
@@ -65,7 +65,7 @@ def run(
         warm_up(model, tokenizer)
         plain = read(model, tokenizer, text, questions, console, "the same model without Octavo")
     finally:
-        attach(model, attachment.adapter, chunk=attachment.settings.chunk, budget=attachment.settings.budget)
+        restore(model, attachment)
     console.print(table(ours, plain))
     if ours.share is not None:
         show_heat_map(ours.share, console, png)

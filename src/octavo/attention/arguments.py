@@ -49,7 +49,15 @@ def check(
     if not (
         query.is_cpu
         and key.is_cpu
+        and value.is_cpu
         and k_pages.is_cpu
+        and v_pages.is_cpu
+        and position.is_cpu
+        and expiry.is_cpu
+        and slot_position.is_cpu
+        and slot_expiry.is_cpu
+        and page_table.is_cpu
+        and length.is_cpu
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and position.is_contiguous()
         and expiry.is_contiguous()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from octavo import plots
 from octavo.dms import Adapter, load_adapter, save_adapter
 from octavo.errors import TextFileError
-from octavo.retrofit.data import load_source, parse_mix, read_text
+from octavo.retrofit.data import encode, load_source, parse_mix, read_text
 from octavo.retrofit.evaluate import Evaluation, EvaluationSettings, Row, evaluate
 from octavo.retrofit.trainer import LOG, Retrofit, RetrofitSettings, StepReport
 
@@ -92,7 +92,7 @@ def run_evaluation(
     console: Console,
 ) -> Evaluation:
     """Evaluate on a text file, with a status line meanwhile and a table at the end."""
-    tokens = np.array(tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"])
+    tokens = np.array(encode(tokenizer, read_text(text)))
     with console.status("measuring") as status:
         result = evaluate(
             model, tokenizer, tokens, adapters, settings, lambda row: status.update(f"measured {row.policy}")

@@ -93,8 +93,7 @@ def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64] 
     pieces, starts, chats, at = [], [], False, 0
     for document in read_documents(path):
         if isinstance(document, str):
-            ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            ids = [*ids, tokenizer.eos_token_id]
+            ids = [*encode(tokenizer, document), tokenizer.eos_token_id]
         else:
             chats = True
             ids = chat_ids(tokenizer, document)
@@ -112,6 +111,11 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         text = "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
     else:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return encode(tokenizer, text)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text of any length, with nothing added."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment import KVCache, attach, attachment_of, detach, require_attachment
+from octavo.attachment import KVCache, attach, attachment_of, require_attachment, restore
 from octavo.dms import Adapter, HardGates, Policy
 from octavo.dms.adapter import check_fingerprint
 from octavo.errors import ConfigError, TextFileError
 from octavo.retrofit.baselines import BASELINES
+from octavo.retrofit.data import encode
 from octavo.support import fingerprint
 
 CITIES = ("Paris", "Tokyo", "Lagos", "Lima", "Oslo", "Cairo")
@@ -112,9 +113,7 @@ def evaluate(
             out.rows.append(row)
             on_row(row)
     finally:
-        detach(model)
-        if before is not None:
-            attach(model, before.adapter, **asdict(before.settings))
+        restore(model, before)
     return out
 
 
@@ -222,8 +221,8 @@ def needle_cases(
         user = f"Read the text and remember the magic number in it.\n{mark}\n{ask}"
         reply = f"The special magic number for {city} is "
         chat = chat_ids_around(tokenizer, user, reply, mark)
-        needle = _encode(tokenizer, f"\nThe special magic number for {city} is {number}. Remember it.\n")
-        answer = _encode(tokenizer, number)
+        needle = encode(tokenizer, f"\nThe special magic number for {city} is {number}. Remember it.\n")
+        answer = encode(tokenizer, number)
         room = length - len(chat[0]) - len(chat[1]) - len(needle) - len(answer)
         if room < 1:
             raise ConfigError(f"a needle case does not fit into {length} tokens")
@@ -239,16 +238,11 @@ def chat_ids_around(tokenizer: Any, user: str, reply: str, mark: str) -> tuple[l
     """Token ids before and after `mark` in a chat that ends with the unfinished `reply`."""
     if tokenizer.chat_template is None:
         before, after = user.split(mark)
-        return _encode(tokenizer, before), _encode(tokenizer, f"{after}\n{reply}")
+        return encode(tokenizer, before), encode(tokenizer, f"{after}\n{reply}")
     messages = [{"role": "user", "content": user}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, after = (text + reply).split(mark)
-    return _encode(tokenizer, before), _encode(tokenizer, after)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return encode(tokenizer, before), encode(tokenizer, after)
 
 
 def _long(values: Any) -> Tensor:

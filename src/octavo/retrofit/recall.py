@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octavo.retrofit.data import Source
+from octavo.retrofit.data import Source, encode
 
 _NAMES = (
     "Ada Boris Clara Dmitri Elena Felix Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Petra Quentin Rosa Stefan Tilda"
@@ -55,10 +55,10 @@ def recall_sequence(
     opening, between, closing = _frame(tokenizer, str(rng.choice(_INSTRUCTIONS)))
     tail: list[int] = []
     for i, (_, question, answer, value) in enumerate(asked):
-        asks = _ids(tokenizer, ("\n\n" if i == 0 else "") + question)
-        tail += (asks if i == 0 else [*closing, *asks]) + [*between, *_ids(tokenizer, f"{answer} {value}.")]
+        asks = encode(tokenizer, ("\n\n" if i == 0 else "") + question)
+        tail += (asks if i == 0 else [*closing, *asks]) + [*between, *encode(tokenizer, f"{answer} {value}.")]
     tail += closing[:1]
-    statements = [_ids(tokenizer, f" {fact[0]} ") for fact in made]
+    statements = [encode(tokenizer, f" {fact[0]} ") for fact in made]
     room = length - len(opening) - len(tail) - sum(map(len, statements))
     if room < 16:
         return (
@@ -90,20 +90,10 @@ def _fact(rng: np.random.Generator) -> tuple[str, str, str, str]:
 
 def _frame(tokenizer: Any, instruction: str) -> tuple[list[int], list[int], list[int]]:
     """Token ids (before the text, between question and answer, between answer and the next question)."""
-    if tokenizer.chat_template is None:
-        return _ids(tokenizer, instruction + "\n"), _ids(tokenizer, "\nAnswer: "), _ids(tokenizer, "\nQuestion: ")
-    marks = "\x00"
-    chat = [
-        {"role": "user", "content": marks},
-        {"role": "assistant", "content": marks},
-        {"role": "user", "content": marks},
-    ]
-    parts = tokenizer.apply_chat_template(chat, tokenize=False).split(marks)
-    if len(parts) != 4:  # a template that rewrites contents
-        return _ids(tokenizer, instruction + "\n"), _ids(tokenizer, "\nAnswer: "), _ids(tokenizer, "\nQuestion: ")
-    return _ids(tokenizer, parts[0] + instruction + "\n\n"), _ids(tokenizer, parts[1]), _ids(tokenizer, parts[2])
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    mark = "\x00"
+    chat = [{"role": role, "content": mark} for role in ("user", "assistant", "user")]
+    has_template = tokenizer.chat_template is not None
+    parts = tokenizer.apply_chat_template(chat, tokenize=False).split(mark) if has_template else []
+    if len(parts) != 4:  # no template, or one that rewrites contents
+        return encode(tokenizer, instruction + "\n"), encode(tokenizer, "\nAnswer: "), encode(tokenizer, "\nQuestion: ")
+    return encode(tokenizer, parts[0] + instruction + "\n\n"), encode(tokenizer, parts[1]), encode(tokenizer, parts[2])

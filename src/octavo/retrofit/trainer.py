@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment import attach, attachment_of, detach, require_attachment
+from octavo.attachment import attach, attachment_of, require_attachment, restore
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec, SoftGates
 from octavo.dms.adapter import check_fingerprint
@@ -151,9 +151,7 @@ class Retrofit:
         finally:
             for parameter, value in frozen:
                 parameter.requires_grad_(value)
-            detach(self.model)
-            if before is not None:
-                attach(self.model, before.adapter, **asdict(before.settings))
+            restore(self.model, before)
         return self.gates
 
     def _train_step(self) -> StepReport:
