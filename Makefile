@@ -5,7 +5,7 @@ BIN = .venv/bin
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard src/octavo/attention/*.[ch])
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard src/octavo/attention/*.[ch] src/octavo/vdb/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
@@ -28,4 +28,4 @@ bench: install
 	$(BIN)/python bench/cpu.py --tokens 128 240 8000 --dtype bf16 fp32 --out bench/results-cpu.json
 
 clean:
-	rm -rf .venv build dist src/*.egg-info src/octavo/attention/*.so
+	rm -rf .venv build dist src/*.egg-info src/octavo/attention/*.so src/octavo/vdb/*.so

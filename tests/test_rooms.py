@@ -15,13 +15,14 @@ ARROWS = {
     "dms": set(),
     "kv": {"attention"},
     "support": set(),
+    "vdb": set(),
     "attachment": {"attention", "dms", "kv", "support"},
     "models": {"attachment", "dms"},
     "chat": {"attachment"},
     "retrofit": {"attachment", "dms", "support", "plots"},
     "plots": {"retrofit"},
     "demo": {"attachment", "chat", "plots"},
-    "cli": {"chat", "demo", "models", "plots", "retrofit"},
+    "cli": {"chat", "demo", "models", "plots", "retrofit", "vdb"},
     "errors": set(),
     "config": set(),
 }
@@ -77,6 +78,12 @@ def test_import_is_cheap_and_leaves_torch_alone() -> None:
     fields = [o.stdout.split() for o in out]
     assert min(float(f[0]) for f in fields) < 0.3
     assert all(f[1:] == ["False", "False"] for f in fields)
+
+
+def test_vector_database_needs_neither_torch_nor_numpy() -> None:
+    code = "import sys, octavo.vdb; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False False"
 
 
 def test_help_needs_no_torch() -> None:

@@ -1,5 +1,6 @@
 """The command line. A user's mistake is one line on standard error and exit code 2."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,12 @@ app = typer.Typer(
 )
 retrofit = typer.Typer(help="Train adapters for a model.", no_args_is_help=True)
 app.add_typer(retrofit, name="retrofit")
+with contextlib.suppress(ImportError):  # octavo.vdb is its C extension, which needs a compiler at installation
+    from octavo.vdb.bench.command import app as bench
+    from octavo.vdb.command import app as vdb
+
+    app.add_typer(vdb, name="vdb")
+    app.add_typer(bench, name="bench")
 console = Console()
 
 Model = Annotated[

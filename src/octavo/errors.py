@@ -16,8 +16,15 @@ OctavoError
 ├── CacheError
 │   ├── CacheBudgetError       the byte budget cannot hold the next tokens; nothing was written
 │   └── CacheStateError        what was asked for needs tokens that are already evicted, or another model's cache
-└── RetrofitError              training cannot start or go on
-    └── RetrofitInterrupted    stopped by the user; a checkpoint was written
+├── RetrofitError              training cannot start or go on
+│   └── RetrofitInterrupted    stopped by the user; a checkpoint was written
+└── VectorDatabaseError        something is wrong with a vector database or what it was asked
+    ├── VectorError            a vector of another dimension, dtype or layout, or with NaN or infinity
+    ├── UnknownIdError         no row has this id or index
+    ├── DuplicateIdError       a row has this id already
+    ├── DatabaseClosedError    the database was closed
+    ├── ReadOnlyDatabaseError  a view of a file cannot be changed
+    └── DatabaseFileError      the file is missing, damaged or cannot be written
 """
 
 
@@ -91,3 +98,33 @@ class RetrofitError(OctavoError):
 
 class RetrofitInterrupted(RetrofitError):
     """Training was stopped by the user; the message names the checkpoint."""
+
+
+class VectorDatabaseError(OctavoError, RuntimeError):
+    """Something is wrong with a vector database or what it was asked; the database is as it was."""
+
+
+class VectorError(VectorDatabaseError, ValueError):
+    """A vector has another dimension, dtype or layout than the database needs, or holds NaN or infinity."""
+
+
+class UnknownIdError(VectorDatabaseError, KeyError):
+    """No row has this id or index."""
+
+    __str__ = Exception.__str__  # KeyError's would put the message into quotes
+
+
+class DuplicateIdError(VectorDatabaseError, ValueError):
+    """A row has this id already; nothing was added."""
+
+
+class DatabaseClosedError(VectorDatabaseError):
+    """The database was closed."""
+
+
+class ReadOnlyDatabaseError(VectorDatabaseError):
+    """The database is a view of a file and cannot be changed."""
+
+
+class DatabaseFileError(VectorDatabaseError):
+    """The file of a database is missing, damaged or cannot be written."""

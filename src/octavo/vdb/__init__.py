@@ -1,0 +1,143 @@
+"""A vector database in one C header, `vdb.h`, and its Python side. Imports neither torch nor numpy.
+
+    db = VectorDatabase(384, metric="cosine", storage="f32+i8", index="hnsw")
+    db.add(vectors, ids=["a", "b"], metadata=[b"...", None])  # [2, 384] float32
+    hits = db.search(query, k=10)  # [384], or [n, 384] for a batch
+    hits.distances, hits.indices, hits.ids
+    db.save("x.vdb")
+    db = VectorDatabase.open("x.vdb", mode="mmap")
+
+Vectors are float32: numpy arrays and everything else with the buffer protocol, torch tensors on the CPU, `bytes` of raw
+float32, or lists of numbers. Exact search (index "flat", or `exact=True`) gives the same answer, bit for bit, on every
+processor and for any number of threads. Every error is a `VectorDatabaseError` of `octavo.errors`, or a `ConfigError`
+for a setting that cannot be; whatever raises has changed nothing.
+"""
+
+from array import array
+from dataclasses import dataclass
+from enum import IntEnum
+from os import PathLike
+from typing import Self
+
+try:
+    from octavo.vdb import _vdb
+    from octavo.vdb._vdb import Hits, kernels, set_kernels, verify
+except ImportError as error:
+    raise ImportError(
+        "octavo.vdb needs its C extension, which is not built: install a C compiler (gcc or clang) and run "
+        f"`pip install -e .` in Octavo's folder ({error})"
+    ) from error
+
+__all__ = [
+    "Hits",
+    "Information",
+    "Row",
+    "VDBError",
+    "VDBMetric",
+    "VectorDatabase",
+    "kernels",
+    "set_kernels",
+    "verify",
+]
+
+
+class VDBMetric(IntEnum):
+    """What a distance is; every one ascends from the nearest."""
+
+    COSINE = 0  # 1 - cos(q, x); 1 if either is zero
+    EUCLIDEAN = 1  # with the root
+    DOT_PRODUCT = 2  # negated
+
+
+class VDBError(IntEnum):
+    """The error codes of vdb.h. Python raises the errors of `octavo.errors` instead."""
+
+    OK = 0
+    NULL_POINTER = -1
+    INVALID_DIMENSIONS = -2
+    OUT_OF_MEMORY = -3
+    NOT_FOUND = -4
+    INVALID_INDEX = -5
+    THREAD_FAILURE = -6
+    NOT_FINITE = -7
+    INVALID_ARGUMENT = -8
+    DUPLICATE_ID = -9
+    READ_ONLY = -10
+    IO = -11
+    CORRUPT = -12
+    FULL = -13
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. `vector` [D] is float32 as stored: rounded, unless the storage keeps f32."""
+
+    index: int
+    vector: "array[float]"
+    id: str | None
+    metadata: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Information:
+    """A database in numbers."""
+
+    dimensions: int
+    metric: VDBMetric
+    storage: str
+    index: str
+    links: int  # HNSW's M
+    build_effort: int  # HNSW's efConstruction
+    threads: int  # at most this many work on one call; 0 for every core
+    count: int  # rows that can be found
+    slots: int  # every index is below this
+    bytes: int  # memory held, or the size of the mapped file
+    vector_bytes: int  # of it, vectors and codes of the rows
+    read_only: bool
+    has_ids: bool
+
+
+class VectorDatabase(_vdb.Database):
+    """Rows of a vector of `dimensions` float32, maybe an id (text) and metadata (bytes), found by their nearest.
+
+    `dimensions`: 1 to 65536. `metric`: "cosine", "euclidean", "dot", or a `VDBMetric`.
+    `storage`: "f32"; "f32+i8", which also keeps a byte per number to scan first (a quarter more memory, about three
+    times the speed, the same answers); "f16", "bf16" or "i8", which keep only the rounded vector.
+    `index`: "flat" reads every row; "hnsw" keeps a graph that finds nearly all of the nearest by reading few.
+    `links` (2 to 128) and `build_effort` (1 to 4096) are HNSW's M and efConstruction.
+    `threads`: at most so many work on one call, None for every core; `multithreaded=False` means 1.
+
+    Threads may share a database: any number read while one writes. A context manager closes it. `len(db)` counts rows,
+    `id in db` looks one up. A child of fork() may go on using a database that no thread was inside of at the fork.
+    """
+
+    __slots__ = ("__weakref__",)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """`open(path)`, by the first version's name."""
+        return cls.open(path)
+
+    @property
+    def metric(self) -> VDBMetric:
+        """What a distance is."""
+        return VDBMetric(self._metric)
+
+    def get(self, id: str | None = None, index: int | None = None) -> Row:
+        """The row with this index, or the first with this id. Raises UnknownIdError."""
+        place, vector, name, metadata = self._row(id=id, index=index)
+        return Row(place, array("f", vector), name, metadata)
+
+    def info(self) -> Information:
+        """Settings, rows and bytes. Raises DatabaseClosedError."""
+        dimensions, metric, *others = self._facts()
+        return Information(dimensions, VDBMetric(metric), *others)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<VectorDatabase, closed>"
+        facts = self.info()
+        return (
+            f"<VectorDatabase of {facts.count} rows, {facts.dimensions} dimensions, {facts.metric.name.lower()}, "
+            f"{facts.storage}, {facts.index}>"
+        )
