@@ -48,7 +48,7 @@
  *     for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
  *   - HNSW answers do not depend on the number of threads, neither in building nor in searching; their distances are
  *     the exact ones. Fewer than k rows come back only if fewer than k are there to be found.
- *   - A vector with NaN or infinity is refused, as a row and as a query. Any finite float is allowed: nothing overflows.
+ *   - A vector with NaN or infinity is refused, as a row and as a query. Any finite float is allowed; none overflows.
  *   - A failed call changes nothing. A failed save leaves the old file. A file is checked before it is believed.
  *   - With VDB_MULTITHREADED any number of threads may read while one writes; calls wait for each other as needed.
  *     Answers own their memory. Pointers from vdb_get_vector are the exception: they live until the row is removed,
@@ -149,9 +149,9 @@ typedef struct {
   int with_metadata;      /* not 0: fill `metadata` and `metadata_sizes` */
 } vdb_query_options;
 
-/* The answer to `queries` questions: arrays [queries][k], nearest first, where k is what was asked for, or the number of
- * rows if that is less (1 if there are none). Where a question has fewer than k rows the rest is VDB_NO_INDEX, infinity
- * and NULL. One block of memory, freed by vdb_free_answer. */
+/* The answer to `queries` questions: arrays [queries][k], nearest first, where k is what was asked for, or the number
+ * of rows if that is less (1 if there are none). Where a question has fewer than k rows the rest is VDB_NO_INDEX,
+ * infinity and NULL. One block of memory, freed by vdb_free_answer. */
 typedef struct {
   size_t queries, k;
   size_t *counts; /* [queries] rows found */
@@ -217,7 +217,8 @@ VDB_API vdb_query_options vdb_default_query_options(size_t k);
 VDB_API vdb_error vdb_new(size_t dimensions, vdb_metric metric, const vdb_options *options, vdb_database **out);
 VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out);
 /* Adds `count` rows, vectors [count][dimensions], or none of them. `records` [count] and `indices` [count] (out) may
- * be NULL. Indices of removed rows are used again. */
+ * be NULL. Indices of removed rows are used again. While many rows enter a graph, other threads may search; they
+ * find all of the new rows, or none yet. */
 VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                           vdb_add_mode mode, uint64_t *indices);
 /* Memory for `count` more rows at once. */
@@ -235,8 +236,8 @@ VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *remove
 /* Gives the memory of removed rows back. Rows keep their order; indices become 0 to count - 1. */
 VDB_API vdb_error vdb_compact(vdb_database *db);
 /* Answers `count` questions, queries [count][dimensions]. */
-VDB_API vdb_error vdb_query(const vdb_database *db, const float *queries, size_t count, const vdb_query_options *options,
-                            vdb_answer **out);
+VDB_API vdb_error vdb_query(const vdb_database *db, const float *queries, size_t count,
+                            const vdb_query_options *options, vdb_answer **out);
 VDB_API void vdb_free_answer(vdb_answer *answer);
 
 typedef enum {
@@ -298,6 +299,7 @@ VDB_API vdb_error vdb_set_kernels(const char *name);
 #if !defined(__cplusplus) && defined(__STRICT_ANSI__) && defined(__linux__)
 extern int fsync(int);
 extern ssize_t pread(int, void *, size_t, off_t);
+extern int madvise(void *, size_t, int);
 extern long syscall(long, ...);
 #endif
 
@@ -323,6 +325,18 @@ static inline void *vdb_aligned_alloc(size_t bytes) {
   unsigned char *aligned = raw + (address - (uintptr_t)raw);
   memcpy(aligned - sizeof(void *), &raw, sizeof(void *));
   return aligned;
+}
+
+/* Huge pages for the inside of a large allocation, where the system has them: rows met on a walk over a graph lie
+ * anywhere, and with small pages most of them would miss the TLB. */
+static inline void vdb_advise_huge(void *memory, size_t bytes) {
+#ifdef __linux__
+  uintptr_t page = (uintptr_t)1 << 21, begin = ((uintptr_t)memory + page - 1) & ~(page - 1);
+  uintptr_t end = ((uintptr_t)memory + bytes) & ~(page - 1);
+  if (begin < end) (void)madvise((unsigned char *)memory + (begin - (uintptr_t)memory), end - begin, 14); /* HUGEPAGE */
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 static inline void vdb_aligned_free(void *pointer) {
@@ -406,8 +420,8 @@ static inline float vdb_to_i8(const float *values, size_t count, int8_t *codes) 
  *
  * A kernel set is a table of functions for one kind of machine. Rows are given by pointer, so that the same functions
  * serve a scan (consecutive rows), a graph (neighbours) and a filtered scan. A query is padded with zeros to a multiple
- * of VDB_PAD elements, and VDB_ALIGNMENT bytes are readable after every array of rows: kernels may read past a row, what
- * they find there is finite and meets a zero.
+ * of VDB_PAD elements, and VDB_ALIGNMENT bytes are readable after every array of rows: kernels may read past a row;
+ * what they find there is finite and meets a zero.
  *
  * Scores are approximate: they decide what is looked at, never what is answered.
  *     |score - exact| <= vdb_rounding(dimensions) * |query| * |row|          dots
@@ -473,7 +487,7 @@ typedef struct {
   size_t (*gate_tile)(const float *scores, size_t width, const vdb_row_terms *rows, size_t count,
                       const vdb_query_terms *queries, vdb_hit *hits);
   /* sums[0] = dot product (squares == 0) or sum of squared differences; sums[1] = sum of row[j]^2. In double, in the
-   * one order that every kernel set keeps: 16 lanes, j modulo 16, then halves added to halves. Rows are f32, unpadded. */
+   * one order that every kernel set keeps: 16 lanes, j modulo 16, then halves added to halves. Rows: f32, unpadded. */
   void (*exact)(const float *query, const float *row, size_t dimensions, int squares, double sums[2]);
   void (*decode)(vdb_element element, const void *row, float scale, size_t dimensions, float *out);
   uint32_t (*crc32c)(uint32_t crc, const void *bytes, size_t size);
@@ -484,7 +498,6 @@ VDB_INLINE size_t vdb_tile_scratch(size_t dimensions) {
   return VDB_TILE_ROWS * vdb_round_up(dimensions, VDB_PAD) * sizeof(float) + 4096;
 }
 
-/* (kernel sets here: plain, avx2, avx512, amx, neon; then) */
 
 /* --- what the sets share ---
  *
@@ -1970,8 +1983,8 @@ static inline const vdb_kernel_set *vdb_active(void) {
  * its steps. Without VDB_MULTITHREADED all of this is empty.
  *
  * The pool runs `tasks` calls of one function on its workers and on the caller. It is made at the first call that wants
- * it and serves one job at a time: who finds it busy works alone, since the cores are busy too. After a fork() the child
- * makes its own.
+ * it and serves one job at a time: who finds it busy works alone, since the cores are busy too. After a fork() the
+ * child makes its own.
  */
 typedef void (*vdb_task)(void *context, size_t task);
 
@@ -2057,6 +2070,17 @@ static inline void vdb_let_readers_in(vdb_lock *lock) {
 static inline void vdb_enter_write(vdb_lock *lock) {
   pthread_mutex_lock(&lock->writer);
   vdb_keep_readers_out(lock);
+}
+
+/* For a reader that must not see a writer's work half done. */
+static inline void vdb_enter_still(vdb_lock *lock) {
+  pthread_mutex_lock(&lock->writer);
+  vdb_enter_read(lock);
+}
+
+static inline void vdb_leave_still(vdb_lock *lock) {
+  vdb_leave_read(lock);
+  pthread_mutex_unlock(&lock->writer);
 }
 
 static inline void vdb_leave_write(vdb_lock *lock) {
@@ -2162,6 +2186,8 @@ static inline void vdb_keep_readers_out(vdb_lock *lock) { (void)lock; }
 static inline void vdb_let_readers_in(vdb_lock *lock) { (void)lock; }
 static inline void vdb_enter_write(vdb_lock *lock) { (void)lock; }
 static inline void vdb_leave_write(vdb_lock *lock) { (void)lock; }
+static inline void vdb_enter_still(vdb_lock *lock) { (void)lock; }
+static inline void vdb_leave_still(vdb_lock *lock) { (void)lock; }
 static inline void vdb_pool_reset(vdb_pool *pool) { pool->unused = 0; }
 static inline void vdb_pool_stop(vdb_pool *pool) { (void)pool; }
 static inline size_t vdb_cores(void) { return 1; }
@@ -2177,9 +2203,9 @@ static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb
 /* ------------------------------------------------------------------------------------------------------------------
  * 6 Rows
  *
- * Rows live in blocks that never move: index i is row i % block_rows of block i / block_rows. A block is one allocation,
- * or points into a mapped file. A removed row keeps its place until it is used again (flat: at once; HNSW: after a
- * sweep); `live` says which indices are rows.
+ * Rows live in blocks that never move: index i is row i % block_rows of block i / block_rows. Blocks made at once share
+ * an allocation; those of a mapped file point into it. A removed row keeps its place until it is used again (flat: at
+ * once; HNSW: after a sweep); `live` says which indices are rows.
  */
 #define VDB_NO_ROW 0xffffffffu
 
@@ -2190,7 +2216,8 @@ typedef struct {
   float *scales;          /* [block_rows] of the codes; NULL without codes */
   float *residuals;       /* [block_rows] at least |vector - scale * codes|; NULL unless F32_I8 */
   uint32_t *links;        /* HNSW: [block_rows][1 + 2 * options.links]: how many, then neighbours on the lowest level */
-  void *memory;           /* NULL in a mapped database */
+  void *memory;           /* the allocation that begins here, NULL if the block lies inside another's or in a file */
+  size_t bytes;           /* of memory */
 } vdb_block;
 
 /* Of the levels above the lowest: tower_of[i] is where row i's begin in `towers` (0: none): the number of levels, then
@@ -2310,12 +2337,12 @@ static inline vdb_block_layout vdb_layout_of(const vdb_database *db) {
   if (db->options.storage == VDB_STORAGE_F32_I8) place += rows * sizeof(float);
   layout.links = place;
   if (db->options.index == VDB_INDEX_HNSW) place += rows * vdb_link_stride(db) * sizeof(uint32_t);
-  layout.total = place;
+  layout.total = vdb_round_up(place, VDB_ALIGNMENT);
   return layout;
 }
 
-static inline void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, vdb_block *block) {
-  unsigned char *base = (unsigned char *)block->memory;
+static inline void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, unsigned char *base,
+                                   vdb_block *block) {
   block->vectors = base + layout->vectors;
   block->codes = db->options.storage == VDB_STORAGE_F32_I8 ? (int8_t *)(base + layout->codes)
                  : db->options.storage == VDB_STORAGE_I8   ? (int8_t *)block->vectors
@@ -2350,6 +2377,8 @@ static inline int vdb_grow(void **array, size_t old_count, size_t count, size_t 
   return 1;
 }
 
+#define VDB_SLAB_BYTES ((size_t)32 << 20) /* of blocks that are allocated together, at most */
+
 static inline vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
   size_t blocks = (rows + vdb_block_rows(db) - 1) >> db->block_shift;
   if (blocks <= db->block_count) return VDB_OK;
@@ -2361,12 +2390,17 @@ static inline vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
   }
   vdb_block_layout layout = vdb_layout_of(db);
   while (db->block_count < blocks) {
-    vdb_block *block = &db->blocks[db->block_count];
-    block->memory = vdb_aligned_alloc(layout.total);
-    if (!block->memory) return VDB_ERROR_OUT_OF_MEMORY; /* the blocks made so far are kept for the next attempt */
-    vdb_point_block(db, &layout, block);
-    db->block_count++;
-    vdb_clear_after(db, (db->block_count << db->block_shift) - 1);
+    size_t count = vdb_max(1, vdb_min(blocks - db->block_count, VDB_SLAB_BYTES / layout.total));
+    unsigned char *memory = (unsigned char *)vdb_aligned_alloc(count * layout.total);
+    if (!memory) return VDB_ERROR_OUT_OF_MEMORY; /* the blocks made so far are kept for the next attempt */
+    vdb_advise_huge(memory, count * layout.total);
+    for (size_t i = 0; i < count; i++) {
+      vdb_block *block = &db->blocks[db->block_count++];
+      block->memory = i ? NULL : memory;
+      block->bytes = i ? 0 : count * layout.total;
+      vdb_point_block(db, &layout, memory + i * layout.total, block);
+      vdb_clear_after(db, (db->block_count << db->block_shift) - 1);
+    }
   }
   return VDB_OK;
 }
@@ -2395,6 +2429,12 @@ static inline void vdb_parallel(const vdb_database *db, size_t tasks, vdb_task r
   size_t threads = vdb_min(vdb_thread_count(db), tasks);
   if (threads > 1 && vdb_pool_run(db->pool, vdb_thread_count(db) - 1, tasks, run, context)) return;
   for (size_t task = 0; task < tasks; task++) run(context, task);
+}
+
+/* Rows that are stored and described can be found from here on. */
+static inline void vdb_make_live(vdb_database *db, const uint32_t *rows, size_t count) {
+  for (size_t i = 0; i < count; i++) db->live[rows[i] >> 6] |= (uint64_t)1 << (rows[i] & 63);
+  db->count += count;
 }
 
 /* A row's place may be used again. Where there is no memory to note that, it is lost until vdb_compact. */
@@ -2571,7 +2611,8 @@ static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, si
 
 static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
   uint32_t lowest = VDB_NO_ROW, row;
-  for (size_t place = 0; (row = vdb_table_next(db, id, size, &place)) != VDB_NO_ROW;) lowest = row < lowest ? row : lowest;
+  for (size_t place = 0; (row = vdb_table_next(db, id, size, &place)) != VDB_NO_ROW;)
+    if (row < lowest) lowest = row;
   return lowest;
 }
 
@@ -2582,8 +2623,8 @@ static inline vdb_error vdb_table_room(vdb_database *db, size_t ids) {
 }
 
 /* Copies id and metadata into the arena and enters the id into the table, where there must be room. */
-static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const char *id, size_t id_size, const void *metadata,
-                                       size_t metadata_size) {
+static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const char *id, size_t id_size,
+                                       const void *metadata, size_t metadata_size) {
   uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size};
   if (!id_size && !metadata_size) return VDB_OK;
   if (!db->records.records &&
@@ -2675,10 +2716,10 @@ static inline vdb_error vdb_allocate(size_t dimensions, vdb_metric metric, const
 /* ------------------------------------------------------------------------------------------------------------------
  * 7 Exact search
  *
- * A scan gives every row a score that is wrong by at most a known bound. Turned into a key, where greater is nearer, each
- * row then has a lower and an upper bound. A row whose upper bound is below the k-th greatest lower bound cannot be in
- * the answer. The few others are a shortlist; their exact distances, in double precision, decide. This is how codes of
- * one byte, or products of split 16-bit numbers, give the very answer of a full scan.
+ * A scan gives every row a score that is wrong by at most a known bound. Turned into a key, where greater is nearer,
+ * each row then has a lower and an upper bound. A row whose upper bound is below the k-th greatest lower bound cannot
+ * be in the answer. The few others are a shortlist; their exact distances, in double precision, decide. This is how
+ * codes of one byte, or products of split 16-bit numbers, give the very answer of a full scan.
  *
  *     metric      scan                     key                             distance -> key
  *     cosine      <q/|q|, x>               score / |x|                     1 - d
@@ -2686,9 +2727,9 @@ static inline vdb_error vdb_allocate(size_t dimensions, vdb_metric metric, const
  *     Euclidean   sum (q - x)^2            -score                          -d^2
  *     Euclidean   <q, x> (codes, tiles)    score - |x|^2 / 2               (|q|^2 - d^2) / 2
  *
- * Every bound has slack for the rounding of the answer's distance to float, so that rows of equal float distance are all
- * looked at and the lower index wins. Rows whose norm is outside 2^-60..2^60 have no useful bound in float: they are
- * always on the shortlist.
+ * Every bound has slack for the rounding of the answer's distance to float, so that rows of equal float distance are
+ * all looked at and the lower index wins. Rows whose norm is outside 2^-60..2^60 have no useful bound in float: they
+ * are always on the shortlist.
  */
 typedef enum { VDB_FORM_COSINE, VDB_FORM_DOT, VDB_FORM_SQUARES, VDB_FORM_EXPANDED } vdb_form;
 
@@ -2736,8 +2777,8 @@ static inline void vdb_make_codes(size_t dimensions, size_t padded, int8_t *high
     low[j] = (int8_t)(rounded > 127 ? 127 : rounded < -127 ? -127 : rounded);
     probe->high_sum += high[j];
     probe->low_sum += low[j];
-    double difference = (double)probe->values[j] - (double)probe->high_scale * high[j] - (double)probe->low_scale * low[j];
-    missed += difference * difference;
+    double said = (double)probe->high_scale * high[j] + (double)probe->low_scale * low[j];
+    missed += ((double)probe->values[j] - said) * ((double)probe->values[j] - said);
   }
   question->missing = (float)(sqrt(missed) * 1.000001);
 }
@@ -2785,7 +2826,8 @@ static inline float vdb_finish_distance(vdb_metric metric, const double sums[2],
 }
 
 /* The distance as answered. `decoded` is room for a vector, used unless rows are f32. */
-static inline float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row, float *decoded) {
+static inline float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
+                                       float *decoded) {
   double sums[2];
   const float *vector = (const float *)vdb_vector_at(db, row);
   if (vdb_element_of(db->options.storage) != VDB_F32) {
@@ -2798,7 +2840,8 @@ static inline float vdb_exact_distance(const vdb_database *db, const vdb_questio
 
 static inline int vdb_passes(const vdb_database *db, const vdb_query_options *options, size_t row) {
   if (!vdb_is_live(db, row)) return 0;
-  if (options->bitset && (row >> 6 >= options->bitset_words || !(options->bitset[row >> 6] >> (row & 63) & 1u))) return 0;
+  if (options->bitset && row >> 6 >= options->bitset_words) return 0;
+  if (options->bitset && !(options->bitset[row >> 6] >> (row & 63) & 1u)) return 0;
   return !options->filter || options->filter((uint64_t)row, options->filter_context);
 }
 
@@ -2827,7 +2870,7 @@ typedef struct {
   vdb_form form;
   float gamma, delta; /* see vdb_row_terms */
   float constant;     /* error of the key that does not depend on the row */
-  float highest;      /* keys count no more than this: below VDB_UNBOUNDED, and where dot products leave float and tie */
+  float highest;      /* keys count no more than this: below VDB_UNBOUNDED; where dot products leave float, and tie */
   float *decoded;
 } vdb_scan;
 
@@ -2926,7 +2969,8 @@ static inline void vdb_settle(const vdb_scan *scan, vdb_shortlist *list) {
   for (size_t i = 0; i < kept; i++) {
     if (list->list[i].upper < list->threshold) break;
     if (i + 2 < kept) vdb_prefetch_row(scan->db, list->list[i + 2].row);
-    vdb_found found = {vdb_exact_distance(scan->db, scan->question, list->list[i].row, scan->decoded), list->list[i].row};
+    uint32_t row = list->list[i].row;
+    vdb_found found = {vdb_exact_distance(scan->db, scan->question, row, scan->decoded), row};
     vdb_keep_found(list, found);
     if (list->found == list->k) {
       float key = vdb_key_of(scan, list->best[0].distance);
@@ -2936,7 +2980,8 @@ static inline void vdb_settle(const vdb_scan *scan, vdb_shortlist *list) {
   list->count = 0;
 }
 
-static inline void vdb_shortlist_add(const vdb_scan *scan, vdb_shortlist *list, float upper, float lower, uint32_t row) {
+static inline void vdb_shortlist_add(const vdb_scan *scan, vdb_shortlist *list, float upper, float lower,
+                                     uint32_t row) {
   vdb_candidate candidate = {upper, row};
   if (list->count == list->room) vdb_settle(scan, list);
   list->list[list->count++] = candidate;
@@ -3061,9 +3106,10 @@ static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mas
     count++;
   }
   vdb_element element = vdb_element_of(db->options.storage);
+  const float *values = question->probe.values;
   if (codes) kernels->dots_i8(&question->probe, rows, count, db->dimensions, scores);
-  else if (scan->form == VDB_FORM_SQUARES) kernels->squares[element](question->probe.values, rows, count, db->dimensions, scores);
-  else kernels->dots[element](question->probe.values, rows, count, db->dimensions, scores);
+  else if (scan->form == VDB_FORM_SQUARES) kernels->squares[element](values, rows, count, db->dimensions, scores);
+  else kernels->dots[element](values, rows, count, db->dimensions, scores);
   vdb_terms(scan, block, first, picked, count, &terms);
   float gamma = scan->form == VDB_FORM_SQUARES ? 0.0f : scan->gamma;
   if (!question->wild && !kernels->gate(scores, &terms, count, gamma, scan->delta, list->threshold, uppers)) return;
@@ -3245,7 +3291,7 @@ static inline void vdb_tile_settle(void *context, size_t query) {
 }
 
 /* Packs the panel and makes the terms of its queries. */
-static inline vdb_error vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
+static inline void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
   const vdb_database *db = job->db;
   const float *values[VDB_TILE_QUERIES];
   int codes = vdb_has_codes(db->options.storage);
@@ -3260,7 +3306,6 @@ static inline vdb_error vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
     job->gamma[q] = job->scans[q].gamma;
     job->delta[q] = job->scans[q].delta;
   }
-  return VDB_OK;
 }
 
 /* Exact answers to `count` <= VDB_TILE_QUERIES questions at once: out [count][options->k]. */
@@ -3708,13 +3753,11 @@ static inline size_t vdb_gather(const vdb_database *db, const vdb_aim *aim, uint
   for (size_t i = 1; i <= count; i++) {
     uint32_t other = links[i];
     if (other >= db->slots) continue;
-    if (unmet) {
-      if (walker->visited[other] == walker->epoch) continue;
-      walker->visited[other] = walker->epoch;
-    }
-    walker->fresh[kept++] = other;
-    vdb_prefetch_near(db, aim, other);
+    walker->fresh[kept] = other;
+    kept += (size_t)(!unmet | (walker->visited[other] != walker->epoch)); /* no branch: it could not be foreseen */
+    if (unmet) walker->visited[other] = walker->epoch;
   }
+  for (size_t i = 0; i < kept; i++) vdb_prefetch_near(db, aim, walker->fresh[i]);
   return kept;
 }
 
@@ -3985,7 +4028,9 @@ static inline void vdb_leave_tower(vdb_database *db, size_t row) {
 
 static inline void vdb_insert_batch(vdb_insertion *job) {
   vdb_database *db = job->db;
+  vdb_let_readers_in(&db->lock); /* what follows writes only links that no walk can meet yet */
   vdb_run_insertion(job, job->count, 8, vdb_link_task);
+  vdb_keep_readers_out(&db->lock);
   job->reverse_count = vdb_collect_reverse(job);
   vdb_run_insertion(job, job->reverse_count, 64, vdb_link_back_task);
   for (size_t i = 0; i < job->count; i++) {
@@ -4059,8 +4104,9 @@ static inline void vdb_connect(vdb_database *db) {
   vdb_give_walker(db, walker);
 }
 
-/* Rows are stored, described and live, and vdb_graph_make_room has been called. */
-static inline vdb_error vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count) {
+/* Makes rows that are stored and described part of the graph, and live; vdb_graph_make_room has been called. Until they
+ * are live all together, searches that were let in only pass over them. */
+static inline void vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count) {
   vdb_insertion job;
   job.db = db;
   for (size_t i = 0; i < count; i++) {
@@ -4076,9 +4122,9 @@ static inline vdb_error vdb_graph_insert(vdb_database *db, const uint32_t *rows,
     }
     vdb_insert_batch(&job);
   }
+  vdb_make_live(db, rows, count);
   db->graph.workshop->unchecked += count;
   if (db->graph.workshop->unchecked >= (db->slots - db->free_count) / 8) vdb_connect(db);
-  return VDB_OK;
 }
 
 /* --- removal --- */
@@ -5433,7 +5479,8 @@ VDB_API size_t vdb_dimensions(const vdb_database *db) { return db ? db->dimensio
 static inline size_t vdb_bytes_held(const vdb_database *db) {
   size_t bytes = sizeof *db + sizeof(vdb_pool) + db->block_capacity * sizeof(vdb_block) + db->capacity / 8;
   if (db->mapping.base) return db->mapping.size;
-  bytes += db->free_capacity * sizeof(uint32_t) + db->block_count * vdb_layout_of(db).total;
+  bytes += db->free_capacity * sizeof(uint32_t);
+  for (size_t i = 0; i < db->block_count; i++) bytes += db->blocks[i].bytes;
   bytes += db->records.table_size * sizeof(uint32_t);
   if (db->records.records) bytes += db->capacity * sizeof(unsigned char *);
   if (db->records.borrowed) bytes += db->capacity * sizeof(void *);
@@ -5513,9 +5560,9 @@ static inline size_t vdb_id_size(const vdb_record *records, size_t i) {
   return records && records[i].id ? strlen(records[i].id) : 0;
 }
 
-/* Whether ids and metadata may be added: sizes, ids twice in the call, ids there already. Counts ids and those there. */
-static inline vdb_error vdb_check_new_records(vdb_database *db, size_t count, const vdb_record *records, vdb_add_mode mode,
-                                          size_t *ids, size_t *known) {
+/* Whether records may be added: sizes, ids twice in the call, ids there already. Counts ids, and those known. */
+static inline vdb_error vdb_check_new_records(vdb_database *db, size_t count, const vdb_record *records,
+                                              vdb_add_mode mode, size_t *ids, size_t *known) {
   *ids = *known = 0;
   if (!records) return VDB_OK;
   for (size_t i = 0; i < count; i++) {
@@ -5559,11 +5606,7 @@ static inline void vdb_return_rows(vdb_database *db, size_t count, const uint32_
     if (rows[i] < old_slots) vdb_free_row(db, rows[i]);
 }
 
-static inline void vdb_drop_all(vdb_database *db, const uint32_t *rows, size_t count) {
-  for (size_t i = 0; i < count; i++) vdb_drop_row(db, rows[i]);
-}
-
-/* Rows of the ids that the call replaces, but for the rows just added. Marks what is new by position in `rows`. */
+/* Drops the rows of the ids that a call replaces, but for those just added. */
 static inline void vdb_drop_replaced(vdb_database *db, const vdb_record *records, const uint32_t *rows, size_t count) {
   for (size_t i = 0; i < count; i++) {
     size_t length = vdb_id_size(records, i), place = 0;
@@ -5573,28 +5616,22 @@ static inline void vdb_drop_replaced(vdb_database *db, const vdb_record *records
   }
 }
 
-/* Stores rows that have their place; undone by the caller on failure. */
+/* Stores rows that have their place; they are not live yet. */
 static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, const vdb_record *records,
                                       const uint32_t *rows, size_t count) {
   vdb_error error = vdb_store_rows(db, vectors, rows, count);
   size_t done = 0;
-  for (; done < count && !error; done++) {
-    const vdb_record *record = records ? &records[done] : NULL;
-    if (record)
-      error = vdb_put_record(db, rows[done], record->id, vdb_id_size(records, done), record->metadata, record->metadata_size);
-    if (!error) db->live[rows[done] >> 6] |= (uint64_t)1 << (rows[done] & 63);
-    if (error) break;
+  while (records && done < count && !error) {
+    const vdb_record *record = &records[done];
+    size_t id_size = vdb_id_size(records, done);
+    error = vdb_put_record(db, rows[done], record->id, id_size, record->metadata, record->metadata_size);
+    if (!error) done++;
   }
-  if (error) {
-    for (size_t i = 0; i < done; i++) {
-      vdb_drop_record(db, rows[i]);
-      db->live[rows[i] >> 6] &= ~((uint64_t)1 << (rows[i] & 63));
-    }
-    return error;
-  }
-  db->count += count;
-  if (db->slots) vdb_clear_after(db, db->slots - 1);
-  return VDB_OK;
+  if (error)
+    for (size_t i = 0; i < done; i++) vdb_drop_record(db, rows[i]);
+  else
+    vdb_clear_after(db, db->slots - 1);
+  return error;
 }
 
 /* Under the writer's lock. `rows` [count] is filled. */
@@ -5614,13 +5651,8 @@ static inline vdb_error vdb_add_rows(vdb_database *db, const float *vectors, siz
     vdb_return_rows(db, count, rows, old_slots);
     return error;
   }
-  if (db->options.index == VDB_INDEX_HNSW) {
-    error = vdb_graph_insert(db, rows, count);
-    if (error) {
-      vdb_drop_all(db, rows, count);
-      return error;
-    }
-  }
+  if (db->options.index == VDB_INDEX_HNSW) vdb_graph_insert(db, rows, count);
+  else vdb_make_live(db, rows, count);
   if (known && mode == VDB_ADD_REPLACE) vdb_drop_replaced(db, records, rows, count);
   return VDB_OK;
 }
@@ -5937,7 +5969,8 @@ static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *
 /* Questions that tiles have no bounds for are asked one by one. */
 static inline int vdb_tiles_fit(const vdb_query_job *job) {
   const vdb_database *db = job->db;
-  if (job->count < VDB_TILE_LEAST || vdb_min(job->options->k, db->count) > 1024 || vdb_few_pass(db, job->options)) return 0;
+  if (job->count < VDB_TILE_LEAST || vdb_min(job->options->k, db->count) > 1024) return 0;
+  if (vdb_few_pass(db, job->options)) return 0;
   if (db->options.index == VDB_INDEX_HNSW && !job->options->exact) return 0;
   for (size_t i = 0; i < job->count; i++)
     if (job->questions[i].wild || (db->metric == VDB_METRIC_COSINE && job->questions[i].square == 0.0)) return 0;
@@ -5998,7 +6031,8 @@ static inline size_t vdb_answer_text(const vdb_database *db, const vdb_found *fo
 }
 
 /* An answer with room for everything, in one block. */
-static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_options *options, size_t text, char **out_text) {
+static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_options *options, size_t text,
+                                          char **out_text) {
   size_t cells = queries * options->k, place = vdb_round_up(sizeof(vdb_answer), 16);
   size_t counts = place, indices = place += queries * sizeof(size_t), ids = place += cells * sizeof(uint64_t);
   if (options->with_ids) place += cells * sizeof(char *);
@@ -6066,8 +6100,10 @@ static inline vdb_error vdb_query_locked(const vdb_database *db, const float *qu
     vdb_answer *answer = vdb_answer_make(count, &options, vdb_answer_text(db, found, counts, count, &options), &text);
     if (answer) {
       memcpy(answer->counts, counts, count * sizeof(size_t));
-      for (size_t cell = 0; cell < cells; cell++)
-        text = vdb_answer_fill(db, answer, cell, cell % options.k < counts[cell / options.k] ? &found[cell] : NULL, text);
+      for (size_t cell = 0; cell < cells; cell++) {
+        int filled = cell % options.k < counts[cell / options.k];
+        text = vdb_answer_fill(db, answer, cell, filled ? &found[cell] : NULL, text);
+      }
     } else {
       error = VDB_ERROR_OUT_OF_MEMORY;
     }
@@ -6077,8 +6113,8 @@ static inline vdb_error vdb_query_locked(const vdb_database *db, const float *qu
   return error;
 }
 
-VDB_API vdb_error vdb_query(const vdb_database *db, const float *queries, size_t count, const vdb_query_options *options,
-                            vdb_answer **out) {
+VDB_API vdb_error vdb_query(const vdb_database *db, const float *queries, size_t count,
+                            const vdb_query_options *options, vdb_answer **out) {
   if (!db || !options || !out || (!queries && count)) return VDB_ERROR_NULL_POINTER;
   *out = NULL;
   if (options->k == 0 || options->effort > 1u << 20) return VDB_ERROR_INVALID_ARGUMENT;
@@ -6137,9 +6173,9 @@ VDB_API void vdb_free_result_set(vdb_result_set *set) { VDB_FREE(set); }
 /* --- files --- */
 VDB_API vdb_error vdb_save(const vdb_database *db, const char *path) {
   if (!db || !path) return VDB_ERROR_NULL_POINTER;
-  vdb_enter_read(vdb_lock_of(db));
+  vdb_enter_still(vdb_lock_of(db));
   vdb_error error = vdb_write_file(db, path);
-  vdb_leave_read(vdb_lock_of(db));
+  vdb_leave_still(vdb_lock_of(db));
   return error;
 }
 

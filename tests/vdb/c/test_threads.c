@@ -2,6 +2,7 @@
 #ifndef VDB_MULTITHREADED
 #define VDB_MULTITHREADED
 #endif
+#define _DEFAULT_SOURCE /* usleep */
 #include "check.h"
 #include "vdb.h"
 
@@ -75,10 +76,54 @@ static void check_index(vdb_index index, const char *path) {
   CHECK(unlink(path) == 0);
 }
 
+typedef struct {
+  vdb_database *db;
+  size_t answered;
+  int stop;
+} watch;
+
+static void *keep_asking(void *argument) {
+  watch *state = (watch *)argument;
+  float query[dimensions] = {0};
+  vdb_query_options options = vdb_default_query_options(1);
+  vdb_answer *answer;
+  while (!__atomic_load_n(&state->stop, __ATOMIC_ACQUIRE)) {
+    CHECK(vdb_query(state->db, query, 1, &options, &answer) == VDB_OK);
+    vdb_free_answer(answer);
+    __atomic_add_fetch(&state->answered, 1, __ATOMIC_ACQ_REL);
+  }
+  return NULL;
+}
+
+/* A large addition to a graph lets searches in between. */
+static void check_searching_while_adding(void) {
+  enum { rows = 4000 };
+  static float vectors[rows][dimensions];
+  vdb_options options = vdb_default_options();
+  watch state = {NULL, 0, 0};
+  pthread_t thread;
+  options.index = VDB_INDEX_HNSW;
+  options.threads = 2;
+  CHECK(vdb_new(dimensions, VDB_METRIC_COSINE, &options, &state.db) == VDB_OK);
+  for (size_t i = 0; i < rows; i++)
+    for (size_t j = 0; j < dimensions; j++) vectors[i][j] = random_float();
+  CHECK(vdb_add(state.db, vectors[0], 10, NULL, VDB_ADD_ANY, NULL) == VDB_OK);
+  CHECK(pthread_create(&thread, NULL, keep_asking, &state) == 0);
+  while (!__atomic_load_n(&state.answered, __ATOMIC_ACQUIRE)) usleep(1000);
+  size_t before = __atomic_load_n(&state.answered, __ATOMIC_ACQUIRE);
+  CHECK(vdb_add(state.db, vectors[0], rows, NULL, VDB_ADD_ANY, NULL) == VDB_OK);
+  size_t during = __atomic_load_n(&state.answered, __ATOMIC_ACQUIRE) - before;
+  __atomic_store_n(&state.stop, 1, __ATOMIC_RELEASE);
+  pthread_join(thread, NULL);
+  CHECK(during > 20);
+  vdb_destroy(state.db);
+}
+
 int main(int argc, char **argv) {
   const char *path = argc > 1 ? argv[1] : "threads.vdb";
   check_index(VDB_INDEX_FLAT, path);
   check_index(VDB_INDEX_HNSW, path);
+  check_searching_while_adding();
   puts("readers beside a writer");
   return 0;
 }
