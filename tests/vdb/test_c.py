@@ -4,6 +4,7 @@ Programs print one line and exit 0, or say which check failed and exit 1. Withou
 what needs clang is skipped without clang.
 """
 
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,9 @@ def test_program(programs: Path, name: str, tmp_path: Path) -> None:
     argument = {"test_original": [str(tmp_path / "x.vdb")], "test_threads": [str(tmp_path / "x.vdb")]}
     argument |= {"test_files": [str(tmp_path)], "kill_save": [str(tmp_path)]}
     command = [str(programs / name), *argument.get(name, []), *ARGUMENTS.get(name, [])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    # gcc 13 misaligns vectors of 64 bytes on the address sanitizer's own stack (gcc bug 110027)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
     assert "Sanitizer" not in done.stderr

@@ -21,7 +21,7 @@ from octavo.vdb.bench.timing import Measurement, alternate, blas_threads, instal
 
 LINKS, EFFORT = 16, 200
 SAMPLE_AIM = 0.1  # seconds that one sample takes at least
-EFS = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+EFS = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 
 
 @dataclass(frozen=True)
