@@ -67,3 +67,52 @@ def test_the_headline_is_the_card_s() -> None:
     measured = [ours["nbytes"] / 1e6, ours["dense_nbytes"] / 1e6, ours["nll"] - dense["nll"], *means]
     assert [float(x) for x in said.groups()] == pytest.approx(measured, abs=0.06, rel=1e-3)
     assert float(said.group(3)) == pytest.approx(measured[2], abs=6e-4)
+
+
+def test_the_vector_database_s_block_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, said = re.findall(r"```python\n(from octavo.vdb .*?)```\n\n```\n(.*?)```", README, re.S)[0]
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(source, "README.md", "exec"), {})
+    assert out.getvalue() == said
+
+
+VDB_TABLE = {  # a line's beginning, and what its figures are called in the record; {t} is the column's threads
+    "one query, times faiss": ["{s}, times faiss: single query, 100,000 x 384, {t}"],
+    "100 queries at once": ["{s}, times faiss, BLAS: batch of 100, 100,000 x 384, {t}"],
+    "one query of 1,000,000 rows": ["f32, share of the streaming read: single query, 1,000,000 x 384, {t}"],
+    "HNSW at recall 0.95": ["HNSW {s}, times the better of hnswlib and usearch at recall 0.95: {e}"],
+    "HNSW at recall 0.99": ["HNSW {s}, times the better of hnswlib and usearch at recall 0.99: {e}"],
+    "HNSW build": ["HNSW {s}, build, times hnswlib: {e}, {t}"],
+    "a call from Python": ["call of octavo f32, us: 10 x 64", "call of octavo f32, us: 10 x 384"],
+    "bytes a vector": ["{s}, bytes per vector beyond the vectors: 100,000 x 384"],
+    "save / load": [
+        "save, times copying the same bytes: 1,000,000 x 128",
+        "load, times copying the same bytes: 1,000,000 x 128",
+    ],
+    "opening that file": ["mmap open, ms: 1,000,000 x 128"],
+}
+
+
+def test_the_vector_database_s_table_is_the_measured_file() -> None:
+    record = json.loads((Path(__file__).parents[1] / "bench" / "results-vdb.json").read_text())
+    measured = {judged["what"]: judged["median"] for judged in record["judgements"]}
+    section = README[README.index("## The vector database") :]
+    lines = re.findall(r"^\| ([^|]+) \| ([^|]*) \| ([^|]*) \|$", section, re.M)[1:]
+    assert len(lines) == len(VDB_TABLE)
+    for (what, *columns), (begins, names) in zip(lines, VDB_TABLE.items(), strict=True):
+        assert what.startswith(begins)
+        for cell, threads in zip(columns, ("1 thread", "2 threads"), strict=True):
+            figures = [float(x) for x in re.findall(r"[\d.]+", cell)]
+            if not figures:
+                continue
+            storages = ("f32", "f32+i8") if "{s}" in names[0] else ("",)
+            wanted = [
+                name.format(s=storage, t=threads, e="100,000 x 256, embeddings.npy")
+                for name in names
+                for storage in storages
+            ]
+            assert figures == pytest.approx(
+                [measured[name] for name in wanted], abs=0.0501 if "bytes" in what else 0.00501
+            )
