@@ -2497,6 +2497,7 @@ static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded
 
 /* --- records --- */
 #define VDB_CHUNK_BYTES ((size_t)1 << 16)
+#define VDB_MAX_ID ((size_t)1 << 20)
 
 static inline uint64_t vdb_hash(const char *id, size_t size) {
   uint64_t hash = 0xcbf29ce484222325u;
@@ -2753,6 +2754,17 @@ typedef struct {
   int wild;            /* Euclidean, and too great or small for bounds in float */
   vdb_probe probe;
 } vdb_question;
+
+/* What scans read of a row: its codes, or the vector. */
+static inline vdb_element vdb_scanned_element(const vdb_database *db) {
+  return vdb_has_codes(db->options.storage) ? VDB_I8 : vdb_element_of(db->options.storage);
+}
+static inline size_t vdb_scanned_bytes(const vdb_database *db) {
+  return db->dimensions * (vdb_has_codes(db->options.storage) ? 1 : vdb_element_size(db->options.storage));
+}
+static inline const unsigned char *vdb_scanned_rows(const vdb_database *db, const vdb_block *block) {
+  return vdb_has_codes(db->options.storage) ? (const unsigned char *)block->codes : block->vectors;
+}
 
 static inline size_t vdb_padded(size_t dimensions) { return vdb_round_up(dimensions, VDB_PAD); }
 
@@ -3107,9 +3119,8 @@ static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mas
   const vdb_kernel_set *kernels = vdb_active();
   const vdb_block *block = vdb_block_of(db, row);
   size_t first = vdb_row_in_block(db, row), count = 0;
-  int codes = vdb_has_codes(db->options.storage);
-  size_t stride = db->dimensions * (codes ? 1 : vdb_element_size(db->options.storage));
-  const unsigned char *base = codes ? (const unsigned char *)block->codes : block->vectors;
+  size_t stride = vdb_scanned_bytes(db);
+  const unsigned char *base = vdb_scanned_rows(db, block);
   const void *rows[VDB_SCAN_ROWS];
   uint8_t picked[VDB_SCAN_ROWS];
   float scores[VDB_SCAN_ROWS], uppers[VDB_SCAN_ROWS];
@@ -3119,9 +3130,9 @@ static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mas
     rows[count] = base + (first + picked[count]) * stride;
     count++;
   }
-  vdb_element element = vdb_element_of(db->options.storage);
+  vdb_element element = vdb_scanned_element(db);
   const float *values = question->probe.values;
-  if (codes) kernels->dots_i8(&question->probe, rows, count, db->dimensions, scores);
+  if (element == VDB_I8) kernels->dots_i8(&question->probe, rows, count, db->dimensions, scores);
   else if (scan->form == VDB_FORM_SQUARES) kernels->squares[element](values, rows, count, db->dimensions, scores);
   else kernels->dots[element](values, rows, count, db->dimensions, scores);
   vdb_terms(scan, block, first, count == VDB_SCAN_ROWS ? NULL : picked, count, &terms);
@@ -3190,8 +3201,7 @@ static inline vdb_error vdb_scan_one(const vdb_database *db, const vdb_question 
     *found = vdb_scan_zero(db, options, k, out);
     return VDB_OK;
   }
-  size_t row_bytes = db->dimensions * (vdb_has_codes(db->options.storage) ? 1 : vdb_element_size(db->options.storage));
-  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots * row_bytes, &rows_per_task);
+  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots * vdb_scanned_bytes(db), &rows_per_task);
   size_t list_bytes = vdb_shortlist_bytes(k), decoded = vdb_padded(db->dimensions) * sizeof(float);
   size_t lists_bytes = vdb_round_up(tasks * sizeof(vdb_shortlist), 64);
   unsigned char *memory = (unsigned char *)vdb_aligned_alloc(lists_bytes + tasks * (list_bytes + decoded));
@@ -3215,7 +3225,6 @@ typedef struct {
   const vdb_database *db;
   const vdb_query_options *options;
   const vdb_question *questions; /* [panel.queries] */
-  size_t k;
   vdb_panel panel;
   vdb_scan *scans;               /* [panel.queries] */
   float *gamma, *delta, *shared; /* [panel.width] */
@@ -3271,9 +3280,7 @@ static inline void vdb_tile_task(void *context, size_t task) {
   const vdb_database *db = job->db;
   const vdb_kernel_set *kernels = vdb_active();
   size_t width = job->panel.width, dimensions = db->dimensions;
-  int codes = vdb_has_codes(db->options.storage);
-  vdb_element element = codes ? VDB_I8 : vdb_element_of(db->options.storage);
-  size_t stride = dimensions * (codes ? 1 : vdb_element_size(db->options.storage));
+  vdb_element element = vdb_scanned_element(db);
   vdb_tile_space space = vdb_tile_space_of(job, task);
   vdb_query_terms queries = {job->gamma, job->delta, space.thresholds};
   vdb_shortlist *lists = &job->lists[task * job->panel.queries];
@@ -3285,8 +3292,8 @@ static inline void vdb_tile_task(void *context, size_t task) {
     size_t first = vdb_row_in_block(db, row), count = vdb_min(end - row, VDB_TILE_ROWS);
     uint32_t mask = vdb_row_mask(db, job->options, row);
     if (!mask) continue;
-    const unsigned char *base = codes ? (const unsigned char *)block->codes : block->vectors;
-    kernels->tile(element, &job->panel, base + first * stride, count, dimensions, space.scores, space.tile);
+    const unsigned char *rows = vdb_scanned_rows(db, block) + first * vdb_scanned_bytes(db);
+    kernels->tile(element, &job->panel, rows, count, dimensions, space.scores, space.tile);
     vdb_terms(&job->scans[0], block, first, NULL, count, &terms);
     for (size_t q = 0; q < job->panel.queries; q++)
       space.thresholds[q] = lists[q].threshold = vdb_share_threshold(&job->shared[q], lists[q].threshold);
@@ -3308,9 +3315,8 @@ static inline void vdb_tile_settle(void *context, size_t query) {
 static inline void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
   const vdb_database *db = job->db;
   const float *values[VDB_TILE_QUERIES];
-  int codes = vdb_has_codes(db->options.storage);
   for (size_t q = 0; q < job->panel.queries; q++) values[q] = job->questions[q].probe.values;
-  vdb_active()->pack(codes ? VDB_I8 : vdb_element_of(db->options.storage), values, db->dimensions, &job->panel);
+  vdb_active()->pack(vdb_scanned_element(db), values, db->dimensions, &job->panel);
   for (size_t q = 0; q < job->panel.width; q++) {
     job->gamma[q] = job->delta[q] = 0.0f;
     job->shared[q] = -INFINITY;
@@ -3327,10 +3333,9 @@ static inline vdb_error vdb_scan_panel(const vdb_database *db, const vdb_questio
                                        const vdb_query_options *options, vdb_found *out, size_t *counts) {
   vdb_tile_job job;
   size_t k = vdb_min(options->k, db->count), width = vdb_round_up(count, 16), place = 0;
-  int codes = vdb_has_codes(db->options.storage);
-  vdb_element element = codes ? VDB_I8 : vdb_element_of(db->options.storage);
+  vdb_element element = vdb_scanned_element(db);
   memset(&job, 0, sizeof job);
-  job.db = db, job.options = options, job.questions = questions, job.k = k, job.out = out, job.counts = counts;
+  job.db = db, job.options = options, job.questions = questions, job.out = out, job.counts = counts;
   job.panel.queries = count, job.panel.width = width;
   job.tasks = vdb_cut_rows(db, db->slots * db->dimensions * count, &job.rows_per_task);
   job.scratch_bytes = vdb_tile_space_bytes(db->dimensions, width);
@@ -4379,7 +4384,6 @@ static inline vdb_error vdb_graph_search(const vdb_database *db, const vdb_quest
 #define VDB_FIRST_MAGIC 0x56444230u
 #define VDB_FIRST_HEADER 24u
 #define VDB_PIECE ((size_t)1 << 19) /* bytes per read and write: much for the system, little for the cache */
-#define VDB_MAX_ID ((size_t)1 << 20)
 
 typedef enum {
   VDB_VECTORS, VDB_CODES, VDB_NORMS, VDB_SCALES, VDB_RESIDUALS, VDB_LINKS, /* per row, in blocks */
@@ -4559,7 +4563,7 @@ static inline vdb_text vdb_text_of(const vdb_database *db, size_t row) {
   if (vdb_is_live(db, row) &&
       vdb_record_at(db, row, &text.id, &text.id_size, &text.metadata, &text.metadata_size)) {
     if (!text.id) text.id_size = 0;
-    if (text.id_size || text.metadata_size) text.bytes = vdb_round_up(9 + text.id_size + text.metadata_size, 8);
+    if (text.id_size || text.metadata_size) text.bytes = vdb_record_bytes(text.id_size, text.metadata_size);
   }
   return text;
 }
@@ -5580,7 +5584,7 @@ static inline vdb_error vdb_check_new_records(vdb_database *db, size_t count, co
   *ids = *known = 0;
   if (!records) return VDB_OK;
   for (size_t i = 0; i < count; i++) {
-    if (vdb_id_size(records, i) > (size_t)1 << 20 || records[i].metadata_size > INT32_MAX ||
+    if (vdb_id_size(records, i) > VDB_MAX_ID || records[i].metadata_size > INT32_MAX ||
         (records[i].metadata_size && !records[i].metadata))
       return VDB_ERROR_INVALID_ARGUMENT;
     *ids += vdb_id_size(records, i) != 0;
@@ -5973,11 +5977,7 @@ static inline void vdb_panel_task(void *context, size_t panel) {
 
 /* Whether a bitset leaves so few rows that picking them beats scanning all. */
 static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
-  size_t passing = 0;
-  if (!options->bitset) return 0;
-  for (size_t i = 0; i < vdb_min(options->bitset_words, (db->slots + 63) / 64); i++)
-    passing += (size_t)__builtin_popcountll(options->bitset[i] & db->live[i]);
-  return passing < db->slots / 8;
+  return options->bitset && vdb_count_passing(db, options) < db->slots / 8;
 }
 
 /* Questions that tiles have no bounds for are asked one by one. */
