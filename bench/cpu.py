@@ -100,19 +100,24 @@ def _report(rows: list[dict[str, Any]], out: Path | None) -> None:
             before, after = (f"{r[k] * scale:.2f} {unit}" for k in ("unattached_s", "octavo_s"))
             table.add_row(row["dtype"], f"{row['tokens']:,}", phase, before, after, spread)
     Console().print(table)
+    print(json.dumps(record(out, rows=rows)))
+
+
+def record(out: Path | None, **measured: Any) -> dict[str, Any]:
+    """What was measured, with the commit, the hardware, the versions and the command line; written to `out`."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {
+    whole = {
         "command": sys.argv,
         "commit": commit,
         "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "rows": rows,
+        **measured,
     }
     if out is not None:
-        out.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record))
+        out.write_text(json.dumps(whole, indent=2) + "\n")
+    return whole
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from octavo import attach
+from octavo import KVCache, attach
 from octavo.attachment import require_attachment
 from octavo.dms import SoftGates
 from tiny import feed, tiny_adapter, tiny_model, tokens
+from tiny_swift import LAYERS, full, model_of, pair, swiftkv_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -29,6 +30,34 @@ def test_eviction_on_the_gpu_is_the_mask_and_the_cpu(chunk, shift):
     torch.testing.assert_close(masked, on_cpu, rtol=0, atol=2e-3)
     torch.testing.assert_close(paged.cpu(), on_cpu, rtol=0, atol=2e-3)
     assert cache.rows.pool.k.is_cuda
+
+
+@pytest.mark.parametrize("evict", [False, True])
+@pytest.mark.parametrize("chunk", [64, 512])
+def test_skipping_prefill_on_the_gpu_is_the_full_forward(chunk, evict):
+    model, ids = model_of().cuda(), tokens(2, 230).cuda()
+    attach(model, pair(model, 2, evict), chunk=chunk)
+    expected, cache = full(model, ids), KVCache(model)
+    with torch.no_grad():
+        parts = [model(ids[:, :200], past_key_values=cache, logits_to_keep=3).logits[:, -3:]]
+        parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(200, 230)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected[:, 197:], rtol=0, atol=2e-3)
+
+
+def test_packed_documents_on_the_gpu_are_those_of_the_cpu():
+    model, ids = model_of(), tokens(2, 128)
+    swiftkv = swiftkv_for(model).swiftkv
+    document = torch.arange(128).expand(2, -1).div(torch.tensor([[50], [37]]), rounding_mode="floor").int()
+    positions = torch.arange(128).expand(2, -1) % torch.tensor([[50], [37]])
+    out = []
+    for device in ("cpu", "cuda"):
+        attach(model.to(device))
+        run = require_attachment(model).run_layers
+        options = {"swiftkv": swiftkv.to(device), "document": document.to(device)}
+        with torch.no_grad():
+            embedded = model.model.embed_tokens(ids.to(device))
+            out.append(run(embedded, 0, LAYERS, positions.to(device), **options)[-1].cpu())
+    torch.testing.assert_close(out[1], out[0], rtol=0, atol=2e-2 * out[0].abs().max().item())
 
 
 def test_left_padded_generate_is_token_for_token_the_same():

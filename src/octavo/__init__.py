@@ -7,23 +7,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from octavo.attachment import KVCache, attach, detach
-    from octavo.dms.adapter import Adapter, load_adapter, save_adapter
-    from octavo.models import load
+    from octavo.attachment import KVCache, attach, detach, set_swiftkv
+    from octavo.dms.adapter import Adapter, save_adapter
+    from octavo.finding import load_adapter
+    from octavo.models import load, save_published
     from octavo.retrofit.evaluate import evaluate
+    from octavo.swiftkv.adapter import SwiftKVAdapter, save_swiftkv_adapter
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "KVCache", "attach", "detach", "evaluate", "load", "load_adapter", "save_adapter"]
+__all__ = [
+    "Adapter",
+    "KVCache",
+    "SwiftKVAdapter",
+    "attach",
+    "detach",
+    "evaluate",
+    "load",
+    "load_adapter",
+    "save_adapter",
+    "save_published",
+    "save_swiftkv_adapter",
+    "set_swiftkv",
+]
 
 _HOMES = {
     "Adapter": "octavo.dms.adapter",
     "KVCache": "octavo.attachment",
+    "SwiftKVAdapter": "octavo.swiftkv.adapter",
     "attach": "octavo.attachment",
     "detach": "octavo.attachment",
     "evaluate": "octavo.retrofit.evaluate",
     "load": "octavo.models",
-    "load_adapter": "octavo.dms.adapter",
+    "load_adapter": "octavo.finding",
     "save_adapter": "octavo.dms.adapter",
+    "save_published": "octavo.models",
+    "save_swiftkv_adapter": "octavo.swiftkv.adapter",
+    "set_swiftkv": "octavo.attachment",
 }
 
 

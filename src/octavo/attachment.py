@@ -1,62 +1,64 @@
-"""Joins a Hugging Face model with gates, pages and attention, at seams that transformers offers; undoes it.
+"""Joins a Hugging Face model with gates, SwiftKV, pages and attention, at seams that transformers offers; undoes it.
 
 Three seams: the attention function (`AttentionInterface`), the cache (`Cache`), and the forward calls of the
-decoder and of its attention modules. Nothing of the model is copied and nothing is global: all that the
-attention function needs travels down with the call, as the keyword argument `octavo_step`.
+decoder, its layers and its attention modules. Nothing of the model is copied and nothing is global: what runs
+inside a forward (`octavo.seams`) gets all it needs with the call.
 """
 
+import copy
 import functools
 import inspect
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers import DynamicCache, PreTrainedModel
 
-from octavo.attention import dense_attention
-from octavo.config import CacheSettings
-from octavo.dms.adapter import Adapter, check_fingerprint, load_adapter
-from octavo.dms.policy import HardGates, Policy
-from octavo.errors import CacheStateError, NotAttachedError, PromptError, UnsupportedModelError
+from octavo.adapter_file import check_fingerprint
+from octavo.attention import Packed
+from octavo.chunks import chunk_bounds, join, padding, part_of
+from octavo.config import CacheSettings, Eviction
+from octavo.dms import Adapter, FoldedGates, HardGates, Policy
+from octavo.errors import AdapterMismatchError, CacheStateError, ConfigError, NotAttachedError, PromptError
+from octavo.finding import resolve
 from octavo.kv import CacheShape, PagedCache
+from octavo.seams import NAME, Step, remember_hidden, transformed_attention, transformed_layer
 from octavo.support import attention_modules, check_supported, fingerprint, head_dim
+from octavo.swiftkv import SwiftKV, SwiftKVAdapter, check_pair, spec_for
+from octavo.swiftkv.initial import MODEL_TYPES
 
-NAME = "octavo"
 Model = TypeVar("Model", bound=PreTrainedModel)
+AnyAdapter = Adapter | SwiftKVAdapter | str | Path
 
 
 def attach(
     model: Model,
-    adapter: Adapter | str | Path | None = None,
+    adapter: AnyAdapter | Sequence[AnyAdapter] | None = None,
     *,
     chunk: int = 512,
     page_size: int = 16,
     budget: int | None = None,
 ) -> Model:
-    """Make `model` keep its keys and values on Octavo's pages, and evict as `adapter` says. Returns the model.
+    """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
 
-    `adapter`: an Adapter, a folder, or None: same pages, nothing evicted. `chunk`: tokens per prefill step.
-    `budget`: bytes that one cache's pages may take. An attached model is detached first.
+    `adapter`: an Adapter (gates), a SwiftKVAdapter, a folder, a shipped name, a list of gates and SwiftKV, or
+    None: same pages, nothing evicted, nothing skipped. `chunk`: tokens per prefill step. `budget`: bytes that one
+    cache's pages may take. An attached model is detached first.
 
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
     """
     check_supported(model)
     settings = CacheSettings(chunk, page_size, budget)
-    if isinstance(adapter, str | Path):
-        adapter = load_adapter(adapter)
-    if adapter is not None:
-        check_fingerprint(adapter, fingerprint(model))
+    gates, swiftkv = _checked(model, resolve(adapter))
     if attachment_of(model) is not None:
         detach(model)
-    Attachment(model, adapter, settings)
+    Attachment(model, gates, swiftkv, settings)
     return model
 
 
@@ -67,11 +69,22 @@ def detach(model: Model) -> Model:
 
 
 def restore(model: PreTrainedModel, before: "Attachment | None") -> None:
-    """Leave the model as `attachment_of` found it earlier: unattached, or with the same adapter and settings."""
+    """Leave the model as `attachment_of` found it earlier: unattached, or with the same adapters and settings."""
     if attachment_of(model) is not None:
         detach(model)
     if before is not None:
-        attach(model, before.adapter, **asdict(before.settings))
+        attach(model, before.adapters, **asdict(before.settings))
+        require_attachment(model).switch(before.swiftkv_on)
+
+
+def set_swiftkv(model: Model, on: bool) -> Model:
+    """Switch SwiftKV on, or off: then the model is the exact base model, from the same weights. Returns the model.
+
+    Gates that were distilled on SwiftKV rest while it is off. Caches that were filled before keep their mode and
+    refuse the other. Raises NotAttachedError, and ConfigError where no SwiftKV adapter is attached.
+    """
+    require_attachment(model).switch(on)
+    return model
 
 
 def attachment_of(model: PreTrainedModel) -> "Attachment | None":
@@ -87,111 +100,154 @@ def require_attachment(model: PreTrainedModel) -> "Attachment":
     return attachment
 
 
+def fill(model: PreTrainedModel, ids: Tensor, cache: "KVCache") -> None:
+    """Read tokens [B, N] int64 into a cache without asking for logits: with SwiftKV they skip the later layers."""
+    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, octavo_keep=0)
+
+
 class KVCache(PagedCache):
     """A transformers `Cache` for an attached model; pass it to `generate` or to the model as `past_key_values`.
 
     `nbytes`: bytes held; `dense_nbytes`: bytes a dense cache would hold; `kept`: visible slots, int64
-    [batch, layers, kv_heads]. `budget` (bytes) overrides the one given to `attach`.
+    [batch, stores, kv_heads]. `budget` (bytes) overrides the one given to `attach`. `swiftkv` True or False makes
+    every forward on this cache run with or without SwiftKV; None: as `set_swiftkv` says when the cache is first
+    used. A cache holds one mode's keys and refuses the other.
     """
 
-    def __init__(self, model: PreTrainedModel, *, budget: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, budget: int | None = None, swiftkv: bool | None = None) -> None:
         attachment = require_attachment(model)
         settings = attachment.settings
         if budget is not None:
             settings = CacheSettings(settings.chunk, settings.page_size, budget)
-        eviction = attachment.adapter.gates.spec.eviction if attachment.adapter else None
-        super().__init__(attachment.shape(), eviction, settings)
         self.owner = attachment.key
-
-
-@dataclass
-class Step:
-    """What one forward of the decoder hands down to its attention function."""
-
-    attachment: "Attachment"
-    cache: PagedCache | None
-    valid: Tensor | None = None  # [B, N] bool; without a cache only
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # by layer, so far: the attention's input [B, N, hidden]
+        self.fixed = swiftkv
+        self.swiftkv = attachment.checked_mode(swiftkv)
+        super().__init__(attachment.shape(self.swiftkv), attachment.eviction(self.swiftkv), settings)
 
 
 class Attachment:
-    """One model's join: its adapter and settings, and what is needed to undo it.
+    """One model's join: its adapters and settings, and what is needed to undo it.
 
-    `policy` decides what forwards without a cache forget (None: nothing); see `using`.
+    `policy` and `transform` are what forwards without a cache run under (None: dense; None: base model); see
+    `using`.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: Adapter | None, settings: CacheSettings) -> None:
+    policy: Policy | None
+    transform: SwiftKV | None
+
+    def __init__(
+        self, model: PreTrainedModel, adapter: Adapter | None, swiftkv: SwiftKVAdapter | None, settings: CacheSettings
+    ) -> None:
         self.model = model
         self.adapter = adapter
+        self.swiftkv = swiftkv
         self.settings = settings
-        self.policy: Policy | None = HardGates(adapter.gates) if adapter else None
         self.key = uuid.uuid4().hex  # what caches remember of it: survives deep copies, is never used again
-        self._folded: tuple[Tensor, Tensor] | None = None
+        self._folded: FoldedGates | None = None
+        self._cast: SwiftKV | None = None
         self._attention_before = model.config._attn_implementation
-        base = model.base_model
-        self._forward_before = base.__dict__.get("forward")
+        self._attention = attention_modules(model)
+        base: Any = model.base_model
         self._forward: Callable[..., Any] = base.forward
-        self._hooks = [
-            m.register_forward_pre_hook(_remember_hidden, with_kwargs=True) for m in attention_modules(model)
-        ]
+        self._replaced: list[tuple[nn.Module, Any]] = []  # modules whose `forward` is ours, and what they had
+        self._hooks = [m.register_forward_pre_hook(remember_hidden, with_kwargs=True) for m in self._attention]
+        if base is not model:
+            self._hooks.append(model.register_forward_pre_hook(_ask_for_logits, with_kwargs=True))
         model.set_attn_implementation(NAME)
-        base.forward = self._wrap(base)
+        self._replace(base, self._wrap())
+        if model.config.model_type in MODEL_TYPES:
+            for i, layer in enumerate(base.layers):
+                self._replace(layer, transformed_layer(i, layer.forward))
+                self._replace(layer.self_attn, transformed_attention(layer.self_attn, layer.self_attn.forward))
         model.__dict__["_octavo"] = self
+        self.switch(swiftkv is not None)
 
     def undo(self) -> None:
         """Put everything back."""
-        base = self.model.base_model
-        if self._forward_before is None:
-            del base.__dict__["forward"]
-        else:
-            base.__dict__["forward"] = self._forward_before
+        for module, before in self._replaced:
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
         for hook in self._hooks:
             hook.remove()
         self.model.set_attn_implementation(self._attention_before)
         del self.model.__dict__["_octavo"]
 
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+    # Modes and what they mean
+
+    @property
+    def adapters(self) -> list[Adapter | SwiftKVAdapter]:
+        """What was attached."""
+        return [a for a in (self.swiftkv, self.adapter) if a is not None]
+
+    def switch(self, on: bool) -> None:
+        """See `set_swiftkv`."""
+        self.swiftkv_on = self.checked_mode(on) if on else False
+        self.policy, self.transform = self._oracle(self.swiftkv_on)
+
+    def checked_mode(self, swiftkv: bool | None) -> bool:
+        """The mode that was asked for, or the present one. Raises ConfigError for SwiftKV where there is none."""
+        if swiftkv and self.swiftkv is None:
+            raise ConfigError("this model has no SwiftKV adapter; attach one, as in octavo.attach(model, 'swiftkv')")
+        return self.swiftkv_on if swiftkv is None else swiftkv
+
+    def gates(self, swiftkv: bool) -> Adapter | None:
+        """The gates that apply in a mode: those distilled on SwiftKV rest without it."""
+        adapter = self.adapter
+        return adapter if adapter is not None and (adapter.swiftkv is not None) == swiftkv else None
+
+    def eviction(self, swiftkv: bool) -> Eviction | None:
+        """When a cache of this mode forgets."""
+        adapter = self.gates(swiftkv)
+        return adapter.gates.spec.eviction if adapter else None
+
+    def shape(self, swiftkv: bool) -> CacheShape:
+        """What a cache of this mode must look like, where the model lies now."""
+        config = self.model.config
+        layers = config.num_hidden_layers
+        stores = self.swiftkv.swiftkv.spec.stores if self.swiftkv and swiftkv else layers
+        heads = config.num_key_value_heads
+        return CacheShape(layers, stores, heads, head_dim(config), self.model.dtype, self.model.device)
+
     @contextmanager
-    def using(self, policy: Policy | None) -> Iterator[None]:
-        """Run forwards without a cache under another policy: soft gates, a baseline, or None for dense."""
-        before, self.policy = self.policy, policy
+    def using(self, policy: Policy | None, swiftkv: SwiftKV | None = None) -> Iterator[None]:
+        """Run forwards without a cache under another policy (soft gates, a baseline; None: dense) and transform."""
+        before = self.policy, self.transform
+        self.policy, self.transform = policy, swiftkv
         try:
             yield
         finally:
-            self.policy = before
+            self.policy, self.transform = before
 
-    def shape(self) -> CacheShape:
-        """What a cache for this model must look like, where the model lies now."""
-        config = self.model.config
-        heads = config.num_key_value_heads
-        return CacheShape(config.num_hidden_layers, heads, head_dim(config), self.model.dtype, self.model.device)
+    def _oracle(self, swiftkv: bool) -> tuple[Policy | None, SwiftKV | None]:
+        """What a forward without a cache must run under to equal one with a cache of this mode."""
+        adapter = self.gates(swiftkv)
+        return HardGates(adapter.gates) if adapter else None, self._transform() if swiftkv else None
 
-    def marked(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """The gate's decisions [B, kv_heads, N] bool from the attention input [B, N, hidden]; None without gates."""
-        if self.adapter is None:
+    def _gates(self, swiftkv: bool) -> FoldedGates | None:
+        adapter = self.gates(swiftkv)
+        if adapter is None:
             return None
-        weight, bias = self._gates(hidden.device)
-        marked = (F.linear(hidden.float(), weight[layer], bias[layer]) > 0).transpose(1, 2)
-        return marked.expand(-1, self.adapter.gates.spec.kv_heads, -1)
-
-    def marked_everywhere(self, hidden: list[Tensor]) -> Tensor | None:
-        """`marked` for all layers at once, [L, B, kv_heads, N] bool."""
-        if self.adapter is None:
-            return None
-        weight, bias = self._gates(hidden[0].device)
-        inputs = torch.stack(hidden).float().flatten(1, 2)  # [L, B*N, hidden]
-        marked = torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2)) > 0  # [L, B*N, outputs]
-        marked = marked.view(len(hidden), *hidden[0].shape[:2], -1).transpose(2, 3)
-        return marked.expand(-1, -1, self.adapter.gates.spec.kv_heads, -1)
-
-    def _gates(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._folded is None or self._folded[0].device != device:
-            assert self.adapter is not None
-            self._folded = self.adapter.gates.folded(device)
+        if self._folded is None or self._folded.weight.device != self.model.device:
+            self._folded = adapter.gates.folded(self.model.device)
         return self._folded
+
+    def _transform(self) -> SwiftKV:
+        """The SwiftKV weights where the model lies now and in its dtype."""
+        assert self.swiftkv is not None
+        if self._cast is None or (self._cast.q.device, self._cast.q.dtype) != (self.model.device, self.model.dtype):
+            cast = copy.deepcopy(self.swiftkv.swiftkv).requires_grad_(False)
+            self._cast = cast.to(self.model.device, self.model.dtype)
+        return self._cast
 
     # The decoder's forward
 
-    def _wrap(self, base: nn.Module) -> Callable[..., Any]:
+    def _wrap(self) -> Callable[..., Any]:
         names = list(inspect.signature(self._forward).parameters)
 
         @functools.wraps(self._forward)
@@ -201,6 +257,7 @@ class Attachment:
         return forward
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
+        asked, mode = kwargs.pop("octavo_keep", None), kwargs.pop("swiftkv", None)
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -208,44 +265,56 @@ class Attachment:
         batch, columns = tokens.shape[:2]
         if columns == 0:
             raise PromptError("the prompt is empty; give at least one token")
-        valid = _padding(kwargs.get("attention_mask"), columns)
+        valid = padding(kwargs.get("attention_mask"), columns)
         past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if past is None and not (self.model.config.use_cache if use_cache is None else use_cache):
-            return self._forward(**kwargs, octavo_step=Step(self, None, valid))
-        cache = self._cache(past)
+            policy, transform = (self.policy, self.transform) if mode is None else self._oracle(self.checked_mode(mode))
+            step = Step(self._attention, policy=policy, valid=valid, swiftkv=transform)
+            return self._forward(**kwargs, octavo_step=step)
+        cache = self._cache(past, mode)
         self._check_length(cache, columns)
         kwargs.update(past_key_values=cache, use_cache=True)
         # Pages are constants to autograd: where gradients are wanted, all of the input is one chunk.
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         chunk = columns if trains else self.settings.chunk
-        if columns <= chunk:
-            return self._step(cache, kwargs, batch, columns, valid)
+        wanted = columns if asked is None or trains or not cache.swiftkv else asked
         parts = []
-        for first in range(0, columns, chunk):
-            last = min(first + chunk, columns)
-            part = _slice(kwargs, first, last)
-            parts.append(self._step(cache, part, batch, last - first, None if valid is None else valid[:, first:last]))
-        return _join(parts)
+        for first, last, keep in chunk_bounds(columns, chunk, wanted):
+            part = kwargs if last - first == columns else part_of(kwargs, first, last)
+            real = None if valid is None else valid[:, first:last]
+            parts.append(self._step(cache, part, batch, last - first, real, keep))
+        return join(parts)
 
-    def _step(self, cache: PagedCache, kwargs: dict[str, Any], batch: int, columns: int, valid: Tensor | None) -> Any:
+    def _step(
+        self, cache: "KVCache", kwargs: dict[str, Any], batch: int, columns: int, valid: Tensor | None, keep: int
+    ) -> Any:
         """One chunk through the decoder; the cache changes only when all of it went well."""
+        gates = self._gates(cache.swiftkv)
         cache.begin(batch, columns, valid)
-        step = Step(self, cache)
+        step = Step(self._attention, cache, gates, keep=keep, swiftkv=self._transform() if cache.swiftkv else None)
         try:
             out = self._forward(**kwargs, octavo_step=step)
-            cache.commit(self.marked_everywhere(list(step.hidden.values())) if cache.late else None)
+            late = gates is not None and cache.late
+            stores = range(cache.shape.stores)
+            cache.commit(gates.marked_everywhere([step.hidden[s] for s in stores]) if gates and late else None)
         except BaseException:
             cache.abandon()
             raise
         return out
 
-    def _cache(self, past: object) -> PagedCache:
+    def _cache(self, past: object, mode: bool | None) -> "KVCache":
         if isinstance(past, KVCache):
             if past.owner != self.key:
                 raise CacheStateError("this KVCache was made for another model or before the model was attached anew")
+            wanted = past.fixed if mode is None and past.fixed is not None else self.checked_mode(mode)
+            if past.swiftkv != wanted:
+                if past.rows is not None or past.fixed is not None:
+                    held, asked = ("with", "without") if past.swiftkv else ("without", "with")
+                    raise CacheStateError(f"this KVCache was filled {held} SwiftKV and cannot go on {asked} it")
+                past.swiftkv, past.shape, past.eviction = wanted, self.shape(wanted), self.eviction(wanted)
             return past
         if past is None or (type(past) is DynamicCache and past.get_seq_length() == 0):
-            return KVCache(self.model)
+            return KVCache(self.model, swiftkv=mode)
         raise CacheStateError(
             f"an attached model keeps its keys in octavo.KVCache, not in {type(past).__name__}; "
             "pass octavo.KVCache(model) as past_key_values, or neither that nor cache_implementation"
@@ -258,85 +327,68 @@ class Attachment:
                 f"the prompt has {cache.seen + columns:,} tokens, the model has {limit:,} positions; shorten it"
             )
 
+    def run_layers(
+        self,
+        residual: Tensor,
+        first: int,
+        last: int,
+        positions: Tensor,
+        *,
+        policy: Policy | None = None,
+        swiftkv: SwiftKV | None = None,
+        document: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Decoder layers first..last-1 alone, without a cache: the residual streams [B, T, hidden] after each.
 
-def _remember_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    step: Step | None = kwargs.get("octavo_step")
-    if step is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} was called without its decoder, which hands down the step"
-        )
-    layer: Any = module.layer_idx
-    step.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+        `residual` [B, T, hidden] enters layer `first` (at most K with SwiftKV); `positions` [B, T] int64;
+        `document` [B, T] int32 tells packed documents apart, -1 is padding. For training: gradients flow.
+        """
+        base: Any = self.model.base_model
+        rotary = base.rotary_emb(residual, position_ids=positions)
+        packed = None if document is None else Packed(document)
+        step = Step(self._attention, policy=policy, swiftkv=swiftkv, packed=packed)
+        streams = []
+        for layer in base.layers[first:last]:
+            residual = layer(
+                residual,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=rotary,
+                past_key_values=None,
+                use_cache=False,
+                octavo_step=step,
+            )
+            streams.append(residual)
+        return streams
 
 
-def _padding(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Which of the new tokens are real, [B, columns] bool, from a 2-D mask that ends with them; None: all are."""
-    if mask is None or mask.ndim != 2 or bool(mask[:, -columns:].all()):
+def _checked(
+    model: PreTrainedModel, adapters: list[Adapter | SwiftKVAdapter]
+) -> tuple[Adapter | None, SwiftKVAdapter | None]:
+    """(gates, SwiftKV) from a list of at most one of each; raises AdapterMismatchError unless they fit this model."""
+    for each in adapters:
+        check_fingerprint(each, fingerprint(model))
+    gates = next((a for a in adapters if isinstance(a, Adapter)), None)
+    swiftkv = next((a for a in adapters if isinstance(a, SwiftKVAdapter)), None)
+    if swiftkv is not None:
+        spec = swiftkv.swiftkv.spec
+        if spec != spec_for(model, spec.kv_layers, spec.group):
+            raise AdapterMismatchError(f"adapter {swiftkv.name} has other shapes than this model: {spec}")
+    if gates is not None:
+        check_pair(gates.name, gates.swiftkv, swiftkv)
+    return gates, swiftkv
+
+
+def _ask_for_logits(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hook on the whole model: tell the decoder how many of the last tokens' logits are asked for."""
+    keep = kwargs.get("logits_to_keep", 0)
+    if not isinstance(keep, int) or keep < 1 or kwargs.get("labels") is not None:
         return None
-    return mask[:, -columns:].bool()
-
-
-def _slice(kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
-    """The arguments of tokens first..last of a long forward; its 2-D mask is with the step already."""
-    part = dict(kwargs)
-    for name in ("input_ids", "inputs_embeds", "position_ids", "cache_position"):
-        value = part.get(name)
-        if value is not None:
-            part[name] = value[first:last] if name == "cache_position" else value[:, first:last]
-    mask = part.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
-        part["attention_mask"] = None
-    return part
-
-
-def _join(parts: list[Any]) -> Any:
-    """One output of many chunks': token dimensions joined, the cache taken from the last."""
-    out = parts[-1]
-    if isinstance(out, tuple):
-        return (torch.cat([p[0] for p in parts], 1), *out[1:])
-    out.last_hidden_state = torch.cat([p.last_hidden_state for p in parts], 1)
-    if getattr(out, "hidden_states", None) is not None:
-        out.hidden_states = tuple(torch.cat(h, 1) for h in zip(*(p.hidden_states for p in parts), strict=True))
-    return out
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,  # [B, Hq, N, D]
-    key: Tensor,  # [B, H, N, D]
-    value: Tensor,  # [B, H, N, D]
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    octavo_step: Step | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function registered with transformers: [B, N, Hq, D]."""
-    if octavo_step is None:
-        raise NotAttachedError(f"attention '{NAME}' needs a model prepared by octavo.attach")
-    if attention_mask is not None:
-        raise UnsupportedModelError("custom 4-D attention masks are not supported; pass a 2-D padding mask")
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} asks for {name}, which Octavo does not compute")
-    if dropout:
-        raise UnsupportedModelError("attention dropout is not supported; call model.eval()")
-    layer: Any = module.layer_idx
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    step, hidden = octavo_step, octavo_step.hidden[layer]
-    if step.cache is not None:
-        marked = None if step.cache.late else step.attachment.marked(layer, hidden)
-        return step.cache.attend(layer, query, marked, scale), None
-    policy = step.attachment.policy
-    log_keep = policy.log_keep(layer, hidden, key) if policy else None
-    return dense_attention(query, key, value, log_keep, policy.window if policy else 0, scale, step.valid), None
-
-
-def _mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> None:
-    """Padding travels with the step, and causality is the visibility rule; anything else is refused."""
-    if mask_function is not causal_mask_function:
-        raise UnsupportedModelError("packed sequences and mask overlays are not supported; pad instead")
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+    config: Any = module.config
+    for name in ("output_hidden_states", "output_attentions"):
+        value = kwargs.get(name)
+        if getattr(config, name, False) if value is None else value:
+            return None
+    return args, {**kwargs, "octavo_keep": keep}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from octavo.attachment import KVCache, attachment_of
+from octavo.attachment import KVCache, attachment_of, fill
 from octavo.errors import ConfigError, PromptError
 
 MARK = "\x00"  # stands for a turn's content while the chat template is taken apart
@@ -96,7 +96,10 @@ class Conversation:
         size = attachment.settings.chunk if attachment else len(ids)
         for first in range(cached, len(ids), size):
             part = torch.tensor([ids[first : first + size]], device=self.model.device)
-            out = self.model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            if first + size < len(ids):
+                fill(self.model, part, self.cache)
+            else:
+                out = self.model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             self.ids = ids[: max(len(self.ids), first + size)]
             on_prefill(min(first + size, len(ids)) - cached, len(ids) - cached)
         logits: Tensor = out.logits[0, -1]

@@ -56,9 +56,12 @@ def run(
     """
     attachment = attachment_of(model)
     assert attachment is not None
-    name = attachment.adapter.name if attachment.adapter else "no eviction"
+    name = " + ".join(a.name for a in attachment.adapters) or "no eviction"
     warm_up(model, tokenizer)
     console.print(f"[bold]{escape(str(model.config._name_or_path).rsplit('/', 1)[-1])}[/bold], {model.dtype}, {name}")
+    if attachment.swiftkv_on and attachment.swiftkv is not None:
+        spec = attachment.swiftkv.swiftkv.spec
+        console.print(f"SwiftKV: prompt tokens skip {spec.upper} of {spec.layers} layers")
     ours = read(model, tokenizer, text, questions, console, "with Octavo")
     detach(model)
     try:

@@ -8,30 +8,38 @@ import hashlib
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from octavo.adapter_file import check_fingerprint
 from octavo.attachment import attach
-from octavo.dms.adapter import Adapter, load_adapter
-from octavo.errors import AdapterFileError, ModelNotFoundError
+from octavo.dms.adapter import Adapter
+from octavo.errors import ModelNotFoundError
+from octavo.finding import Named, is_hub_id, load_adapter, resolve
+from octavo.support import fingerprint
+from octavo.swiftkv.adapter import SwiftKVAdapter
+from octavo.swiftkv.checkpoint import CONFIG, base_config, is_published, read_config, write_published
 
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SHIPPED = Path(__file__).parent / "adapters"
 DEFAULT_ADAPTER = "dms-8x"
 
 
 def load(
     model: str | Path | None = None,
-    adapter: Adapter | str | Path | None = "auto",
+    adapter: Named | Sequence[Named] | None = "auto",
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -39,16 +47,13 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with its tokenizer and attach it. Returns (model, tokenizer).
 
-    `model`: a folder, a GGUF file, a hub id, or None for the embedded SmolLM2-135M-Instruct. `adapter`: an
-    Adapter, a folder, the name of a shipped adapter ("dms-8x", "dms-16x"), None for no eviction; "auto" is
-    dms-8x for the embedded model and None for others. `settings` go to `octavo.attach`. `dtype` defaults to
-    bfloat16 where the device computes in it, else float32; `device` to CUDA where there is one.
+    `model`: a folder, a GGUF file, a hub id, or None for the embedded SmolLM2-135M-Instruct; a published SwiftKV
+    checkpoint is loaded as its base model. `adapter`: see `find_adapters`. `settings` go to `octavo.attach`.
+    `dtype` defaults to bfloat16 where the device computes in it, else float32; `device` to CUDA where there is one.
 
-    Raises ModelNotFoundError, UnsupportedModelError, AdapterFileError or AdapterMismatchError.
+    Raises ModelNotFoundError, UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError.
     """
-    if adapter == "auto":
-        adapter = DEFAULT_ADAPTER if model is None else None
-    found = find_adapter(adapter) if isinstance(adapter, str | Path) else adapter
+    found = find_adapters(adapter, model)
     loaded, tokenizer = load_plain(model, dtype=dtype, device=device)
     return attach(loaded, found, **settings), tokenizer
 
@@ -61,13 +66,55 @@ def load_plain(
     source = str(default_model() if model is None else model)
     if source.endswith(".gguf"):
         source = str(unpacked_gguf(Path(source)))
+    published = published_config(source)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype(place))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as e:
+        if published is not None:
+            config = base_config(published, source)
+            loaded = _published_base(source, config, dtype or default_dtype(place))
+            tokenizer = AutoTokenizer.from_pretrained(source, config=config)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype(place))
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as e:
         raise ModelNotFoundError(f"cannot load model {source}: {str(e).splitlines()[0]}") from e
     nn.Module.to(loaded, place)
     return nn.Module.eval(loaded), tokenizer
+
+
+def published_config(source: str | Path) -> dict[str, Any] | None:
+    """config.json of a published SwiftKV checkpoint, given its folder or hub id; None for anything else."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_id(source):
+            return None
+        try:
+            folder = Path(hf_hub_download(str(source), CONFIG)).parent
+        except (OSError, ValueError, EntryNotFoundError):
+            return None  # transformers will say what is wrong with it
+    return read_config(folder) if is_published(folder) else None
+
+
+def _published_base(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in a published checkpoint; that the transform's tensors are in the files too is no surprise."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        outcome: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError as e:
+        raise ModelNotFoundError(f"cannot load model {source}: {' '.join(str(e).split())}") from e
+    finally:
+        transformers_logging.set_verbosity(level)
+    loaded, info = outcome
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelNotFoundError(
+            f"cannot load model {source}: it lacks {len(missing)} of the base model's tensors: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    model: PreTrainedModel = loaded
+    return model
 
 
 def default_model() -> Path | str:
@@ -79,19 +126,45 @@ def default_model() -> Path | str:
     return files[0] if files else DEFAULT_HUB_ID
 
 
-def find_adapter(name: str | Path) -> Adapter:
-    """An adapter by the name of a shipped one or by its folder. Raises AdapterFileError."""
-    shipped = shipped_adapters()
-    if isinstance(name, str) and name in shipped and not Path(name).is_dir():
-        return load_adapter(SHIPPED / name)
-    if not Path(name).is_dir():
-        raise AdapterFileError(f"no adapter folder {name}; shipped adapters are {', '.join(shipped)}")
+def find_adapters(
+    adapters: Named | Sequence[Named] | None, model: str | Path | None = None
+) -> list[Adapter | SwiftKVAdapter]:
+    """What to attach to `model` (as in `load`): at most one set of gates and one SwiftKV transform.
+
+    `adapters`: an Adapter, a SwiftKVAdapter, a folder, the name of a shipped one ("dms-8x", "dms-16x"), a hub id,
+    several of these in a sequence or as "a+b", or None for none. "auto" is dms-8x for the embedded model, a
+    published SwiftKV checkpoint's own transform for that, and none for others. See `octavo.finding.resolve`.
+
+    Raises AdapterFileError, UnsupportedModelError or ConfigError.
+    """
+    if isinstance(adapters, str) and adapters == "auto":
+        if model is None:
+            return resolve(DEFAULT_ADAPTER)
+        return resolve(model if published_config(model) is not None else None)
+    return resolve(adapters)
+
+
+def find_adapter(name: str | Path) -> Adapter | SwiftKVAdapter:
+    """One adapter by the name of a shipped one, by its folder or by hub id. Raises AdapterFileError."""
     return load_adapter(name)
 
 
-def shipped_adapters() -> list[str]:
-    """Names of the adapters that come with Octavo, all for the embedded model."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/adapter.json"))
+def save_published(
+    model: PreTrainedModel,
+    adapter: SwiftKVAdapter,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: int | str = "5GB",
+) -> None:
+    """Write a Llama or Qwen2 model and its SwiftKV adapter as a published checkpoint that other engines read.
+
+    `folder` must be empty or not there; `tokenizer` goes beside the weights; `dtype` is that of all tensors and
+    `shard` the largest size of one file. Raises UnsupportedModelError, AdapterMismatchError or OutputFileError.
+    """
+    check_fingerprint(adapter, fingerprint(model))
+    write_published(model, adapter.swiftkv, folder, tokenizer, dtype=dtype, shard=shard)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -36,17 +36,20 @@ def heat_map(share: Tensor, path: Path, title: str) -> None:
 
 
 def training(log: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write KL and compression over the steps of a run's log as a PNG."""
+    """Write what is lowered over the steps of a run's log as a PNG, and the compression where gates are trained."""
     figure, axis = _figure(8, 4)
     steps = [entry["step"] for entry in log]
-    axis.plot(steps, [entry["kl"] for entry in log], color="tab:blue")
-    axis.set(xlabel="step", ylabel="KL to the dense model (nats per token)", ylim=(0, None))
-    axis.yaxis.label.set_color("tab:blue")
-    other = axis.twinx()
-    other.plot(steps, [entry["ratio"] for entry in log], color="tab:orange", label="reached")
-    other.plot(steps, [entry["target"] for entry in log], color="tab:gray", linestyle="--", label="target")
-    other.set_ylabel("tokens per kept token")
-    other.legend(loc="lower right")
+    axis.plot(steps, [entry["kl"] for entry in log], color="tab:blue", label="KL")
+    axis.set(xlabel="step", ylabel="to the base model (KL: nats per token)", ylim=(0, None))
+    if any(entry.get("mse") is not None for entry in log):
+        axis.plot(steps, [entry["mse"] for entry in log], color="tab:green", label="relative error of hidden states")
+        axis.legend(loc="upper right")
+    if any(entry.get("ratio") is not None for entry in log):
+        other = axis.twinx()
+        other.plot(steps, [entry["ratio"] for entry in log], color="tab:orange", label="reached")
+        other.plot(steps, [entry["target"] for entry in log], color="tab:gray", linestyle="--", label="target")
+        other.set_ylabel("tokens per kept token")
+        other.legend(loc="lower right")
     _save(figure, path)
 
 
@@ -64,6 +67,25 @@ def evaluation(result: "Evaluation", path: Path) -> None:
         left[1].plot(list(row.needle), list(row.needle.values()), marker="o", label=row.policy)
     left[1].set(xlabel="prompt length (tokens)", ylabel="needles found", ylim=(-0.03, 1.03))
     left[1].legend(fontsize="small")
+    _save(figure, path)
+
+
+def skip_curve(rows: Sequence[tuple[float, float, str]], path: Path, limit: float | None = None) -> None:
+    """Write what skipping layers costs as a PNG: (share of layers skipped, NLL to the base model, label) per point.
+
+    `limit`: the loss of NLL that is allowed, drawn as a line.
+    """
+    figure, axis = _figure(6.5, 4)
+    ordered = sorted(rows)
+    axis.plot([share * 100 for share, *_ in ordered], [nll for _, nll, _ in ordered], marker="o")
+    for share, nll, label in ordered:
+        axis.annotate(label, (share * 100, nll), xytext=(8, -11), textcoords="offset points", fontsize="small")
+    if limit is not None:
+        axis.axhline(limit, color="tab:gray", linestyle="--", label=f"limit {limit:+.3f}")
+        axis.legend(loc="upper left")
+    axis.margins(x=0.15, y=0.2)
+    axis.set(xlabel="layers that prompt tokens skip (%)", ylabel="NLL to the base model (nats per token)")
+    axis.grid(alpha=0.4)
     _save(figure, path)
 
 

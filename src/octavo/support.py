@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from octavo.errors import UnsupportedModelError
@@ -64,7 +64,15 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
     Norm weights survive casting and quantised files nearly unchanged and differ between models.
     """
-    config = model.config
+    norm = getattr(model.base_model, "norm", None)
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no final norm to identify it by")
+    return fingerprint_of(model.config, weight)
+
+
+def fingerprint_of(config: Any, norm: Tensor) -> dict[str, Any]:
+    """`fingerprint` of a model that is not in memory: its configuration and its final norm's weight [hidden]."""
     keys = (
         "model_type",
         "num_hidden_layers",
@@ -73,10 +81,6 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "num_key_value_heads",
         "vocab_size",
     )
-    norm = getattr(model.base_model, "norm", None)
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no final norm to identify it by")
-    at = torch.linspace(0, len(weight) - 1, NORM_SAMPLE, device=weight.device).long()
-    sample = [round(x, 4) for x in weight.detach()[at].float().tolist()]
+    at = torch.linspace(0, len(norm) - 1, NORM_SAMPLE, device=norm.device).long()
+    sample = [round(x, 4) for x in norm.detach()[at].float().tolist()]
     return {**{k: getattr(config, k) for k in keys}, "head_dim": head_dim(config), "norms": sample}

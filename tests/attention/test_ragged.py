@@ -1,11 +1,11 @@
-"""The torch path for chunks against the reference, and the dense mask against both."""
+"""The torch paths against the reference, and the dense mask against both."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.attention import dense, dense_attention, ragged, reference
+from octavo.attention import dense, dense_attention, padded, ragged, reference
 from octavo.attention.ragged import first_chunk_attention
 from octavo.config import NEVER
 
@@ -52,17 +52,50 @@ def random_case(seed: int, B: int, H: int, group: int, N: int, D: int, S: int, l
     H=st.integers(1, 3),
     group=st.integers(1, 3),
     N=st.integers(1, 40),
+    n=st.integers(1, 40),
     D=st.sampled_from([1, 3, 8, 16]),
     S=st.integers(1, 5),
     longest=st.sampled_from([0, 1, 7, 50]),
     padding=st.booleans(),
 )
 def test_ragged_equals_reference(
-    seed: int, B: int, H: int, group: int, N: int, D: int, S: int, longest: int, padding: bool
+    seed: int, B: int, H: int, group: int, N: int, n: int, D: int, S: int, longest: int, padding: bool
 ) -> None:
     case = random_case(seed, B, H, group, N, D, S, longest, padding)
+    whole = reference.paged_attention(**case)
+    case["query"] = case["query"][:, :, -n:]
     expected = reference.paged_attention(**case)
+    torch.testing.assert_close(expected, whole[:, -n:], rtol=1e-4, atol=2e-5)  # the same queries among all
     got = ragged.paged_attention(**{**case, "length": case["length"].tolist()})
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    B=st.integers(1, 3),
+    H=st.integers(1, 3),
+    group=st.integers(1, 3),
+    N=st.integers(1, 9),
+    n=st.integers(1, 9),
+    S=st.integers(1, 5),
+    longest=st.sampled_from([0, 1, 7, 50]),
+    padding=st.booleans(),
+)
+def test_padded_equals_reference(
+    seed: int, B: int, H: int, group: int, N: int, n: int, S: int, longest: int, padding: bool
+) -> None:
+    case = random_case(seed, B, H, group, N, 8, S, longest, padding)
+    case["query"] = case["query"][:, :, -n:]
+    expected = reference.paged_attention(**case)
+    used = torch.zeros(case["k_pages"].shape[:2], dtype=torch.bool)  # what no row uses may hold anything
+    for b in range(B):
+        for h in range(H):
+            slots = case["page_table"][b, h, :, None] * S + torch.arange(S)
+            used.view(-1)[slots.flatten()[: int(case["length"][b, h])].long()] = True
+    for name in ("k_pages", "v_pages"):
+        case[name] = case[name].masked_fill(~used[..., None], float("nan"))
+    got = padded.paged_attention(**case, longest=int(case["length"].max()))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -100,8 +133,10 @@ def test_soft_decisions_tend_to_hard_ones() -> None:
 def test_first_chunk_is_causal_attention() -> None:
     case = random_case(6, 2, 2, 2, 17, 8, 4, 0, False)
     case["expiry"].fill_(NEVER)
-    got = first_chunk_attention(case["query"], case["key"], case["value"], 0.3)
-    torch.testing.assert_close(got, reference.paged_attention(**case), rtol=1e-4, atol=2e-5)
+    expected = reference.paged_attention(**case)
+    for n in (17, 16, 5, 1):
+        got = first_chunk_attention(case["query"][:, :, -n:], case["key"], case["value"], 0.3)
+        torch.testing.assert_close(got, expected[:, -n:], rtol=1e-4, atol=2e-5)
 
 
 def test_reference_sees_exactly_what_the_rule_says() -> None:

@@ -48,12 +48,18 @@ def test_unreadable_text_is_refused(tmp_path, name, content, message):
 
 def test_documents_are_closed_and_chats_start_at_their_beginnings(tmp_path, tokenizer):
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "one two"}) + "\n" + json.dumps({"text": "three"}))
-    tokens, starts = tokenize(tmp_path / "t.jsonl", tokenizer)
-    assert starts is None
+    tokens, ends, chats = tokenize(tmp_path / "t.jsonl", tokenizer)
+    assert not chats
+    assert [tokenizer.decode(t) for t in np.split(tokens, ends[:-1])] == ["one two<|im_end|>", "three<|im_end|>"]
+    assert load_source(tmp_path / "t.jsonl", tokenizer, 2).starts is None
     assert tokenizer.decode(tokens) == "one two<|im_end|>three<|im_end|>"
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(3)))
-    tokens, starts = tokenize(tmp_path / "c.jsonl", tokenizer)
+    tokens, ends, chats = tokenize(tmp_path / "c.jsonl", tokenizer)
+    source = load_source(tmp_path / "c.jsonl", tokenizer, 10)
+    starts = source.starts
+    assert chats
     assert len(starts) == 3
+    assert source.bounds.tolist() == [0, *ends]
     assert all(tokenizer.decode(tokens[s : s + 2]).startswith("<|im_start|>system") for s in starts)
 
 

@@ -1,29 +1,144 @@
 """The evaluation measures what it says: NLL, exact needles, slots; and its rivals keep as much as the gates."""
 
+import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from octavo import KVCache, attach, evaluate
+from octavo import KVCache, attach, detach, evaluate
 from octavo.attachment import attachment_of
+from octavo.dms import Adapter, load_adapter
 from octavo.errors import AdapterMismatchError, ConfigError, TextFileError
+from octavo.finding import SHIPPED
 from octavo.plots import evaluation as draw
-from octavo.plots import heat_map, heat_map_text, training
+from octavo.plots import heat_map, heat_map_text, skip_curve, training
+from octavo.retrofit.agreement import AgreementSettings, Question
 from octavo.retrofit.baselines import BASELINES
 from octavo.retrofit.command import card_text, evaluation_table
-from octavo.retrofit.evaluate import EvaluationSettings, needle_cases
+from octavo.retrofit.data import Source
+from octavo.retrofit.evaluate import EvaluationSettings, Row, cells, needle_cases, skip_points
+from octavo.support import fingerprint
+from octavo.swiftkv import SwiftKVAdapter, initial
 from tiny import tiny_adapter, tiny_model
 
 SETTINGS = EvaluationSettings(nll_length=400, nll_from=100, texts=2, lengths=(320,), cases=12, batch=2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def student():
+    """The same for all tests here, none of which changes it."""
+    torch.manual_seed(0)
+    return tiny_model(
+        vocab_size=49152, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8
+    )
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Source("random", np.random.default_rng(0).integers(5, 49000, 4000).astype(np.uint16), None, 1.0)
+
+
+@pytest.fixture(scope="module")
 def result(student, tokenizer, source):
     adapter = tiny_adapter(student, window=16, rate=0.8)
     return evaluate(student, tokenizer, source.tokens, [adapter], SETTINGS), adapter
+
+
+def swiftkv_adapter(student, name="swiftkv"):
+    """Keys and values of layer 1 from the wrong norm, so that the transform is not the base model."""
+    swiftkv = initial(student, 1)
+    with torch.no_grad():
+        swiftkv.kv.add_(torch.randn(swiftkv.kv.shape, generator=torch.Generator().manual_seed(0)) * 0.5)
+    return SwiftKVAdapter(name, swiftkv, fingerprint(student))
+
+
+def gates_on(swiftkv, student):
+    plain = tiny_adapter(student, window=16, rate=0.8)
+    return Adapter("gates", plain.gates, plain.fingerprint, 2.0, swiftkv=swiftkv.swiftkv.fingerprint())
+
+
+@pytest.fixture(scope="module")
+def skipping(student, tokenizer, source):
+    """An evaluation of a transform, of it with gates, and of plain gates, with questions; and these entries."""
+    swiftkv = swiftkv_adapter(student)
+    entries = [swiftkv, (swiftkv, gates_on(swiftkv, student)), tiny_adapter(student, window=16, rate=0.8)]
+    settings = replace(SETTINGS, answers=AgreementSettings(cases=3, max_new_tokens=8, batch=2))
+    questions = [Question("How many are 2 and 3?", "#### 5"), Question("And 4 and 5?", "#### 9")]
+    return evaluate(student, tokenizer, source.tokens, entries, settings, questions=questions), entries
+
+
+def test_transforms_and_gates_on_them_are_measured(skipping, student, source):
+    out, entries = skipping
+    names = ["dense", "swiftkv", "swiftkv + gates", "tiny"]
+    assert [row.policy for row in out.rows] == names, "no rivals where the first adapter is not plain gates"
+    assert [row.skipped for row in out.rows] == [None, 0.5, 0.5, None]
+    assert attachment_of(student) is None
+    starts = np.linspace(0, len(source.tokens) - 400, 2).astype(int)
+    ids = torch.stack([torch.from_numpy(source.tokens[s : s + 400].astype(np.int64)) for s in starts])
+    for row, entry in zip(out.rows[1:], entries, strict=True):
+        attach(student, list(entry) if isinstance(entry, tuple) else entry)
+        cache = KVCache(student)
+        with torch.no_grad():
+            logits = student(ids, use_cache=False).logits
+            student(ids[:1], past_key_values=cache)
+        expected = F.cross_entropy(logits[:, 99:-1].flatten(0, 1), ids[:, 100:].flatten())
+        assert row.nll == pytest.approx(expected.item(), rel=1e-5)
+        assert (row.nbytes, row.dense_nbytes) == (cache.nbytes, cache.dense_nbytes)
+        assert row.kept == pytest.approx(cache.kept.float().mean().item())
+    detach(student)
+    assert len({row.nll for row in out.rows}) == 4
+
+
+def test_answers_are_in_the_rows_the_table_and_the_json(skipping):
+    out, _ = skipping
+    assert out.questions == 2
+    assert "2 questions" in evaluation_table(out).title
+    assert out.rows[0].same == out.rows[0].agreed == 1.0
+    assert all(0 <= row.agreed <= 1 for row in out.rows)
+    heads, *lines = cells((320,), out.rows)
+    assert heads[:3] == ["policy", "layers skipped", "NLL"]
+    assert lines[1][heads.index("layers skipped")] == "50.0%"
+    assert lines[0][heads.index("same tokens")] == "100.0%"
+    again = [Row(**row) for row in json.loads(json.dumps(out.to_json()))["rows"]]
+    assert cells((320,), again) == [heads, *lines]
+    assert evaluation_table(out).row_count == 4
+
+
+def test_weights_are_rounded_for_the_measurement_and_not_in_the_adapter(student, tokenizer, source):
+    adapter = swiftkv_adapter(student)
+    before = adapter.swiftkv.kv.clone()
+    evaluate(
+        copy.deepcopy(student).bfloat16(), tokenizer, source.tokens, [adapter], replace(SETTINGS, lengths=(), texts=1)
+    )
+    assert adapter.swiftkv.kv.dtype == torch.float32
+    assert torch.equal(adapter.swiftkv.kv, before)
+
+
+def test_gates_of_the_base_model_are_refused_on_a_transform(student, tokenizer, source):
+    swiftkv = swiftkv_adapter(student)
+    for entry in ((swiftkv, tiny_adapter(student)), gates_on(swiftkv, student)):
+        with pytest.raises(AdapterMismatchError):
+            evaluate(student, tokenizer, source.tokens, [entry], SETTINGS)
+    assert attachment_of(student) is None
+
+
+def test_skip_curve_takes_transforms_only(skipping, tmp_path):
+    out, entries = skipping
+    (point,) = skip_points(out, entries)
+    assert point == (0.5, out.rows[1].nll - out.rows[0].nll, "swiftkv")
+    skip_curve([point, (0.3, 0.01, "K=20")], tmp_path / "s.png", 0.04)
+    skip_curve([], tmp_path / "none.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["dms-8x", "dms-16x"])
+def test_cards_written_earlier_still_read_the_same(name):
+    folder = SHIPPED / name
+    assert card_text(load_adapter(folder)) == (folder / "README.md").read_text()
 
 
 def test_all_policies_are_measured_and_the_model_is_left_alone(result, student):
@@ -58,6 +173,7 @@ def test_adapter_bytes_are_a_real_cache_s(result, student, source):
     cache = KVCache(student)
     with torch.no_grad():
         student(torch.from_numpy(source.tokens[:400].astype(np.int64))[None], past_key_values=cache)
+    detach(student)
     row = out.rows[1]
     assert (row.nbytes, row.dense_nbytes) == (cache.nbytes, cache.dense_nbytes)
     assert row.kept == pytest.approx(cache.kept.float().mean().item())
@@ -78,12 +194,12 @@ def test_a_model_that_knows_finds_every_needle(student, tokenizer, source):
     """Feed gold hidden states: `found` is an exact match of every answer token."""
     from octavo.retrofit.evaluate import _Bench
 
-    attach(student)
+    student = attach(copy.deepcopy(student))
     bench = _Bench(student, tokenizer, source.tokens, SETTINGS)
     student.get_output_embeddings = lambda: lambda hidden: hidden
-    bench.hidden = lambda ids, policy: F.one_hot(ids.roll(-1, 1), 49152).float()
+    bench.hidden = lambda ids, policy, swiftkv: F.one_hot(ids.roll(-1, 1), 49152).float()
     assert all(bench.found(None, 320))
-    bench.hidden = lambda ids, policy: F.one_hot(ids.roll(-1, 1) + (torch.arange(320) == 317), 49152).float()
+    bench.hidden = lambda ids, policy, swiftkv: F.one_hot(ids.roll(-1, 1) + (torch.arange(320) == 317), 49152).float()
     assert not any(bench.found(None, 320))
 
 

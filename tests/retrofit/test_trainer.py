@@ -13,11 +13,13 @@ import torch
 from octavo import attach
 from octavo.attachment import attachment_of
 from octavo.errors import ConfigError, RetrofitError, RetrofitInterrupted
-from octavo.retrofit.trainer import CHECKPOINT, LOG, Retrofit, RetrofitSettings
+from octavo.retrofit.checkpoint import CHECKPOINT
+from octavo.retrofit.settings import GateSettings, RetrofitSettings
+from octavo.retrofit.trainer import LOG, Retrofit
 
-SETTINGS = RetrofitSettings(
-    target=3, steps=6, batch=2, micro_batch=2, length=96, window=8, lr=1e-3, recall=0.0, checkpoint_every=2
-)
+GATES = GateSettings(target=3, window=8, lr=1e-3)
+SETTINGS = RetrofitSettings(GATES, steps=6, batch=2, micro_batch=2, length=96, recall=0.0, checkpoint_every=2)
+FASTER = replace(SETTINGS, gates=replace(GATES, lr=3e-3))
 
 
 def run(student, tokenizer, source, folder, settings=SETTINGS, **options):
@@ -28,7 +30,7 @@ def run(student, tokenizer, source, folder, settings=SETTINGS, **options):
 
 def test_the_target_is_approached_and_everything_is_written(student, tokenizer, source, tmp_path):
     before = [p.clone() for p in student.parameters()]
-    trained = run(student, tokenizer, source, tmp_path, replace(SETTINGS, steps=30, lr=3e-3, recall=0.3))
+    trained = run(student, tokenizer, source, tmp_path, replace(FASTER, steps=30, recall=0.3))
     log = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, 31))
     assert log[-1]["ratio"] > 2 > log[0]["ratio"]
@@ -36,9 +38,11 @@ def test_the_target_is_approached_and_everything_is_written(student, tokenizer, 
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)), "the model is frozen"
     assert all(p.requires_grad for p in student.parameters())
     assert attachment_of(student) is None
-    adapter = trained.adapter("mine")
+    assert log[-1]["loss"] == pytest.approx(log[-1]["kl"] + log[-1]["missing"])
+    assert log[-1]["mse"] is None
+    (adapter,) = trained.adapters("mine")
     attach(student, adapter)
-    assert adapter.card["settings"]["target"] == 3
+    assert adapter.card["settings"]["gates"]["target"] == 3
     assert torch.equal(adapter.gates.input_scale, torch.ones(2, 1)), "files hold the folded weight"
 
 
@@ -101,15 +105,17 @@ def test_micro_batches_only_split_the_work(student, tokenizer, source, tmp_path)
 
 
 def test_init_starts_from_an_adapter(student, tokenizer, source, tmp_path):
-    first = run(student, tokenizer, source, tmp_path / "a", replace(SETTINGS, steps=12, lr=3e-3)).adapter("first")
-    second = Retrofit(student, tokenizer, [source], replace(SETTINGS, target=6, lr=1e-9), tmp_path / "b", init=first)
+    first = run(student, tokenizer, source, tmp_path / "a", replace(FASTER, steps=12)).adapters("first")[0]
+    settings = replace(SETTINGS, gates=replace(GATES, target=6, lr=1e-9))
+    second = Retrofit(student, tokenizer, [source], settings, tmp_path / "b", init=[first])
     second.run()
-    assert (first.card["init"], second.adapter("second").card["init"]) == (None, "first")
+    assert (first.card["init"], second.adapters("second")[0].card["init"]) == (None, "first")
     hidden = torch.randn(1, 20, 32)
     torch.testing.assert_close(second.gates.logits(0, hidden), first.gates.logits(0, hidden), rtol=1e-3, atol=1e-3)
     assert json.loads((tmp_path / "b" / LOG).read_text().splitlines()[0])["target"] > 3
+    wider = replace(SETTINGS, gates=replace(GATES, window=9))
     with pytest.raises(ConfigError, match="other gate settings"):
-        Retrofit(student, tokenizer, [source], replace(SETTINGS, window=9), tmp_path / "c", init=first)
+        Retrofit(student, tokenizer, [source], wider, tmp_path / "c", init=[first])
 
 
 def test_broken_and_foreign_checkpoints_are_refused(student, tokenizer, source, tmp_path):
@@ -124,12 +130,16 @@ def test_broken_and_foreign_checkpoints_are_refused(student, tokenizer, source, 
         Retrofit(student, tokenizer, [source], SETTINGS, tmp_path / "nothing").resume()
 
 
-@pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"target": 0.5}, {"lr": 0.0}, {"recall": 2.0}, {"window": 96}, {"ramp": 0.0}]
-)
+@pytest.mark.parametrize("change", [{"steps": 0}, {"recall": 2.0}, {"length": 8}, {"gates": None}, {"batch": -1}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ConfigError):
         replace(SETTINGS, **change)
+
+
+@pytest.mark.parametrize("change", [{"target": 0.5}, {"lr": 0.0}, {"window": 0}, {"ramp": 0.0}, {"temperature": 0}])
+def test_impossible_gate_settings_are_refused(change):
+    with pytest.raises(ConfigError):
+        replace(GATES, **change)
 
 
 def test_a_run_without_text_is_refused(student, tokenizer, tmp_path):
@@ -142,16 +152,21 @@ import sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from octavo.retrofit.data import Source
-from octavo.retrofit.trainer import Retrofit, RetrofitSettings
+from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings
+from octavo.retrofit.trainer import Retrofit
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=500, hidden_size=32, intermediate_size=32,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).eval()
-source = Source("r", np.random.default_rng(0).integers(5, 499, 4000).astype(np.uint16), None, 1.0)
-s = RetrofitSettings(target=3, steps=3, batch=4, micro_batch=2, length=64, window=8, lr=1e-3, recall=0.0)
-run = Retrofit(model, None, [source], s, sys.argv[1])
-run.run()
-total = run.gates.weight.detach().double().sum().item()
-print("RANK", run.accelerator.process_index, run.accelerator.num_processes, total)
+    num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)).eval()
+tokens = np.random.default_rng(0).integers(5, 499, 4000).astype(np.uint16)
+source = Source("r", tokens, None, 1.0, np.arange(25, 4001, 25))
+common = dict(steps=3, batch=4, micro_batch=2, length=70, recall=0.0)
+both = {"gates": (GateSettings(3, 8, 1e-3), None), "swiftkv": (None, SwiftSettings(1, start="regression"))}
+for name, parts in both.items():
+    run = Retrofit(model, None, [source], RetrofitSettings(*parts, **common), f"{sys.argv[1]}/{name}")
+    run.run()
+    total = sum(p.detach().double().abs().sum().item() for p in run._parts()[name].parameters())
+    with open(f"{sys.argv[1]}/{name}-{run.accelerator.process_index}-of-{run.accelerator.num_processes}", "w") as f:
+        f.write(repr(total))
 """
 
 
@@ -160,8 +175,10 @@ def test_two_processes_agree(tmp_path):
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     out = subprocess.run([*launch, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
-    lines = sorted(line.split() for line in out.stdout.splitlines() if line.startswith("RANK"))
-    assert [line[1:3] for line in lines] == [["0", "2"], ["1", "2"]], out.stderr[-2000:]
-    assert lines[0][3] == lines[1][3], "both hold the same gates"
-    assert len(Path(tmp_path / "run" / LOG).read_text().splitlines()) == 3
-    assert np.isfinite(float(lines[0][3]))
+    for name in ("gates", "swiftkv"):
+        files = sorted(Path(tmp_path / "run").glob(f"{name}-*"))
+        assert [file.name for file in files] == [f"{name}-0-of-2", f"{name}-1-of-2"], out.stderr[-2000:]
+        totals = [float(file.read_text()) for file in files]
+        assert totals[0] == totals[1], "both hold the same weights"
+        assert len(Path(tmp_path / "run" / name / LOG).read_text().splitlines()) == 3
+        assert np.isfinite(totals[0])

@@ -6,7 +6,7 @@ which is exactly what eviction does to the pages.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -14,6 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 512  # queries whose mask is made at once
+
+
+class Packed:
+    """Which document each token of packed rows belongs to; made once for all layers of a forward."""
+
+    def __init__(self, document: Tensor) -> None:
+        self.document = document  # [B, T] int32; -1 is padding, which is a document of its own
+
+    @cached_property
+    def blocks(self) -> Any:
+        """FlexAttention's form of it."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        document, (B, T) = self.document, self.document.shape
+        return create_block_mask(
+            lambda b, h, q, k: (q >= k) & (document[b, q] == document[b, k]), B, None, T, T, device=str(document.device)
+        )
 
 
 def dense_attention(
@@ -24,20 +41,21 @@ def dense_attention(
     window: int,
     scale: float,
     valid: Tensor | None = None,  # [B, T] bool, False is padding
+    packed: Packed | None = None,  # rows of several documents: a token sees its own only
 ) -> Tensor:  # [B, T, Hq, D]
     """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere.
 
-    With padding, positions are counted over the valid tokens, as the cache counts them.
+    With padding, positions are counted over the valid tokens, as the cache counts them. Packed rows take no `valid`.
     """
     grouped = query.shape[1] != key.shape[1]
-    if log_keep is None and valid is None:
+    if log_keep is None and valid is None and packed is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
-    if query.is_cuda and valid is None and log_keep is not None:
-        return _flex(query, key, value, log_keep, window, scale)
+    if query.is_cuda and valid is None:
+        return _flex(query, key, value, log_keep, window, scale, packed)
     length = query.shape[2]
     parts = [
-        _rows(query, key, value, log_keep, window, scale, valid, first, min(first + BLOCK, length))
+        _rows(query, key, value, log_keep, window, scale, valid, packed, first, min(first + BLOCK, length))
         for first in range(0, length, BLOCK)
     ]
     return torch.cat(parts, 2).transpose(1, 2)
@@ -51,12 +69,13 @@ def _rows(
     window: int,
     scale: float,
     valid: Tensor | None,
+    packed: Packed | None,
     first: int,
     last: int,
 ) -> Tensor:  # [B, Hq, last - first, D]
     """Queries first..last on the keys before `last`, under a mask of their own."""
     group = query.shape[1] // key.shape[1]
-    mask = _mask(log_keep, window, valid, query, first, last)  # [B, 1 or H, last - first, last]
+    mask = _mask(log_keep, window, valid, packed, query, first, last)  # [B, 1 or H, last - first, last]
     mask = mask.repeat_interleave(group, 1) if mask.shape[1] > 1 else mask
     return F.scaled_dot_product_attention(
         query[:, :, first:last],
@@ -68,7 +87,15 @@ def _rows(
     )
 
 
-def _mask(log_keep: Tensor | None, window: int, valid: Tensor | None, query: Tensor, first: int, last: int) -> Tensor:
+def _mask(
+    log_keep: Tensor | None,
+    window: int,
+    valid: Tensor | None,
+    packed: Packed | None,
+    query: Tensor,
+    first: int,
+    last: int,
+) -> Tensor:
     B = query.shape[0]
     ones = torch.ones(B, last, dtype=torch.bool, device=query.device) if valid is None else valid[:, :last]
     position = ones.cumsum(1) - 1  # [B, last]
@@ -77,6 +104,8 @@ def _mask(log_keep: Tensor | None, window: int, valid: Tensor | None, query: Ten
     rows = columns[first:, None]
     # A padded query must see something: itself.
     seen = (columns <= rows) & ones[:, None, :] | (columns == rows)  # [B, N, last]
+    if packed is not None:
+        seen &= packed.document[:, first:last, None] == packed.document[:, None, :last]
     mask = torch.zeros(B, 1, last - first, last, device=query.device).masked_fill(~seen[:, None], float("-inf"))
     if log_keep is None:
         return mask
@@ -100,22 +129,29 @@ def _causal_blocks(length: int, device: torch.device) -> Any:
     return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, window: int, scale: float) -> Tensor:
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_keep: Tensor | None,
+    window: int,
+    scale: float,
+    packed: Packed | None,
+) -> Tensor:
     group = query.shape[1] // key.shape[1]
+    blocks = _causal_blocks(query.shape[2], query.device) if packed is None else packed.blocks
+    score = None if log_keep is None else _forgetting(log_keep, window, group)
+    out = _compiled()(query, key, value, score_mod=score, block_mask=blocks, enable_gqa=group > 1, scale=scale)
+    return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _forgetting(log_keep: Tensor, window: int, group: int) -> Callable[..., Tensor]:
+    """FlexAttention's form of the gate's mask."""
     # Flex turns -inf into NaN where a whole block is forgotten; -1e4 underflows to the same zero weight.
     log_keep = log_keep.clamp(min=-1e4)
-    reach = torch.tensor(window, device=query.device)  # a tensor, so that another window compiles nothing anew
+    reach = torch.tensor(window, device=log_keep.device)  # a tensor, so that another window compiles nothing anew
 
     def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return torch.where(q - k <= reach, s, s + log_keep[b, h // group, k])
 
-    out = _compiled()(
-        query,
-        key,
-        value,
-        score_mod=score,
-        block_mask=_causal_blocks(query.shape[2], query.device),
-        enable_gqa=group > 1,
-        scale=scale,
-    )
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
+    return score

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def paged_attention(
-    query: Tensor,  # [B, Hq, N, D]
+    query: Tensor,  # [B, Hq, n, D] of the last n <= N new tokens
     key: Tensor,  # [B, H, N, D]
     value: Tensor,  # [B, H, N, D]
     position: Tensor,  # [B, N]      int32, -1 is padding
@@ -22,17 +22,18 @@ def paged_attention(
     page_table: Tensor,  # [B, H, M] int32
     length: list[list[int]],  # slots in use of each row, on the host: [B][H]
     scale: float,
-) -> Tensor:  # [B, N, Hq, D]
+) -> Tensor:  # [B, n, Hq, D]
     """The same function as `reference.paged_attention`, for N > 1; slots must be older than the chunk."""
-    B, Hq, N, D = query.shape
-    H, S = key.shape[1], k_pages.shape[1]
+    B, Hq, n, D = query.shape
+    H, N, S = *key.shape[1:3], k_pages.shape[1]
     group = Hq // H
-    out = query.new_empty(B, Hq, N, D)
+    out = query.new_empty(B, Hq, n, D)
     inside = torch.arange(S, device=query.device)
+    itself = torch.eye(N, dtype=torch.bool, device=query.device)[N - n :]
     for b in range(B):
-        at = position[b][:, None]  # [N, 1]
+        at = position[b, N - n :, None]  # [n, 1]
         # A padded query may see itself, so that no softmax is empty; its output is cleared below.
-        causal = (position[b] >= 0) & (position[b] <= at) | torch.eye(N, dtype=torch.bool, device=at.device)
+        causal = (position[b] >= 0) & (position[b] <= at) | itself
         last = position[b].max()
         for h in range(H):
             used = length[b][h]
@@ -42,21 +43,21 @@ def paged_attention(
             lasting = until >= last
             order = torch.cat([lasting.nonzero(), (~lasting).nonzero()])[:, 0]
             slots, ends = slots[order], used - int(lasting.sum())
-            mask = query.new_zeros(N, used + N)
+            mask = query.new_zeros(n, used + N)
             _hide(mask[:, used - ends : used], at <= until[order[used - ends :]])
             _hide(mask[:, used:], (at <= expiry[b, h]) & causal)
             k = torch.cat([k_pages.view(-1, D).index_select(0, slots).to(key.dtype), key[b, h]])  # [U+N, D]
             v = torch.cat([v_pages.view(-1, D).index_select(0, slots).to(value.dtype), value[b, h]])
             heads = slice(h * group, (h + 1) * group)
             out[b, heads] = F.scaled_dot_product_attention(
-                query[None, b, heads],  # [1, G, N, D]
+                query[None, b, heads],  # [1, G, n, D]
                 k[None, None].expand(1, group, -1, -1),
                 v[None, None].expand(1, group, -1, -1),
                 attn_mask=mask[None, None],
                 scale=scale,
             )[0]
     out = out.transpose(1, 2)
-    return out.masked_fill((position < 0)[:, :, None, None], 0.0)
+    return out.masked_fill((position < 0)[:, N - n :, None, None], 0.0)
 
 
 def _hide(mask: Tensor, visible: Tensor) -> None:
@@ -65,8 +66,16 @@ def _hide(mask: Tensor, visible: Tensor) -> None:
 
 
 def first_chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Plain causal attention [B, N, Hq, D] for a first chunk no longer than the window, where nothing expires."""
+    """Plain causal attention [B, n, Hq, D] for a first chunk no longer than the window, where nothing expires.
+
+    `query` [B, Hq, n, D] of the last n tokens, `key` and `value` [B, H, N, D].
+    """
+    n, N = query.shape[2], key.shape[2]
+    mask = None  # none is needed for one query, and none is made where queries and keys are the same tokens
+    if 1 < n < N:
+        mask = torch.ones(n, N, dtype=torch.bool, device=query.device).tril(N - n)
+    grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=query.shape[2] > 1, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=mask, is_causal=1 < n == N, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2)

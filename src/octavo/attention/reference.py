@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def paged_attention(
-    query: Tensor,  # [B, Hq, N, D]
+    query: Tensor,  # [B, Hq, n, D]  of the last n <= N of them
     key: Tensor,  # [B, H, N, D]   this forward's tokens
     value: Tensor,  # [B, H, N, D]
     position: Tensor,  # [B, N]      int32, -1 is padding
@@ -26,17 +26,17 @@ def paged_attention(
     page_table: Tensor,  # [B, H, M] int32, page ids of each row
     length: Tensor,  # [B, H]        int32, slots in use of each row
     scale: float,
-) -> Tensor:  # [B, N, Hq, D], dtype of `query`
-    """Exact attention of N new tokens over their cached past and themselves, one row at a time.
+) -> Tensor:  # [B, n, Hq, D], dtype of `query`
+    """Exact attention of the last n of N new tokens over their cached past and themselves, one row at a time.
 
     Query head j reads KV head j // (Hq // H). Scores, softmax and sums are computed in float64 when the
     inputs are float64, in float32 otherwise.
     """
-    B, Hq, N, D = query.shape
-    H = key.shape[1]
+    B, Hq, n, D = query.shape
+    H, N = key.shape[1:3]
     group = Hq // H
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_zeros(B, N, Hq, D)
+    out = query.new_zeros(B, n, Hq, D)
     for b in range(B):
         for h in range(H):
             used = int(length[b, h])
@@ -45,9 +45,9 @@ def paged_attention(
             v = torch.cat([v_pages[pages].flatten(0, 1)[:used].to(wide), value[b, h].to(wide)])
             pos = torch.cat([slot_position[pages].flatten()[:used], position[b]])  # [U+N]
             exp = torch.cat([slot_expiry[pages].flatten()[:used], expiry[b, h]])
-            at = position[b][:, None]  # [N, 1]
-            visible = (pos >= 0) & (pos <= at) & (at <= exp)  # [N, U+N]
-            q = query[b, h * group : (h + 1) * group].to(wide)  # [G, N, D]
+            at = position[b, N - n :, None]  # [n, 1]
+            visible = (pos >= 0) & (pos <= at) & (at <= exp)  # [n, U+N]
+            q = query[b, h * group : (h + 1) * group].to(wide)  # [G, n, D]
             scores = (q @ k.T * scale).masked_fill(~visible, float("-inf"))
             weights = scores.softmax(-1).nan_to_num(0.0)  # a padded query sees nothing
             out[b, :, h * group : (h + 1) * group] = (weights @ v).transpose(0, 1).to(out.dtype)

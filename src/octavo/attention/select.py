@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from octavo.attention import native, prefill, ragged
+from octavo.attention import native, padded, prefill, ragged
 
 NATIVE_MAX_TOKENS = 16  # above it matrix products beat the streaming kernel
+PADDED_MAX_TOKENS = 16  # above it masks weigh more than launches
 
 
 def paged_attention(
-    query: Tensor,  # [B, Hq, N, D]
+    query: Tensor,  # [B, Hq, n, D] of the last n <= N new tokens
     key: Tensor,  # [B, H, N, D]
     value: Tensor,  # [B, H, N, D]
     position: Tensor,  # [B, N]      int32, -1 is padding
@@ -22,15 +23,19 @@ def paged_attention(
     length: Tensor,  # [B, H]        int32
     host_length: list[list[int]],  # the same on the host
     scale: float,
-) -> Tensor:  # [B, N, Hq, D]
-    """Attention of N new tokens over their cached past and themselves; see `reference.paged_attention`.
+) -> Tensor:  # [B, n, Hq, D]
+    """Attention of the last n of N new tokens over their cached past and themselves; see `reference.paged_attention`.
 
     Gradients reach `query`, `key` and `value` (through the torch path); the pages are constants.
     """
     past = (k_pages, v_pages, slot_position, slot_expiry, page_table)
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not trains and query.is_cpu and query.shape[2] <= NATIVE_MAX_TOKENS and native.available():
+    n, whole = query.shape[2], query.shape[2] == key.shape[2]
+    if not trains and whole and query.is_cpu and n <= NATIVE_MAX_TOKENS and native.available():
         return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
-    if not trains and prefill.supported(query, k_pages):
+    if not trains and whole and prefill.supported(query, k_pages):
         return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
+    if query.is_cuda and n <= PADDED_MAX_TOKENS:
+        longest = max(max(row) for row in host_length)
+        return padded.paged_attention(query, key, value, position, expiry, *past, length, longest, scale)
     return ragged.paged_attention(query, key, value, position, expiry, *past, host_length, scale)

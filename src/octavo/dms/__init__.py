@@ -4,7 +4,17 @@ Lancucki et al., "Inference-Time Hyper-Scaling with KV Cache Compression", NeurI
 """
 
 from octavo.dms.adapter import Adapter, load_adapter, save_adapter
-from octavo.dms.gate import Gates, GateSpec
+from octavo.dms.gate import FoldedGates, Gates, GateSpec
 from octavo.dms.policy import HardGates, Policy, SoftGates
 
-__all__ = ["Adapter", "GateSpec", "Gates", "HardGates", "Policy", "SoftGates", "load_adapter", "save_adapter"]
+__all__ = [
+    "Adapter",
+    "FoldedGates",
+    "GateSpec",
+    "Gates",
+    "HardGates",
+    "Policy",
+    "SoftGates",
+    "load_adapter",
+    "save_adapter",
+]

@@ -5,6 +5,7 @@
 Scale 100 and offset 5 are the paper's: the map starts at zero, so every token starts far on the keeping side.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,10 +73,36 @@ class Gates(nn.Module):
         weight = (self.weight * self.input_scale[:, :, None]).detach()
         return {"weight": weight, "bias": self.bias.detach(), "input_scale": torch.ones_like(self.input_scale)}
 
-    def folded(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(weight [L, outputs, hidden], bias [L, outputs]) with all scales and the offset folded in, detached.
-
-        Evict iff weight @ hidden + bias > 0.
-        """
+    def folded(self, device: torch.device) -> "FoldedGates":
+        """The gates as inference uses them: all scales and the offset folded in, detached."""
         weight = self.folded_state()["weight"] * self.spec.scale
-        return weight.to(device), (self.bias.detach() * self.spec.scale - self.spec.offset).to(device)
+        bias = self.bias.detach() * self.spec.scale - self.spec.offset
+        return FoldedGates(self.spec, weight.to(device), bias.to(device))
+
+
+@dataclass(frozen=True)
+class FoldedGates:
+    """Decisions only: a token is marked iff weight @ hidden + bias > 0."""
+
+    spec: GateSpec
+    weight: Tensor  # [L, outputs, hidden] float32
+    bias: Tensor  # [L, outputs] float32
+
+    def marked(self, layer: int, hidden: Tensor) -> Tensor:
+        """Decisions of one layer [B, kv_heads, N] bool from what its keys are projected from, [B, N, hidden]."""
+        logits: Tensor = nn.functional.linear(hidden.float(), self.weight[layer], self.bias[layer])
+        return (logits > 0).transpose(1, 2).expand(-1, self.spec.kv_heads, -1)
+
+    def marked_from(self, first: int, hidden: Tensor) -> Tensor:
+        """Decisions of layers `first` to the last, which all read one `hidden`: [L - first, B, kv_heads, N] bool."""
+        weight, bias = self.weight[first:], self.bias[first:]
+        logits: Tensor = nn.functional.linear(hidden.float(), weight.flatten(0, 1), bias.flatten())
+        marked = (logits > 0).view(*hidden.shape[:2], *bias.shape).permute(2, 0, 3, 1)  # [l, B, outputs, N]
+        return marked.expand(-1, -1, self.spec.kv_heads, -1)
+
+    def marked_everywhere(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Decisions of all layers at once, [L, B, kv_heads, N] bool, from one `hidden` [B, N, hidden] per layer."""
+        inputs = torch.stack(list(hidden)).float().flatten(1, 2)  # [L, B*N, hidden]
+        marked = torch.baddbmm(self.bias[:, None], inputs, self.weight.transpose(1, 2)) > 0  # [L, B*N, outputs]
+        marked = marked.view(len(hidden), *hidden[0].shape[:2], -1).transpose(2, 3)
+        return marked.expand(-1, -1, self.spec.kv_heads, -1)

@@ -1,8 +1,9 @@
 """The transformers `Cache` over pages: the protocol of one forward, and what `generate` asks of a cache.
 
-A forward goes: `begin` (positions of the new tokens), then per layer `update` (the layer's keys and values
-are held back) and `attend` (attention over the pages and the held-back tokens), and after the last layer
-`commit`, which writes the survivors of all layers at once. So a chunk's tokens that expire before the next
+A store is one set of keys and values: one per layer, or one for several layers that share it. A forward goes:
+`begin` (positions of the new tokens), then per store `update` (its keys and values are held back) and `mark`
+(when they expire), per layer `attend` (attention over the pages and the held-back tokens), and after the last
+layer `commit`, which writes the survivors of all stores at once. So a chunk's tokens that expire before the next
 query never reach a page, bookkeeping costs a few tensor operations per forward and not per layer, and a
 forward that fails leaves the cache as it was.
 """
@@ -24,9 +25,10 @@ from octavo.kv.rows import Rows
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a cache must know of a model. `dtype` is how slots are stored."""
+    """What a cache must know of a model. `dtype` is how slots are stored; `layers` may share `stores`."""
 
     layers: int
+    stores: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
@@ -35,7 +37,7 @@ class CacheShape:
 
 @dataclass
 class Forward:
-    """The tokens of the running forward: filled by `begin`, `update` and `attend`, consumed by `commit`."""
+    """The tokens of the running forward: filled by `begin`, `update` and `mark`, consumed by `commit`."""
 
     valid: Tensor | None  # [B, N] bool, None: no padding
     position: Tensor  # [B, N] int32, -1 is padding
@@ -44,14 +46,14 @@ class Forward:
     never: Tensor  # [B, H, N] int32, all NEVER
     plain: bool  # nothing is cached, nothing is padded and nothing can expire within this chunk
     late: bool  # one token, which sees itself whatever its mark: marks may wait for `commit`
-    host_length: list[list[list[int]]]  # [L][B][H] slots in use, read once for all layers
-    keys: list[Tensor] = field(default_factory=list)  # per layer [B, H, N, D]
+    host_length: list[list[list[int]]]  # [L][B][H] slots in use, read once for all stores
+    keys: list[Tensor] = field(default_factory=list)  # per store [B, H, N, D]
     values: list[Tensor] = field(default_factory=list)
-    expiry: list[Tensor] = field(default_factory=list)  # per layer [B, H, N] int32
+    expiry: list[Tensor] = field(default_factory=list)  # per store [B, H, N] int32
 
 
 class PagedCache(Cache):  # type: ignore[misc]
-    """Keys and values of one batch of sequences, all layers, on pages that eviction frees."""
+    """Keys and values of one batch of sequences, all stores (L of them), on pages that eviction frees."""
 
     def __init__(self, shape: CacheShape, eviction: Eviction | None, settings: CacheSettings) -> None:
         super().__init__(layers=[])
@@ -85,9 +87,9 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     @property
     def kept(self) -> Tensor:
-        """Slots that the next query can see, int64 [batch, layers, kv_heads]."""
+        """Slots that the next query can see, int64 [batch, stores, kv_heads]; layers that share a store count once."""
         if self.rows is None:
-            return torch.zeros(0, self.shape.layers, self.shape.kv_heads, dtype=torch.int64)
+            return torch.zeros(0, self.shape.stores, self.shape.kv_heads, dtype=torch.int64)
         return self.rows.live(self.position).transpose(0, 1)
 
     # One forward
@@ -98,7 +100,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         if self.rows is None:
             s, c = self.shape, self.settings
             pool = PagePool(s.head_dim, s.dtype, s.device, c.page_size, c.budget)
-            self.rows = Rows(pool, s.layers, batch, s.kv_heads)
+            self.rows = Rows(pool, s.stores, batch, s.kv_heads)
             self.position = torch.zeros(batch, dtype=torch.int64, device=s.device)
             if self.eviction is not None and self.eviction.shift:
                 self._last_slot = torch.full_like(self.rows.length, -1, dtype=torch.int64)
@@ -127,7 +129,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hold back one layer's new keys and values [B, H, N, D] until `commit`; returns them unchanged."""
+        """Hold back one store's new keys and values [B, H, N, D] until `commit`; returns them unchanged."""
         forward = self._forward
         if forward is None or not (len(forward.keys) == len(forward.expiry) == layer_idx):
             self._forward = None
@@ -136,35 +138,39 @@ class PagedCache(Cache):  # type: ignore[misc]
         forward.values.append(value_states)
         return key_states, value_states
 
-    def attend(self, layer: int, query: Tensor, marked: Tensor | None, scale: float) -> Tensor:
-        """Attention of one layer's new tokens, [B, N, Hq, D].
+    def mark(self, store: int, marked: Tensor | None) -> None:
+        """Say when the new tokens of one store expire: `marked` [B, H, N] bool is the gate's decision at each token.
 
-        `query` [B, Hq, N, D]; `marked` [B, H, N] bool is the gate's decision at each token. None where nothing
-        is evicted, and where `late` says that the marks of all layers may come with `commit`.
+        None where nothing is evicted, and where `late` says that the marks of all stores may come with `commit`.
         """
+        forward = self._forward
+        assert forward is not None
+        assert len(forward.keys) == store + 1 == len(forward.expiry) + 1
+        expiry = forward.never
+        if marked is not None:
+            expiry = self._expiry(slice(store, store + 1), marked[None], forward)[0]
+        forward.expiry.append(expiry)
+
+    def attend(self, store: int, query: Tensor, scale: float) -> Tensor:
+        """Attention of one layer over a marked store, [B, n, Hq, D]; `query` [B, Hq, n, D] of the last n new tokens."""
         forward, rows = self._forward, self.rows
         assert forward is not None
         assert rows is not None
-        assert len(forward.keys) == layer + 1
-        key, value = forward.keys[layer], forward.values[layer]
-        expiry = forward.never
-        if marked is not None:
-            expiry = self._expiry(slice(layer, layer + 1), marked[None], forward)[0]
-        forward.expiry.append(expiry)
+        key, value, expiry = forward.keys[store], forward.values[store], forward.expiry[store]
         if forward.plain:
             return first_chunk_attention(query, key, value, scale)
         pool = rows.pool
-        past = (pool.k, pool.v, pool.position, pool.expiry, rows.table[layer], rows.length[layer])
-        return paged_attention(query, key, value, forward.position, expiry, *past, forward.host_length[layer], scale)
+        past = (pool.k, pool.v, pool.position, pool.expiry, rows.table[store], rows.length[store])
+        return paged_attention(query, key, value, forward.position, expiry, *past, forward.host_length[store], scale)
 
     @property
     def late(self) -> bool:
-        """Whether `commit` takes the running forward's marks: one operation for all layers, not one per layer."""
+        """Whether `commit` takes the running forward's marks: one operation for all stores, not one per store."""
         return self._forward is not None and self._forward.late
 
     @torch.no_grad()
     def commit(self, marked: Tensor | None = None) -> None:
-        """Write the survivors of all layers; `marked` [L, B, H, N] bool gives the marks that `attend` did not get.
+        """Write the survivors of all stores; `marked` [L, B, H, N] bool gives the marks that `mark` did not get.
 
         Raises CacheBudgetError with the cache as it was.
         """
@@ -172,14 +178,14 @@ class PagedCache(Cache):  # type: ignore[misc]
         self._forward = None
         assert forward is not None
         assert rows is not None
-        if len(forward.expiry) != self.shape.layers:
+        if len(forward.expiry) != self.shape.stores:
             raise NotAttachedError(
-                f"{len(forward.expiry)} of {self.shape.layers} attention layers used the cache; is the model attached?"
+                f"{len(forward.expiry)} of {self.shape.stores} stores were filled; is the model attached?"
             )
         columns = forward.position.shape[1]
         window = self.eviction.window if self.eviction else 0
         expired = self._cropped or (self.eviction is not None and self.seen + columns > window)
-        everything = slice(0, self.shape.layers)
+        everything = slice(0, self.shape.stores)
         slot = rows.write(
             torch.stack(forward.keys),
             torch.stack(forward.values),
@@ -202,13 +208,13 @@ class PagedCache(Cache):  # type: ignore[misc]
         if self.seen == 0:
             self.reset()
 
-    def _expiry(self, layers: slice, marked: Tensor, forward: Forward) -> Tensor:
-        """When the new tokens of some layers expire, [l, B, H, N] int32, from their marks [l, B, H, N]."""
+    def _expiry(self, stores: slice, marked: Tensor, forward: Forward) -> Tensor:
+        """When the new tokens of some stores expire, [l, B, H, N] int32, from their marks [l, B, H, N]."""
         if self._last_slot is not None:
-            marked = self._read_at_next(layers, marked, forward)
+            marked = self._read_at_next(stores, marked, forward)
         return torch.where(marked.contiguous(), forward.mortal, forward.never)
 
-    def _read_at_next(self, layers: slice, marked: Tensor, forward: Forward) -> Tensor:
+    def _read_at_next(self, stores: slice, marked: Tensor, forward: Forward) -> Tensor:
         """Shift 1: each token's mark is read at the next token, so that of the newest token is still open.
 
         Settles the newest cached token with the first new mark, then returns `marked` moved by one.
@@ -218,10 +224,10 @@ class PagedCache(Cache):  # type: ignore[misc]
         assert self.eviction is not None
         real = forward.position >= 0  # [B, N]
         if self.seen:
-            slot = self._last_slot[layers]  # [l, B, H]
+            slot = self._last_slot[stores]  # [l, B, H]
             first = real.int().argmax(1)[None, :, None, None].expand(*marked.shape[:3], 1)
             doomed = marked.gather(3, first)[..., 0] & real.any(1)[:, None] & (slot >= 0)
-            at = self.rows.at(slot.clamp(min=0)[..., None], layers).flatten()
+            at = self.rows.at(slot.clamp(min=0)[..., None], stores).flatten()
             mortal = (self.position[:, None] - 1 + self.eviction.window).int().expand_as(slot)
             expiry = self.rows.pool.expiry.view(-1)
             expiry[at] = torch.where(doomed.flatten(), mortal.flatten(), expiry[at])

@@ -1,7 +1,8 @@
 """Training text: plain text, JSONL (optionally .xz or .gz) or ready token files, as seeded random sequences.
 
 A source draws sequences of a fixed length. Running text is cut anywhere; chats are cut at their beginnings.
-What is drawn depends only on the seed, the step and the rank, so that a resumed run sees the same data.
+It also knows where its documents begin and end, for rows of whole documents (`packing.py`). What is drawn
+depends only on the seed, the step and the rank, so that a resumed run sees the same data.
 """
 
 import gzip
@@ -28,6 +29,12 @@ class Source:
     tokens: Tokens  # [n] uint16 or uint32
     starts: npt.NDArray[np.int64] | None
     share: float
+    ends: npt.NDArray[np.int64] | None = None  # of the documents; None: it is all one
+
+    @property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """Where documents begin, then the end of the last: [documents + 1]."""
+        return np.array([0, len(self.tokens)]) if self.ends is None else np.concatenate([[0], self.ends])
 
     def draw(self, rng: np.random.Generator, length: int) -> npt.NDArray[np.int64]:
         """`length` tokens [length] int64; a start too near the end wraps to the beginning."""
@@ -70,7 +77,7 @@ def read_text(path: Path) -> str:
 def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.0) -> Source:
     """Tokenise a file, or open a `.npy` token file, as a source of sequences of `length` tokens."""
     path = Path(path)
-    starts = None
+    starts = ends = None
     if path.suffix == ".npy":
         try:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -81,28 +88,28 @@ def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.
                 f"{path} must hold one row of uint16 or uint32 tokens, not {tokens.dtype} {tokens.shape}"
             )
     else:
-        tokens, starts = tokenize(path, tokenizer)
+        tokens, ends, chats = tokenize(path, tokenizer)
+        starts = np.concatenate([[0], ends[:-1]]) if chats else None
     if len(tokens) < length:
         raise TextFileError(f"{path} has {len(tokens):,} tokens; sequences of {length:,} need at least as many")
-    return Source(path.name, tokens, starts, share)
+    return Source(path.name, tokens, starts, share, ends)
 
 
-def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64] | None]:
-    """All documents as one stream, each closed by the end token; for chats also where each one begins."""
+def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64], bool]:
+    """(all documents as one stream, each text closed by the end token; where each ends; whether any is a chat)."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    pieces, starts, chats, at = [], [], False, 0
+    pieces, chats = [], False
     for document in read_documents(path):
         if isinstance(document, str):
             ids = [*encode(tokenizer, document), tokenizer.eos_token_id]
         else:
             chats = True
             ids = chat_ids(tokenizer, document)
-        starts.append(at)
-        at += len(ids)
-        pieces.append(np.array(ids, dtype=dtype))
+        if ids:
+            pieces.append(np.array(ids, dtype=dtype))
     if not pieces:
         raise TextFileError(f"{path} holds no documents")
-    return np.concatenate(pieces), np.array(starts) if chats else None
+    return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces]), chats
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -1,12 +1,13 @@
-"""What eviction costs: NLL far into a text, needles found again, bytes held; for gates and for their rivals.
+"""What adapters cost: NLL far into a text, needles found again, bytes held; for gates, for the training-free
+policies that are their rivals, for SwiftKV transforms and for gates on these.
 
-Every policy is measured in one forward without a cache, where what is forgotten is masked. For gates that is
-the same function as eviction from the cache (the identity the tests hold to 1e-4); the bytes are measured on
-a real cache that has read a whole text in chunks.
+Every line is measured in one forward without a cache, where what is forgotten is masked and every layer runs.
+That is the same function as eviction from the cache and skipped layers (identities the tests hold to 1e-4);
+the bytes are measured on a real cache that has read a whole text in chunks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.attachment import KVCache, attach, attachment_of, require_attachment, restore
-from octavo.dms import Adapter, HardGates, Policy
-from octavo.dms.adapter import check_fingerprint
+from octavo.dms import HardGates, Policy
 from octavo.errors import ConfigError, TextFileError
+from octavo.retrofit.agreement import AgreementSettings, Question, agreement
 from octavo.retrofit.baselines import BASELINES
 from octavo.retrofit.data import encode
-from octavo.support import fingerprint
+from octavo.retrofit.entries import DENSE, Entry, Parts, attach_parts, parts_of
+from octavo.swiftkv import SwiftKV, SwiftKVAdapter
 
 CITIES = ("Paris", "Tokyo", "Lagos", "Lima", "Oslo", "Cairo")
 
@@ -42,6 +44,7 @@ class EvaluationSettings:
     batch: int = 1
     seed: int = 0
     baselines: bool = True
+    answers: AgreementSettings = field(default_factory=AgreementSettings)
 
     def __post_init__(self) -> None:
         if not 1 <= self.nll_from < self.nll_length or min(self.texts, self.cases, self.batch) < 1:
@@ -54,8 +57,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """One policy's results. `needle[length]` and `depth[length][i]` are shares of exact answers, over
-    `cases` each; `kept` is mean slots per KV head after `nll_length` tokens."""
+    """One line's results. `needle[length]` and `depth[length][i]` are shares of exact answers, over
+    `cases` each; `kept` is mean slots per KV head after `nll_length` tokens. `skipped` is the share of layers
+    that prompt tokens skip, None without SwiftKV; `same`, `right` and `agreed` are `agreement.Answers`, None
+    where no questions were asked."""
 
     policy: str
     nll: float
@@ -64,15 +69,20 @@ class Row:
     kept: float
     nbytes: int | None = None
     dense_nbytes: int | None = None
+    skipped: float | None = None
+    same: float | None = None
+    right: float | None = None
+    agreed: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All rows, dense first, with the settings that made them."""
+    """All rows, dense first, with the settings that made them and the number of questions asked."""
 
     model: str
     settings: EvaluationSettings
     rows: list[Row] = field(default_factory=list)
+    questions: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only."""
@@ -83,42 +93,88 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
     tokens: npt.NDArray[Any],
-    adapters: Sequence[Adapter] = (),
+    adapters: Sequence[Entry] = (),
     settings: EvaluationSettings | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
+    questions: Sequence[Question] = (),
 ) -> Evaluation:
-    """Measure the model dense, under each adapter, and under the training-free policies at the first adapter's bytes.
+    """Measure the model dense, under each of `adapters`, and under the training-free policies at the first's bytes.
 
-    `tokens` [n] is running text the adapters were not trained on. The model is left as it was found.
+    `adapters`: gates, SwiftKV adapters, and (SwiftKV adapter, its gates). The training-free policies are measured
+    where the first is plain gates. `tokens` [n] is running text that the adapters were not trained on; answers to
+    `questions`, if any, are compared with the dense model's. The model is left as it was found.
+
     Raises TextFileError for too short a text and AdapterMismatchError.
     """
     settings = settings or EvaluationSettings()
     longest = max(settings.nll_length, *settings.lengths) if settings.lengths else settings.nll_length
     if len(tokens) < longest:
         raise TextFileError(f"the text has {len(tokens):,} tokens; {longest:,} are needed")
-    for each in adapters:
-        check_fingerprint(each, fingerprint(model))
     before = attachment_of(model)
-    out = Evaluation(Path(model.config._name_or_path).name, settings)
+    asked = min(len(questions), settings.answers.cases)
+    out = Evaluation(Path(model.config._name_or_path).name, settings, questions=asked)
     bench = _Bench(model, tokenizer, tokens, settings)
     try:
+        entries = [parts_of(entry, model) for entry in adapters]
+        for parts in entries:
+            attach_parts(model, parts)  # what does not fit is refused before the work, not after
         attach(model)
-        plans: list[tuple[str, Callable[[int], Policy | None], Adapter | None]] = [("dense", lambda n: None, None)]
-        plans += [(a.name, lambda n, a=a: HardGates(a.gates.to(model.device)), a) for a in adapters]  # type: ignore[misc]
-        if adapters and settings.baselines:
-            kept = {n: bench.kept(HardGates(adapters[0].gates.to(model.device)), n) for n in bench.lengths}
-            plans += [(name, lambda n, k=kind: k(n, kept[n]), None) for name, kind in BASELINES.items()]  # type: ignore[misc]
-        for name, policy, adapter in plans:
-            row = bench.row(name, policy, adapter)
-            out.rows.append(row)
-            on_row(row)
+        rivals = {}
+        gates = entries[0].gates if entries and entries[0].swiftkv is None else None
+        if gates is not None and settings.baselines:
+            kept = {n: bench.kept(HardGates(gates), n) for n in bench.lengths}
+            rivals = {name: lambda n, k=kind: k(n, kept[n]) for name, kind in BASELINES.items()}
+        for parts in (DENSE, *entries):
+            out.rows.append(bench.row(parts))
+            on_row(out.rows[-1])
+        for name, policy in rivals.items():
+            out.rows.append(bench.rival(name, policy))
+            on_row(out.rows[-1])
+        if questions:
+            for i, each in enumerate(agreement(model, tokenizer, questions, adapters, settings.answers)):
+                out.rows[i] = replace(out.rows[i], same=each.same, right=each.right, agreed=each.agreed)
     finally:
         restore(model, before)
     return out
 
 
+def cells(lengths: Sequence[int], rows: Sequence[Row]) -> list[list[str]]:
+    """A table of an evaluation, its header first: needles at `lengths`; columns that no row fills are left out."""
+    dense = rows[0]
+
+    def held(row: Row) -> str:
+        if row.nbytes is None or row.dense_nbytes is None:
+            return ""
+        return f"{row.nbytes:,} (1/{row.dense_nbytes / row.nbytes:.2f})"
+
+    needles = [list(row.needle.values()) for row in rows]
+    columns = [
+        ["policy", *(row.policy for row in rows)],
+        ["layers skipped", *(_percent(row.skipped) for row in rows)],
+        ["NLL", *(f"{row.nll:.4f}" for row in rows)],
+        ["to dense", *(f"{row.nll - dense.nll:+.4f}" for row in rows)],
+        *([f"needle {n:,}", *(f"{found[i]:.3f}" for found in needles)] for i, n in enumerate(lengths)),
+        ["same answers", *(_percent(row.same) for row in rows)],
+        ["right answers", *(_percent(row.right) for row in rows)],
+        ["same tokens", *(_percent(row.agreed) for row in rows)],
+        ["slots kept", *(f"{row.kept:,.0f}" for row in rows)],
+        ["bytes held", *(held(row) for row in rows)],
+    ]
+    return [list(line) for line in zip(*(c for c in columns if any(c[1:])), strict=True)]
+
+
+def skip_points(result: Evaluation, adapters: Sequence[Entry]) -> list[tuple[float, float, str]]:
+    """What `plots.skip_curve` draws: (share skipped, NLL to dense, name) of each SwiftKV adapter without gates."""
+    dense, *rows = result.rows
+    return [
+        (row.skipped, row.nll - dense.nll, row.policy)
+        for row, entry in zip(rows, adapters, strict=False)
+        if isinstance(entry, SwiftKVAdapter) and row.skipped is not None
+    ]
+
+
 class _Bench:
-    """The texts and needles of one evaluation, equal for all policies."""
+    """The texts and needles of one evaluation, equal for all lines."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, tokens: npt.NDArray[Any], settings: EvaluationSettings
@@ -130,46 +186,49 @@ class _Bench:
         self.texts = torch.stack([_long(tokens[s : s + settings.nll_length]) for s in starts])
         self.needles = {n: needle_cases(tokenizer, tokens, n, settings, rng) for n in settings.lengths}
 
-    def row(self, name: str, policy: Callable[[int], Policy | None], adapter: Adapter | None) -> Row:
+    def row(self, parts: Parts) -> Row:
+        """The model dense or with adapters."""
+        row = self._row(parts.name, lambda n: _policy(parts), parts.swiftkv)
+        cache = self.held(parts)
+        kept = cache.kept.float().mean().item()
+        return replace(row, kept=kept, nbytes=cache.nbytes, dense_nbytes=cache.dense_nbytes, skipped=parts.skipped)
+
+    def rival(self, name: str, policy: Callable[[int], Policy]) -> Row:
+        """A training-free policy, made for each length."""
+        length = self.settings.nll_length
+        return replace(self._row(name, policy), kept=self.kept(policy(length), length))
+
+    def _row(self, name: str, policy: Callable[[int], Policy | None], swiftkv: SwiftKV | None = None) -> Row:
         s = self.settings
-        nll = self.nll(policy(s.nll_length))
-        found = {n: self.found(policy(n), n) for n in s.lengths}
+        nll = self.nll(policy(s.nll_length), swiftkv)
+        found = {n: self.found(policy(n), n, swiftkv) for n in s.lengths}
         depth = {n: [_mean(hits[i :: len(s.depths)]) for i in range(len(s.depths))] for n, hits in found.items()}
-        kept: float = s.nll_length
-        nbytes = dense = None
-        if adapter is not None or name == "dense":
-            cache = self.held(adapter)
-            kept, nbytes, dense = cache.kept.float().mean().item(), cache.nbytes, cache.dense_nbytes
-        else:
-            chosen = policy(s.nll_length)
-            assert chosen is not None
-            kept = self.kept(chosen, s.nll_length)
-        return Row(name, nll, {n: _mean(hits) for n, hits in found.items()}, depth, kept, nbytes, dense)
+        return Row(name, nll, {n: _mean(hits) for n, hits in found.items()}, depth, s.nll_length)
 
     @torch.no_grad()
-    def hidden(self, ids: Tensor, policy: Policy | None) -> Tensor:
-        with require_attachment(self.model).using(policy):
+    def hidden(self, ids: Tensor, policy: Policy | None, swiftkv: SwiftKV | None = None) -> Tensor:
+        with require_attachment(self.model).using(policy, swiftkv=swiftkv):
             out: Tensor = self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False).last_hidden_state
         return out
 
     @torch.no_grad()
-    def nll(self, policy: Policy | None) -> float:
+    def nll(self, policy: Policy | None, swiftkv: SwiftKV | None = None) -> float:
         """Mean negative log-likelihood (nats per token) past `nll_from`."""
         head, start, total = self.model.get_output_embeddings(), self.settings.nll_from, 0.0  # type: ignore[no-untyped-call]
         for ids in self.texts.split(self.settings.batch):  # type: ignore[no-untyped-call]
-            for hidden, row in zip(self.hidden(ids, policy)[:, start - 1 : -1], ids[:, start:], strict=True):
+            for hidden, row in zip(self.hidden(ids, policy, swiftkv)[:, start - 1 : -1], ids[:, start:], strict=True):
                 for part, gold in zip(hidden.split(1024), row.to(hidden.device).split(1024), strict=True):
                     total += F.cross_entropy(head(part).float(), gold, reduction="sum").item()
         return total / (len(self.texts) * (self.texts.shape[1] - start))
 
     @torch.no_grad()
-    def found(self, policy: Policy | None, length: int) -> list[bool]:
+    def found(self, policy: Policy | None, length: int, swiftkv: SwiftKV | None = None) -> list[bool]:
         """For each case whether the greedy answer is exactly the needle."""
         cases, answers = self.needles[length]
         head, hits = self.model.get_output_embeddings(), []  # type: ignore[no-untyped-call]
         groups = cases.split(self.settings.batch)  # type: ignore[no-untyped-call]
         for ids, size in zip(groups, _groups(answers, self.settings.batch), strict=True):
-            hidden = self.hidden(ids, policy)
+            hidden = self.hidden(ids, policy, swiftkv)
             for row, gold, n in zip(hidden, ids, size, strict=True):
                 # Greedy decoding gives the answer iff every answer token is the likeliest after those before it.
                 best = head(row[-n - 1 : -1]).argmax(-1).cpu()
@@ -197,11 +256,11 @@ class _Bench:
         return _mean(held)
 
     @torch.no_grad()
-    def held(self, adapter: Adapter | None) -> KVCache:
+    def held(self, parts: Parts) -> KVCache:
         """A real cache that has read the first text in chunks."""
-        attach(self.model, adapter)
+        attach_parts(self.model, parts)
         cache = KVCache(self.model)
-        self.model.base_model(input_ids=self.texts[:1].to(self.model.device), past_key_values=cache)
+        self.model(input_ids=self.texts[:1].to(self.model.device), past_key_values=cache, logits_to_keep=1)
         attach(self.model)
         return cache
 
@@ -245,6 +304,14 @@ def chat_ids_around(tokenizer: Any, user: str, reply: str, mark: str) -> tuple[l
     return encode(tokenizer, before), encode(tokenizer, after)
 
 
+def _policy(parts: Parts) -> HardGates | None:
+    return None if parts.gates is None else HardGates(parts.gates)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
 def _long(values: Any) -> Tensor:
     return torch.from_numpy(np.asarray(values).astype(np.int64))
 
@@ -257,4 +324,4 @@ def _groups(values: list[int], size: int) -> list[list[int]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-__all__ = ["Evaluation", "EvaluationSettings", "Row", "evaluate", "needle_cases"]
+__all__ = ["Evaluation", "EvaluationSettings", "Row", "cells", "evaluate", "needle_cases", "skip_points"]

@@ -1,13 +1,18 @@
-"""Distils the gates of one frozen model: teacher and student are the same weights, without and with eviction.
+"""Distils gates, SwiftKV weights or both: the teacher is the frozen model, the student the same weights with them.
 
-One step: draw sequences, run the model dense, run it again under soft gates, and lower KL plus the missing
-eviction. Data and noise depend only on (seed, step, rank, micro-batch), so a checkpoint needs nothing but the
-gates, Adam's moments and the step to continue bit for bit.
+One step: draw rows, run the model as it is, run it again as the student, and lower the KL between the two, the
+error of the hidden states before the last layer (SwiftKV) and the eviction still missing (gates). Every mean is
+over the tokens that count, of the whole step on all processes. Data and noise depend only on (seed, step, rank,
+micro-batch), so a checkpoint needs nothing but what is trained, Adam's moments and the step to continue bit
+for bit.
 """
 
+import copy
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,72 +20,55 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from octavo.attachment import attach, attachment_of, require_attachment, restore
-from octavo.config import Eviction
-from octavo.dms import Adapter, Gates, GateSpec, SoftGates
-from octavo.dms.adapter import check_fingerprint
-from octavo.dms.objective import distillation_loss, eviction_loss, target_ratio
+from octavo.dms import Adapter, Gates, SoftGates
+from octavo.dms.objective import eviction_loss, target_ratio
 from octavo.errors import ConfigError, OutputFileError, RetrofitError, RetrofitInterrupted
+from octavo.retrofit.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from octavo.retrofit.data import Source
+from octavo.retrofit.fusing import fused
+from octavo.retrofit.lesson import teach
+from octavo.retrofit.packing import Packer, Rows, unbroken
 from octavo.retrofit.recall import recall_sequence
+from octavo.retrofit.regression import fit_gates, fit_keys_values
+from octavo.retrofit.settings import RetrofitSettings
+from octavo.retrofit.start import Init, chosen, first_gates, first_swiftkv
 from octavo.support import attention_modules, check_supported, fingerprint
+from octavo.swiftkv import SwiftKVAdapter
+from octavo.swiftkv.adapter import quantised
 
-CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class RetrofitSettings:
-    """How gates are trained. `batch` sequences of `length` tokens a step over all processes.
-
-    `target`: tokens per kept token asked for at the end, reached linearly after `ramp` of the steps; the
-    learning rate then falls linearly to a tenth. `recall`: share of sequences made by `recall_sequence`.
-    """
-
-    target: float = 8.0
-    steps: int = 200
-    batch: int = 8
-    micro_batch: int = 4
-    length: int = 8192
-    window: int = 256
-    lr: float = 2e-4
-    ramp: float = 0.6
-    temperature: float = 0.1
-    eviction_weight: float = 1.0
-    recall: float = 0.25
-    seed: int = 0
-    checkpoint_every: int = 25
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "length", "window", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.target < 1 or not self.lr > 0 or not 0 <= self.recall <= 1 or not 0 < self.ramp <= 1:
-            raise ConfigError("target must be at least 1, lr positive, recall in [0, 1] and ramp in (0, 1]")
-        if self.window >= self.length:
-            raise ConfigError(f"window {self.window} must be shorter than length {self.length}, or nothing is evicted")
+FITTED_TOKENS = 256  # for a start by regression, per input, of which there are as many as the stream is wide
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One line of the log; `ratio` is the compression of the hard decisions, the window set aside."""
+    """One line of the log: loss = kl + mse_weight * mse + eviction_weight * missing; None where not trained.
+
+    `kl` is T^2 * KL at temperature T, `mse` as in `hidden_error`. `ratio` is the compression of the gates' hard
+    decisions, the window set aside; `lr` is the gates' where there are gates.
+    """
 
     step: int
+    loss: float
     kl: float
-    target: float
-    ratio: float
-    missing: float
+    mse: float | None
+    target: float | None
+    ratio: float | None
+    missing: float | None
     lr: float
     tokens: int
     seconds: float
 
 
 class Retrofit:
-    """The state of one run in a folder: gates, optimiser, step. The model is attached for as long as it trains."""
+    """The state of one run in a folder: what is trained, optimiser, step. The model is attached while it trains.
+
+    `init`: adapters to start from, see `start.py`. Raises ConfigError, AdapterMismatchError, UnsupportedModelError.
+    """
 
     def __init__(
         self,
@@ -89,7 +77,7 @@ class Retrofit:
         sources: list[Source],
         settings: RetrofitSettings,
         folder: str | Path,
-        init: Adapter | None = None,
+        init: Init = (),
     ) -> None:
         check_supported(model)
         if not sources:
@@ -100,24 +88,22 @@ class Retrofit:
         world = self.accelerator.num_processes
         if settings.batch % world:
             raise ConfigError(f"batch {settings.batch} must be a multiple of the {world} processes")
-        config = model.config
-        spec = GateSpec(
-            config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, Eviction(settings.window)
-        )
-        self.gates = Gates(spec).to(model.device)
-        self.start, self.init = 1.0, init.name if init else None
-        if init is not None:
-            check_fingerprint(init, fingerprint(model))
-            if init.gates.spec != spec:
-                raise ConfigError(f"adapter {init.name} has other gate settings: {init.gates.spec}")
-            self.gates.load_state_dict(init.gates.state_dict())
-            self.start = min(init.target, settings.target)
-        self.optimizer = torch.optim.AdamW(self.gates.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.init = " and ".join(adapter.name for adapter in init) or None
+        gates, transform = chosen(model, settings, init)
+        self.swiftkv = first_swiftkv(model, settings, transform)
+        self.gates, self.start = first_gates(model, settings, self.swiftkv.spec if self.swiftkv else None, gates)
+        s = settings.swiftkv
+        self.fits = s is not None and s.start == "regression" and transform is None
+        self.taught_by = gates.gates if gates and self.swiftkv is not None and gates.swiftkv is None else None
+        # Each part has a learning rate of its own, set at every step.
+        groups = [{"params": list(part.parameters()), "name": name} for name, part in self._trained().items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self.packer = Packer(sources, tokenizer, settings.recall, settings.length)
         self.step = 0
         self.noise = True  # whether decisions are relaxed with logistic noise; tests compare gradients without it
 
-    def run(self, on_step: Callable[[StepReport], None] = lambda report: None) -> Gates:
-        """Train to the last step and return the gates.
+    def run(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
+        """Train to the last step.
 
         Raises RetrofitInterrupted on Ctrl-C, after writing a checkpoint, and RetrofitError when the loss is
         no longer finite.
@@ -133,15 +119,19 @@ class Retrofit:
         attach(self.model)
         try:
             if self.step == 0:
-                scale = self._input_scale()
-                self.gates.weight.data.mul_((self.gates.input_scale / scale)[:, :, None])
-                self.gates.input_scale.copy_(scale)
-            while self.step < self.settings.steps:
-                report = self._train_step()
-                self._log(report)
-                on_step(report)
-                if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
-                    self.save()
+                self._prepare()
+            with (
+                fused(self.model),
+                ThreadPoolExecutor(1) as ahead,
+            ):  # the next step's rows are drawn while this one runs
+                drawn = ahead.submit(self._rows, self.step)
+                while self.step < self.settings.steps:
+                    rows, drawn = drawn.result(), ahead.submit(self._rows, self.step + 1)
+                    report = self._train_step(rows.to(self.model.device))
+                    self._log(report)
+                    on_step(report)
+                    if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
+                        self.save()
         except KeyboardInterrupt:
             self.save()
             raise RetrofitInterrupted(
@@ -152,74 +142,127 @@ class Retrofit:
             for parameter, value in frozen:
                 parameter.requires_grad_(value)
             restore(self.model, before)
-        return self.gates
 
-    def _train_step(self) -> StepReport:
+    def _train_step(self, rows: Rows) -> StepReport:
         s, began = self.settings, time.perf_counter()
-        target = target_ratio(self.step + 1, s.steps, s.target, s.ramp, self.start)
-        lr = s.lr * (1.0 if self.step < s.ramp * s.steps else 1.0 - 0.9 * (self.step / s.steps - s.ramp) / (1 - s.ramp))
+        gates, swiftkv = s.gates, s.swiftkv
+        target = target_ratio(self.step + 1, s.steps, gates.target, gates.ramp, self.start) if gates else None
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        batch = self._batch()
-        parts = batch.split(s.micro_batch)  # type: ignore[no-untyped-call]
-        sums = torch.zeros(3, device=batch.device)
-        for i, tokens in enumerate(parts):
-            share = len(tokens) / len(batch)
-            kl, missing, evicted = self._losses(tokens, target, i)
-            ((kl + s.eviction_weight * missing) * share).backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack([kl.detach(), missing.detach(), evicted]) * share
-        for parameter in self.gates.parameters():
-            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        sums = self.accelerator.reduce(sums, "mean")
-        kl_value, missing_value, evicted_value = sums.tolist()
-        if not np.isfinite(kl_value):
-            raise RetrofitError(f"the loss is not finite at step {self.step}; lower lr (now {s.lr}) and resume")
-        torch.nn.utils.clip_grad_norm_(self.gates.parameters(), 1.0)
+            group["lr"] = getattr(s, group["name"]).lr_at(self.step, s.steps)
+        count = self.accelerator.reduce(rows.counted.sum(), "sum")
+        weights = torch.tensor(
+            [1.0, swiftkv.mse_weight if swiftkv else 0.0, gates.eviction_weight if gates else 0.0, 0.0],
+            device=rows.tokens.device,
+        )
+        sums = torch.zeros_like(weights)  # kl, mse, missing, evicted
+        for i, part in enumerate(rows.split(s.micro_batch)):
+            losses = self._losses(part, part.counted / count, target, i)
+            (losses @ weights).backward()  # type: ignore[no-untyped-call]
+            sums += losses.detach()
+        for part_of_it in self._trained().values():
+            for parameter in part_of_it.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+            torch.nn.utils.clip_grad_norm_(part_of_it.parameters(), 1.0)
+        sums = self.accelerator.reduce(sums, "sum")
+        loss, (kl, mse, missing, evicted) = (sums @ weights).item(), sums.tolist()
+        if not np.isfinite(loss):
+            raise RetrofitError(f"the loss is not finite at step {self.step}; lower lr and resume")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        ratio = 1.0 / max(1.0 - evicted_value, 1e-6)
         return StepReport(
-            self.step, kl_value, target, ratio, missing_value, lr, s.batch * s.length, time.perf_counter() - began
+            self.step,
+            loss,
+            kl,
+            mse if swiftkv else None,
+            target,
+            1.0 / max(1.0 - evicted, 1e-6) if gates else None,
+            missing if gates else None,
+            self.optimizer.param_groups[0]["lr"],
+            int(count),
+            time.perf_counter() - began,
         )
 
-    def _losses(self, tokens: Tensor, target: float, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        attachment, base = require_attachment(self.model), self.model.base_model
-        head = self.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-        noise = torch.Generator(device=tokens.device).manual_seed(self._seed("noise", part)) if self.noise else None
-        with attachment.using(None), torch.no_grad():
-            teacher = base(input_ids=tokens, use_cache=False).last_hidden_state
-        soft = SoftGates(self.gates, self.settings.temperature, noise)
-        with attachment.using(soft):
-            student = base(input_ids=tokens, use_cache=False).last_hidden_state
-        missing, evicted = eviction_loss(soft.logits, target)
-        return distillation_loss(student, teacher, head), missing, evicted
+    def _losses(self, rows: Rows, weight: Tensor, target: float | None, part: int) -> Tensor:
+        """This micro-batch's part of (KL, error of hidden states, missing eviction, evicted fraction), [4]."""
+        soft = None
+        if self.gates is not None and self.settings.gates is not None:
+            device = rows.tokens.device
+            seed = self._seed("noise", self.step, part)
+            noise = torch.Generator(device=device).manual_seed(seed) if self.noise else None
+            soft = SoftGates(self.gates, self.settings.gates.temperature, noise)
+        attachment = require_attachment(self.model)
+        lesson = teach(attachment, rows, weight, self.settings.temperature, soft, self.swiftkv)
+        missing = evicted = torch.zeros_like(lesson.kl)
+        if soft is not None and target is not None:
+            share = len(rows.tokens) / self.settings.batch
+            missing, evicted = (x * share for x in eviction_loss(soft.logits, target))
+        return torch.stack([lesson.kl, lesson.mse, missing, evicted])
+
+    # Before the first step
 
     @torch.no_grad()
-    def _input_scale(self) -> Tensor:
-        """1 / RMS of each layer's attention input on a first batch: [L, 1], so that all gates learn at one speed."""
+    def _prepare(self) -> None:
+        device, attachment = self.model.device, require_attachment(self.model)
+        total = functools.partial(self.accelerator.reduce, reduction="sum")
+        if self.gates is not None:  # scaled already where a run was interrupted in its first step
+            self.gates.load_state_dict(self.gates.folded_state())
+        if self.swiftkv is not None and self.fits:
+            fit_keys_values(attachment, self.swiftkv, self._fitted(), total=total)
+        if self.swiftkv is not None and self.gates is not None and self.taught_by is not None:
+            fit_gates(attachment, self.swiftkv, self.gates, self.taught_by.to(device), self._fitted(), total=total)
+        if self.gates is not None:
+            scale = self._input_scale(next(self._rows(0).to(device).split(1)))
+            self.gates.weight.mul_((self.gates.input_scale / scale)[:, :, None])
+            self.gates.input_scale.copy_(scale)
+
+    def _fitted(self) -> Iterator[Rows]:
+        """This process's rows for a start by regression, in micro-batches."""
+        s = self.settings
+        wanted = FITTED_TOKENS * self.model.config.hidden_size
+        for step in range(-(-wanted // (s.batch * s.length))):
+            yield from self._rows(step).to(self.model.device).split(s.micro_batch)
+
+    def _input_scale(self, rows: Rows) -> Tensor:
+        """1 / RMS of each gate's input: [stores, 1], so that all gates learn at one speed."""
         squares: list[Tensor] = []
 
         def measure(module: Any, args: Any, kwargs: Any) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             squares.append(hidden.float().square().mean())
 
+        attachment, base = require_attachment(self.model), self.model.base_model
         hooks = [m.register_forward_pre_hook(measure, with_kwargs=True) for m in attention_modules(self.model)]
         try:
-            with require_attachment(self.model).using(None):
-                self.model.base_model(input_ids=self._batch()[:1], use_cache=False)
+            if self.swiftkv is None:
+                with attachment.using(None):
+                    base(input_ids=rows.tokens, use_cache=False)
+            else:
+                spec = self.swiftkv.spec
+                stream = base.embed_tokens(rows.tokens)  # type: ignore[operator]
+                stream = attachment.run_layers(stream, 0, spec.kv_layers, rows.positions, document=rows.document)[-1]
+                squares += [self.swiftkv.normalised(stream).float().square().mean()] * spec.upper_stores
         finally:
             for hook in hooks:
                 hook.remove()
         mean: Tensor = self.accelerator.reduce(torch.stack(squares), "mean")
-        return mean.rsqrt()[:, None].to(self.gates.input_scale)
+        return mean.rsqrt()[:, None]
 
-    def _batch(self) -> Tensor:
-        """This process's sequences of this step: [batch / processes, length] int64 on the model's device."""
-        s, shares = self.settings, np.array([source.share for source in self.sources])
-        rng = np.random.default_rng(self._seed("data", 0))
+    # Data
+
+    def _rows(self, step: int) -> Rows:
+        """This process's rows of a step, [batch / processes, length].
+
+        With gates a row is one stream, chats included: eviction is about what lies far back, and short documents
+        have nothing past the window.
+        """
+        s, rng = self.settings, np.random.default_rng(self._seed("data", step, 0))
+        count = s.batch // self.accelerator.num_processes
+        if s.gates is None:
+            return self.packer.rows(rng, count)
+        shares = np.array([source.share for source in self.sources])
         rows = []
-        for _ in range(s.batch // self.accelerator.num_processes):
+        for _ in range(count):
             source = self.sources[int(rng.choice(len(self.sources), p=shares / shares.sum()))]
             recall = rng.random() < s.recall
             rows.append(
@@ -227,49 +270,30 @@ class Retrofit:
                 if recall
                 else source.draw(rng, s.length)
             )
-        return torch.from_numpy(np.stack(rows)).to(self.model.device)
+        return unbroken(np.stack(rows))
 
-    def _seed(self, purpose: str, part: int) -> int:
-        name = (self.settings.seed, self.step, self.accelerator.process_index, part, len(purpose))
+    def _seed(self, purpose: str, step: int, part: int) -> int:
+        name = (self.settings.seed, step, self.accelerator.process_index, part, len(purpose))
         return int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0] >> 1)
 
     # The run's folder
 
+    def _parts(self) -> dict[str, nn.Module]:
+        """What is trained or trained on, by the names in the settings and in checkpoints."""
+        parts = {"gates": self.gates, "swiftkv": self.swiftkv}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _trained(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self._parts().items() if getattr(self.settings, name).lr > 0}
+
     def save(self) -> None:
-        """Write the checkpoint, aside and renamed, so that an interrupted write leaves the one before."""
-        if not self.accelerator.is_main_process:
-            return
-        tensors = {f"gates.{name}": t.detach().cpu().contiguous() for name, t in self.gates.state_dict().items()}
-        for name, parameter in self.gates.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{name}.{key}"] = value.detach().cpu().contiguous()
-        aside = self.folder / (CHECKPOINT + ".new")
-        settings = json.dumps(asdict(self.settings))
-        save_file(tensors, aside, metadata={"step": str(self.step), "settings": settings})
-        aside.replace(self.folder / CHECKPOINT)
+        """Write the checkpoint; only one process does."""
+        if self.accelerator.is_main_process:
+            write_checkpoint(self.folder, self._parts(), self.optimizer, self.step, asdict(self.settings))
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises RetrofitError where it is missing, broken or of other settings."""
-        path = self.folder / CHECKPOINT
-        try:
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as f:
-                metadata = f.metadata()
-            tensors = load_file(path)
-        except Exception as e:
-            raise RetrofitError(f"cannot resume from {path}: {e}") from e
-        if json.loads(metadata["settings"]) != asdict(self.settings):
-            raise RetrofitError(f"{path} was made with other settings: {metadata['settings']}")
-        self.gates.load_state_dict({k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")})
-        for name, parameter in self.gates.named_parameters():
-            prefix = f"adam.{name}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if state:
-                self.optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
-                }
-        self.step = int(metadata["step"])
+        self.step = read_checkpoint(self.folder, self._parts(), self.optimizer, asdict(self.settings))
         if (self.folder / LOG).exists():  # lines past the checkpoint will be written again
             lines = (self.folder / LOG).read_text().splitlines()[: self.step]
             (self.folder / LOG).write_text("".join(line + "\n" for line in lines))
@@ -279,13 +303,28 @@ class Retrofit:
             with (self.folder / LOG).open("w" if report.step == 1 else "a") as f:
                 f.write(json.dumps(asdict(report)) + "\n")
 
-    def adapter(self, name: str) -> Adapter:
-        """The gates as an adapter for this model, with the run's settings on its card."""
-        card: dict[str, Any] = {
-            "settings": asdict(self.settings),
-            "init": self.init,
-            "data": {source.name: source.share for source in self.sources},
-        }
-        gates = Gates(self.gates.spec)
-        gates.load_state_dict({k: v.cpu() for k, v in self.gates.folded_state().items()})
-        return Adapter(name, gates, fingerprint(self.model), self.settings.target, card)
+    def adapters(self, name: str, gates_name: str | None = None) -> list[SwiftKVAdapter | Adapter]:
+        """What was trained, as adapters for this model with the run's settings on their cards.
+
+        With both, the first is the SwiftKV adapter `name`, and the gates are `gates_name`. SwiftKV weights are
+        rounded to what files hold.
+        """
+        settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
+        data = {source.name: source.share for source in self.sources}
+        card: dict[str, Any] = {"settings": settings, "init": self.init, "data": data}
+        made_for, transform = fingerprint(self.model), None
+        out: list[SwiftKVAdapter | Adapter] = []
+        if self.swiftkv is not None:
+            swiftkv = copy.deepcopy(self.swiftkv).cpu().requires_grad_(False)
+            for weight in (swiftkv.q, swiftkv.kv):
+                values, scale = quantised(weight)
+                weight.copy_(values * scale[..., None])
+            transform = swiftkv.fingerprint()
+            out.append(SwiftKVAdapter(name, swiftkv, made_for, dict(card)))
+        if self.gates is not None and self.settings.gates is not None:
+            target = self.settings.gates.target
+            gates = Gates(self.gates.spec)
+            gates.load_state_dict({k: v.cpu() for k, v in self.gates.folded_state().items()})
+            own = name if self.swiftkv is None else gates_name or f"dms-{target:g}x"
+            out.append(Adapter(own, gates, made_for, target, dict(card), transform))
+        return out

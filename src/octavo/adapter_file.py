@@ -1,0 +1,115 @@
+"""Adapter folders: `adapter.safetensors` and `adapter.json`, whole or refused. Both kinds of adapter use them.
+
+The JSON holds a SHA-256 over both files, so that a truncated or altered adapter is refused. Nothing in it is
+ever executed. docs/formats.md specifies both files.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from octavo.errors import AdapterFileError, AdapterMismatchError, OutputFileError
+
+TENSORS = "adapter.safetensors"
+SETTINGS = "adapter.json"
+TOLERANCE = 0.05  # of a sample of weights: they pass through bf16, int8 and quantised files
+
+
+def write_adapter(folder: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write both files into `folder` (made when missing), aside and renamed, so never half there.
+
+    Raises OutputFileError.
+    """
+    folder = Path(folder)
+    data = save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    settings = {**settings, "sha256": _digest(settings, data)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / TENSORS, data)
+        _replace(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+    except OSError as e:
+        raise OutputFileError(f"cannot write adapter {folder}: {e.strerror}") from e
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The JSON of an adapter folder, unchecked beyond being an object. Raises AdapterFileError."""
+    path = Path(folder) / SETTINGS
+    try:
+        settings = json.loads(path.read_bytes())
+    except OSError as e:
+        raise AdapterFileError(f"cannot read adapter {folder}: {e.strerror or e}") from e
+    except ValueError as e:
+        raise AdapterFileError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(settings, dict):
+        raise AdapterFileError(f"{path} is not a JSON object")
+    return settings
+
+
+def read_adapter(folder: str | Path, kind: str, formats: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(settings, tensors) of an adapter of this kind. Raises AdapterFileError for anything but a whole one."""
+    folder = Path(folder)
+    settings = read_settings(folder)
+    if settings.get("kind") != kind or settings.get("format") not in formats:
+        known = " or ".join(map(str, formats))
+        raise AdapterFileError(f"{folder / SETTINGS} is not a {kind} adapter of format {known}")
+    try:
+        data = (folder / TENSORS).read_bytes()
+    except OSError as e:
+        raise AdapterFileError(f"cannot read adapter {folder}: {e.strerror or e}") from e
+    if settings.get("sha256") != _digest(settings, data):
+        raise AdapterFileError(f"adapter {folder} is truncated or was altered: its SHA-256 does not match")
+    try:
+        return settings, load_tensors(data)
+    except SafetensorError as e:
+        raise AdapterFileError(f"adapter {folder} is incomplete: {e}") from e
+
+
+class Made(Protocol):
+    """Anything made for one model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+def check_fingerprint(adapter: Made, model: dict[str, Any]) -> None:
+    """Raise AdapterMismatchError unless the adapter was made for the model with this fingerprint.
+
+    Shapes must be equal; the sample of norm weights may differ by `TOLERANCE`.
+    """
+    name, made_for = adapter.name, adapter.fingerprint
+    for key, value in made_for.items():
+        if key != "norms" and model.get(key) != value:
+            raise AdapterMismatchError(
+                f"adapter {name} was made for a model with {key} {value}, this one has {model.get(key)}"
+            )
+    distance = relative_distance(model["norms"], made_for.get("norms", []))
+    if not distance < TOLERANCE:
+        raise AdapterMismatchError(
+            f"adapter {name} was made for a model of the same shape with other weights "
+            f"(norm weights differ by {distance:.0%})"
+        )
+
+
+def relative_distance(ours: list[float], theirs: list[float]) -> float:
+    """Euclidean distance of two samples over the norm of the second; infinite where their sizes differ."""
+    return math.dist(ours, theirs) / max(math.hypot(*theirs), 1e-9) if len(ours) == len(theirs) else math.inf
+
+
+def _digest(settings: dict[str, Any], data: bytes) -> str:
+    named = {k: v for k, v in settings.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode() + data).hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    aside = path.with_name(path.name + ".new")
+    aside.write_bytes(data)
+    aside.replace(path)

@@ -1,0 +1,130 @@
+"""Finding adapters: by the name of one that ships, by folder, or by hub id; of either kind, alone or together."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from octavo.adapter_file import SETTINGS, TENSORS, read_settings
+from octavo.dms import adapter as gates
+from octavo.dms.adapter import Adapter
+from octavo.errors import AdapterFileError, ConfigError
+from octavo.support import fingerprint_of
+from octavo.swiftkv import adapter as transforms
+from octavo.swiftkv.adapter import SwiftKVAdapter
+from octavo.swiftkv.checkpoint import CONFIG, INDEX, files_needed, is_published, read_published
+
+SHIPPED = Path(__file__).parent / "adapters"
+AnyAdapter = Adapter | SwiftKVAdapter
+Named = AnyAdapter | str | Path
+_LOADERS: dict[str, Callable[[Path], AnyAdapter]] = {
+    gates.KIND: gates.load_adapter,
+    transforms.KIND: transforms.load_swiftkv_adapter,
+}
+
+
+def resolve(adapters: Named | Sequence[Named] | None) -> list[AnyAdapter]:
+    """Adapters from any mix of adapters, names, folders and hub ids; "a+b" is both. At most one of each kind.
+
+    Gates may have been distilled on a transform: a name is first looked for inside the folder of the SwiftKV
+    adapter that it comes with, so `["swiftkv", "dms-8x"]` finds `swiftkv/dms-8x` before `dms-8x`.
+    Raises AdapterFileError, ConfigError, and UnsupportedModelError for quantised checkpoints.
+    """
+    items = _items(adapters)
+    folders = [_local(item) for item in items if isinstance(item, str | Path)]
+    homes = [folder for folder in folders if folder is not None and _holds_swiftkv(folder)]
+    found: list[AnyAdapter] = []
+    for item in items:
+        one = load_adapter(_inside(item, homes) or item) if isinstance(item, str | Path) else item
+        for other in found:
+            if type(one) is type(other):
+                what = "SwiftKV transforms" if isinstance(one, SwiftKVAdapter) else "sets of DMS gates"
+                raise ConfigError(f"two {what} for one model, {other.name} and {one.name}; give one of each kind")
+        found.append(one)
+    return found
+
+
+def load_adapter(name: str | Path) -> AnyAdapter:
+    """An adapter by its folder, by the name of one that ships, or by hub id.
+
+    A folder or hub repository holds either kind of adapter, or a published SwiftKV checkpoint, of which only the
+    transform's tensors are read. Raises AdapterFileError, and UnsupportedModelError for quantised checkpoints.
+    """
+    folder = _local(name)
+    if folder is None and is_hub_id(name):
+        folder = _fetched(str(name))
+    if folder is None:
+        raise AdapterFileError(f"no adapter folder {name}; shipped adapters are {', '.join(shipped_adapters())}")
+    if not (folder / SETTINGS).is_file() and (folder / CONFIG).is_file():
+        return load_published(folder, None if Path(name).is_dir() else str(name))
+    kind = read_settings(folder).get("kind")
+    if kind not in _LOADERS:
+        raise AdapterFileError(f"{folder / SETTINGS} has kind {kind!r}; expected {' or '.join(_LOADERS)}")
+    return _LOADERS[kind](folder)
+
+
+def load_published(folder: str | Path, name: str | None = None) -> SwiftKVAdapter:
+    """The transform in a published SwiftKV checkpoint's folder (see `octavo.swiftkv.checkpoint`)."""
+    published = read_published(folder)
+    fingerprint = fingerprint_of(published.config, published.norm)
+    card = {"published": published.model_type}
+    return SwiftKVAdapter(name or Path(folder).resolve().name, published.swiftkv, fingerprint, card)
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the adapters that come with Octavo, all for the embedded model."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SETTINGS}"))
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether this could be "owner/repository", by its form alone."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) is not None
+
+
+def _items(adapters: Named | Sequence[Named] | None) -> list[Named]:
+    if adapters is None:
+        return []
+    if isinstance(adapters, str) and "+" in adapters and _local(adapters) is None:
+        return [name.strip() for name in adapters.split("+")]
+    if isinstance(adapters, str | Path | Adapter | SwiftKVAdapter):
+        return [adapters]
+    if not isinstance(adapters, Sequence):
+        raise ConfigError(f"an adapter is a name, a folder, an adapter or several of these, not {adapters!r}")
+    return [item for part in adapters for item in _items(part)]
+
+
+def _local(name: str | Path) -> Path | None:
+    """The folder of this name, or else that of the shipped adapter of this name."""
+    if Path(name).is_dir():
+        return Path(name)
+    return SHIPPED / name if (SHIPPED / name / SETTINGS).is_file() else None
+
+
+def _inside(name: str | Path, homes: list[Path]) -> Path | None:
+    """The adapter of this plain name inside one of the homes."""
+    if Path(name).name != str(name):
+        return None
+    return next((home / name for home in homes if (home / name / SETTINGS).is_file()), None)
+
+
+def _holds_swiftkv(folder: Path) -> bool:
+    if not (folder / SETTINGS).is_file():
+        return is_published(folder)
+    return read_settings(folder).get("kind") == transforms.KIND
+
+
+def _fetched(hub_id: str) -> Path:
+    """Local folder with the files of a hub repository that make an adapter: first the small ones, then tensors."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=[CONFIG, INDEX, SETTINGS]))
+        if (folder / SETTINGS).is_file():
+            snapshot_download(hub_id, allow_patterns=[TENSORS])
+        elif is_published(folder):
+            snapshot_download(hub_id, allow_patterns=files_needed(folder))
+    except (OSError, ValueError, EntryNotFoundError) as e:
+        raise AdapterFileError(
+            f"no adapter folder {hub_id}, and the hub does not give one: {str(e).strip().splitlines()[0]}"
+        ) from e
+    return folder

@@ -1,0 +1,95 @@
+"""An adapter's card in Markdown: what it is, what it was trained with, what was measured."""
+
+from typing import Any
+
+from octavo.dms import Adapter
+from octavo.retrofit.evaluate import Row, cells
+from octavo.swiftkv import SwiftKVAdapter
+
+
+def card_text(adapter: Adapter | SwiftKVAdapter) -> str:
+    """The whole card."""
+    card = adapter.card
+    settings = _flat(card.get("settings", {}))
+    data = card.get("data", {})
+    lines = [f"# {adapter.name}", "", *_what(adapter), ""]
+    lines.append(f"Started from {card.get('init') or _fresh(adapter)}.")
+    lines.append("Training: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".")
+    lines.append("Data: " + ", ".join(f"{k} (share {v:g})" for k, v in data.items()) + ".")
+    if "evaluation" in card:
+        lines += ["", *_evaluation(card["evaluation"])]
+    if "search" in card:
+        lines += ["", *_search(card["search"])]
+    return "\n".join(lines) + "\n"
+
+
+def _what(adapter: Adapter | SwiftKVAdapter) -> list[str]:
+    kind = adapter.fingerprint["model_type"]
+    if isinstance(adapter, SwiftKVAdapter):
+        spec = adapter.swiftkv.spec
+        shared = "" if spec.group == 1 else f", in groups of {spec.group} that share keys and values"
+        return [
+            f"SwiftKV weights for a {kind} model: prompt tokens skip {spec.upper} of {spec.layers} layers "
+            f"({spec.upper / spec.layers:.0%}; K={spec.kv_layers}){shared}."
+        ]
+    gates = adapter.gates.spec
+    on = f", made on SwiftKV with K={adapter.swiftkv['kv_layers']}" if adapter.swiftkv else ""
+    places = f"{gates.layers} layers" if not adapter.swiftkv else f"{gates.layers} stores of keys and values"
+    return [
+        f"DMS gates for a {kind} model with {places}{on}; window "
+        f"{gates.eviction.window}, shift {gates.eviction.shift}, one decision per {gates.granularity}, "
+        f"trained for {adapter.target:g} tokens per kept token."
+    ]
+
+
+def _fresh(adapter: Adapter | SwiftKVAdapter) -> str:
+    if isinstance(adapter, Adapter):
+        return "gates that keep everything"
+    start = adapter.card.get("settings", {}).get("swiftkv", {}).get("start")
+    return "keys and values fitted by regression" if start == "regression" else "the model's own projections"
+
+
+def _evaluation(measured: dict[str, Any]) -> list[str]:
+    s, questions = measured["settings"], measured.get("questions")
+    asked = f", greedy answers to {questions} questions" if questions else ""
+    return [
+        f"Measured on held-out text: NLL past token {s['nll_from']} of {s['nll_length']} ({s['texts']} texts), "
+        f"{s['cases']} needles per length, bytes after the first text{asked}.",
+        "",
+        *_table(cells(s["lengths"], [Row(**row) for row in measured["rows"]])),
+    ]
+
+
+def _search(found: dict[str, Any]) -> list[str]:
+    s = found["evaluation"]
+    rows = [
+        [
+            row["name"],
+            f"{row['skip']:.1%}",
+            str(row["group"]),
+            f"{row['loss']:.4f}",
+            f"{row['nll']:.4f}",
+            f"{row['to_base']:+.4f}",
+        ]
+        for row in found["rows"]
+    ]
+    return [
+        f"All shares of the same search: NLL past token {s['nll_from']} of {s['nll_length']} ({s['texts']} texts), "
+        f"base {found['base_nll']:.4f}, limit {found['limit']:+.3f}.",
+        "",
+        *_table([["adapter", "layers skipped", "group", "final loss", "NLL", "to base"], *rows]),
+    ]
+
+
+def _table(lines: list[list[str]]) -> list[str]:
+    heads, *rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return [heads, "|" + " --- |" * len(lines[0]), *rows]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of parts get the part's name."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        parts = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= parts
+    return flat

@@ -1,0 +1,63 @@
+"""What one line of an evaluation measures: gates, a SwiftKV transform, or gates on a transform."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from octavo.attachment import attach
+from octavo.dms import Adapter, Gates
+from octavo.errors import ConfigError
+from octavo.swiftkv import SwiftKV, SwiftKVAdapter
+
+Entry = Adapter | SwiftKVAdapter | tuple[SwiftKVAdapter, Adapter]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An entry's adapters as they are attached, and their weights where and how the model computes."""
+
+    name: str
+    adapters: list[SwiftKVAdapter | Adapter]
+    swiftkv: SwiftKV | None = None
+    gates: Gates | None = None
+
+    @property
+    def skipped(self) -> float | None:
+        """Share of the layers that a prompt token skips; None without SwiftKV."""
+        return self.swiftkv.spec.upper / self.swiftkv.spec.layers if self.swiftkv else None
+
+
+DENSE = Parts("dense", [])
+
+
+def parts_of(entry: Entry, model: PreTrainedModel) -> Parts:
+    """The entry, its gates on the model's device, a copy of its transform there in the model's dtype."""
+    adapters: list[SwiftKVAdapter | Adapter] = [*entry] if isinstance(entry, tuple) else [entry]
+    swiftkv, gates = None, None
+    for adapter in adapters:
+        if isinstance(adapter, SwiftKVAdapter):
+            # A copy: rounding the adapter's own weights would spoil what is saved or trained further.
+            swiftkv = copy.deepcopy(adapter.swiftkv).to(model.device, model.dtype)
+        else:
+            gates = adapter.gates.to(model.device)
+    return Parts(" + ".join(a.name for a in adapters), adapters, swiftkv, gates)
+
+
+def attach_parts(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
+    """Attach the model with these adapters, or with none. Raises as `octavo.attach` does."""
+    return attach(model, [*parts.adapters]) if parts.adapters else attach(model)
+
+
+def together(adapters: Sequence[SwiftKVAdapter | Adapter]) -> Entry:
+    """One entry from the adapters that are to be attached at once. Raises ConfigError for what has no meaning."""
+    swiftkv = [a for a in adapters if isinstance(a, SwiftKVAdapter)]
+    gates = [a for a in adapters if isinstance(a, Adapter)]
+    if len(swiftkv) > 1 or len(gates) > 1 or not adapters:
+        names = " + ".join(a.name for a in adapters) or "nothing"
+        raise ConfigError(f"one SwiftKV transform, one set of gates or one of each go together, not {names}")
+    return (swiftkv[0], gates[0]) if swiftkv and gates else adapters[0]
+
+
+__all__ = ["DENSE", "Entry", "Parts", "attach_parts", "parts_of", "together"]

@@ -1,0 +1,147 @@
+"""What a run trains and how: gates, SwiftKV weights or both; and the schedules that follow from it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from octavo.dms import Adapter
+from octavo.errors import ConfigError
+from octavo.swiftkv import SwiftKVAdapter
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How gates are trained.
+
+    `target`: tokens per kept token asked for at the end, reached linearly after `ramp` of the steps; the
+    learning rate then falls linearly to a tenth.
+    """
+
+    target: float = 8.0
+    window: int = 256
+    lr: float = 2e-4
+    ramp: float = 0.6
+    temperature: float = 0.1
+    eviction_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ConfigError(f"window must be at least 1, not {self.window}")
+        if self.target < 1 or not self.lr > 0 or not 0 < self.ramp <= 1 or not self.temperature > 0:
+            raise ConfigError("target must be at least 1, lr and temperature positive and ramp in (0, 1]")
+        if not self.eviction_weight >= 0:
+            raise ConfigError(f"eviction_weight must not be negative, but is {self.eviction_weight}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Constant while the target rises, then linear to a tenth."""
+        after = step / steps - self.ramp
+        return self.lr * (1.0 if step < self.ramp * steps else 1.0 - 0.9 * after / (1 - self.ramp))
+
+
+@dataclass(frozen=True)
+class SwiftSettings:
+    """How SwiftKV weights are trained: `kv_layers` and `group` as in `SwiftSpec`.
+
+    The learning rate rises over the share `warmup` of the steps, then falls linearly to nearly zero. `lr` 0 keeps
+    the weights as they are, for gates that learn on them. `temperature` is that of the KL; `mse_weight` multiplies
+    the error of the hidden states before the last layer. `start`: the published recipe's averages, or keys and
+    values fitted in closed form (`regression.py`).
+    """
+
+    kv_layers: int
+    group: int = 1
+    lr: float = 5e-4
+    warmup: float = 0.05
+    temperature: float = 2.0
+    mse_weight: float = 1.0
+    start: str = "published"
+
+    def __post_init__(self) -> None:
+        if self.kv_layers < 1 or self.group < 1:
+            raise ConfigError(f"kv_layers and group must be at least 1, not {self.kv_layers} and {self.group}")
+        if not self.lr >= 0 or not 0 <= self.warmup < 1 or not self.temperature > 0 or not self.mse_weight >= 0:
+            raise ConfigError("lr and mse_weight must not be negative, temperature positive and warmup in [0, 1)")
+        if self.start not in ("published", "regression"):
+            raise ConfigError(f"start must be published or regression, not {self.start!r}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Linear up over the warm-up, then linear down."""
+        warm = self.warmup * steps
+        return self.lr * min((step + 1) / max(1.0, warm), (steps - step) / max(1.0, steps - warm))
+
+
+@dataclass(frozen=True)
+class RetrofitSettings:
+    """One run: `gates`, `swiftkv` or both are trained.
+
+    `batch` sequences of `length` tokens a step over all processes, `micro_batch` at once; `recall`: share of the
+    data made by `recall_sequence`.
+    """
+
+    gates: GateSettings | None = None
+    swiftkv: SwiftSettings | None = None
+    steps: int = 200
+    batch: int = 8
+    micro_batch: int = 4
+    length: int = 8192
+    recall: float = 0.25
+    seed: int = 0
+    checkpoint_every: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "length", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.recall <= 1:
+            raise ConfigError(f"recall must lie in [0, 1], not {self.recall}")
+        if self.gates is None and self.swiftkv is None:
+            raise ConfigError("nothing to train: give settings for gates, for SwiftKV or for both")
+        if self.gates is not None and self.gates.window >= self.length:
+            raise ConfigError(
+                f"window {self.gates.window} must be shorter than length {self.length}, or nothing is evicted"
+            )
+        if self.gates is None and self.swiftkv is not None and self.swiftkv.lr == 0:
+            raise ConfigError("lr must be positive where only SwiftKV weights are trained")
+
+    @property
+    def temperature(self) -> float:
+        """Of the KL: 1 for gates alone."""
+        return 1.0 if self.swiftkv is None else self.swiftkv.temperature
+
+
+def shape_for(
+    layers: int,
+    skip: float | None,
+    kv_layers: int | None,
+    group: int | None,
+    init: Sequence[Adapter | SwiftKVAdapter] = (),
+) -> tuple[int, int]:
+    """(K, group) from what was asked for; what was left out is as in the SwiftKV adapter of `init`, else a third and 1.
+
+    Raises ConfigError.
+    """
+    if skip is not None and kv_layers is not None:
+        raise ConfigError("give the share of layers to skip or the number that are not, not both")
+    given = [a.swiftkv.spec for a in init if isinstance(a, SwiftKVAdapter)]
+    if group is None:
+        group = given[0].group if given else 1
+    if kv_layers is None:
+        kv_layers = (
+            given[0].kv_layers
+            if given and skip is None
+            else kv_layers_for(layers, 0.33 if skip is None else skip, group)
+        )
+    return kv_layers, group
+
+
+def kv_layers_for(layers: int, skip: float, group: int = 1) -> int:
+    """K such that at least the share `skip` of the layers is skipped, in whole groups. Raises ConfigError."""
+    if not 0 < skip < 1:
+        raise ConfigError(f"the skipped share must lie between 0 and 1, not {skip}")
+    if group < 1:
+        raise ConfigError(f"group must be at least 1, not {group}")
+    upper = math.ceil(layers * skip - 1e-9)  # 0.9 of 30 is 27, whatever floats say
+    upper = math.ceil(upper / group) * group
+    if not 1 <= layers - upper < layers:
+        raise ConfigError(f"skipping {skip:g} of {layers} layers in groups of {group} leaves none to begin with")
+    return layers - upper

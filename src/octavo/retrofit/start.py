@@ -1,0 +1,82 @@
+"""What training starts from: fresh gates and SwiftKV weights, or those of adapters."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from octavo.adapter_file import check_fingerprint
+from octavo.config import Eviction
+from octavo.dms import Adapter, Gates, GateSpec
+from octavo.errors import ConfigError
+from octavo.retrofit.settings import RetrofitSettings
+from octavo.support import fingerprint
+from octavo.swiftkv import SwiftKV, SwiftKVAdapter, SwiftSpec, initial
+
+Init = Sequence[Adapter | SwiftKVAdapter]
+
+
+def chosen(
+    model: PreTrainedModel, settings: RetrofitSettings, init: Init
+) -> tuple[Adapter | None, SwiftKVAdapter | None]:
+    """(gates, SwiftKV adapter) of what was given.
+
+    Raises AdapterMismatchError, and ConfigError for what this run does not train.
+    """
+    for adapter in init:
+        check_fingerprint(adapter, fingerprint(model))
+    gates = [a for a in init if isinstance(a, Adapter)]
+    transforms = [a for a in init if isinstance(a, SwiftKVAdapter)]
+    for found, wanted, what in ((gates, settings.gates, "gates"), (transforms, settings.swiftkv, "SwiftKV weights")):
+        if found and wanted is None:
+            raise ConfigError(f"adapter {found[0].name} holds {what}, which this run does not train")
+        if len(found) > 1:
+            raise ConfigError(f"two adapters with {what} to start from, {found[0].name} and {found[1].name}; give one")
+    return (gates[0] if gates else None), (transforms[0] if transforms else None)
+
+
+def first_swiftkv(model: PreTrainedModel, settings: RetrofitSettings, init: SwiftKVAdapter | None) -> SwiftKV | None:
+    """float32 weights on the model's device; None without SwiftKV. Raises ConfigError and UnsupportedModelError."""
+    s = settings.swiftkv
+    if s is None:
+        return None
+    swiftkv = initial(model, s.kv_layers, s.group)
+    if init is not None:
+        given = init.swiftkv.spec
+        if (given.kv_layers, given.group) != (s.kv_layers, s.group):
+            raise ConfigError(
+                f"adapter {init.name} has K={given.kv_layers} and groups of {given.group}; "
+                f"this run trains K={s.kv_layers} and groups of {s.group}"
+            )
+        swiftkv.load_state_dict(init.swiftkv.state_dict())
+    return swiftkv.requires_grad_(s.lr > 0)
+
+
+def first_gates(
+    model: PreTrainedModel, settings: RetrofitSettings, transform: SwiftSpec | None, init: Adapter | None
+) -> tuple[Gates | None, float]:
+    """Gates on the model's device, one per store, and the compression that they start at; None where none are trained.
+
+    Gates made for the base model may start gates on a transform: the first K are taken, the others are fitted
+    before the first step (`regression.fit_gates`).
+    """
+    s, config = settings.gates, model.config
+    if s is None:
+        return None, 1.0
+    stores = transform.stores if transform else config.num_hidden_layers
+    gates = Gates(GateSpec(stores, config.hidden_size, config.num_key_value_heads, Eviction(s.window))).to(model.device)
+    if init is None:
+        return gates, 1.0
+    taken = stores
+    if init.swiftkv is not None:
+        made = (init.swiftkv["kv_layers"], init.swiftkv["group"])
+        if transform is None or made != (transform.kv_layers, transform.group):
+            raise ConfigError(f"gates {init.name} were made on SwiftKV with K={made[0]} and groups of {made[1]}")
+    elif transform is not None:
+        taken = transform.kv_layers
+    if replace(init.gates.spec, layers=stores) != gates.spec:
+        raise ConfigError(f"adapter {init.name} has other gate settings: {init.gates.spec}")
+    own = gates.state_dict()
+    for name, tensor in init.gates.folded_state().items():
+        own[name][:taken] = tensor[:taken].to(own[name])
+    return gates, min(init.target, s.target)

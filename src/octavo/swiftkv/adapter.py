@@ -1,0 +1,109 @@
+"""SwiftKV adapters: the transform's weights for one model, and their files.
+
+Files hold matrices in int8 with one scale per output row, which no measured figure can tell from float32, or
+in bf16 or float32. docs/formats.md specifies them.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from octavo.adapter_file import TOLERANCE, read_adapter, relative_distance, write_adapter
+from octavo.errors import AdapterFileError, AdapterMismatchError, ConfigError
+from octavo.swiftkv.transform import SwiftKV, SwiftSpec
+
+KIND = "swiftkv"
+FORMAT = 1
+Storage = Literal["int8", "bf16", "fp32"]
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class SwiftKVAdapter:
+    """A transform for one model.
+
+    `fingerprint` names the model (see `octavo.support.fingerprint`); `card` holds the training settings and the
+    measured results, JSON values only.
+    """
+
+    name: str
+    swiftkv: SwiftKV
+    fingerprint: dict[str, Any]
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+def save_swiftkv_adapter(adapter: SwiftKVAdapter, folder: str | Path, storage: Storage = "int8") -> None:
+    """Write the adapter into `folder` (made when missing). Raises OutputFileError and ConfigError."""
+    if storage not in ("int8", *_DTYPES):
+        raise ConfigError(f"storage must be int8, bf16 or fp32, not {storage!r}")
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in adapter.swiftkv.named_parameters():
+        if name not in ("q", "kv"):
+            tensors[name] = parameter.detach().float()
+        elif storage == "int8":
+            tensors[name], tensors[f"{name}_scale"] = quantised(parameter.detach())
+        else:
+            tensors[name] = parameter.detach().to(_DTYPES[storage])
+    settings = {
+        "format": FORMAT,
+        "kind": KIND,
+        "name": adapter.name,
+        "model": adapter.fingerprint,
+        "spec": asdict(adapter.swiftkv.spec),
+        "card": adapter.card,
+    }
+    write_adapter(folder, settings, tensors)
+
+
+def load_swiftkv_adapter(folder: str | Path) -> SwiftKVAdapter:
+    """Read an adapter; weights become float32. Raises AdapterFileError for anything but a whole, valid one."""
+    settings, tensors = read_adapter(folder, KIND, (FORMAT,))
+    try:
+        swiftkv = SwiftKV(SwiftSpec(**settings["spec"]))
+        for name, parameter in swiftkv.named_parameters():
+            tensor = tensors[name].float()
+            if f"{name}_scale" in tensors:
+                tensor = tensor * tensors[f"{name}_scale"][..., None]
+            if tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
+                raise ConfigError(
+                    f"{name} must be finite with shape {tuple(parameter.shape)}, not {tuple(tensor.shape)}"
+                )
+            parameter.data = tensor
+        return SwiftKVAdapter(settings["name"], swiftkv, settings["model"], settings["card"])
+    except (KeyError, TypeError, RuntimeError, ConfigError) as e:
+        raise AdapterFileError(f"adapter {folder} is incomplete: {e}") from e
+
+
+def check_pair(gates: str, made_on: dict[str, Any] | None, adapter: SwiftKVAdapter | None) -> None:
+    """Raise AdapterMismatchError unless gates fit what they are attached with.
+
+    `gates` is their adapter's name, `made_on` the fingerprint of the transform they were distilled on (None: the
+    base model), `adapter` the transform they are attached with (None: the base model).
+    """
+    if made_on is None and adapter is None:
+        return
+    if made_on is None and adapter is not None:
+        raise AdapterMismatchError(
+            f"gates {gates} were distilled without SwiftKV and cannot judge the layers that {adapter.name} transforms; "
+            "`octavo retrofit swiftkv+dms` makes gates for it"
+        )
+    if made_on is not None and adapter is None:
+        raise AdapterMismatchError(f"gates {gates} were distilled on a SwiftKV adapter; attach both, as a list")
+    assert made_on is not None
+    assert adapter is not None
+    ours = adapter.swiftkv.fingerprint()
+    same = all(made_on.get(key) == ours[key] for key in ("kv_layers", "group"))
+    if not same or not relative_distance(ours["sample"], made_on.get("sample", [])) < TOLERANCE:
+        raise AdapterMismatchError(
+            f"gates {gates} were distilled on another SwiftKV adapter (K={made_on.get('kv_layers')}, "
+            f"group {made_on.get('group')}) than {adapter.name} (K={ours['kv_layers']}, group {ours['group']})"
+        )
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [..., out, in], float32 scale [..., out]), rounded to nearest: weight = int8 * scale."""
+    scale = weight.float().abs().amax(-1).clamp(min=1e-12) / 127
+    return (weight.float() / scale[..., None]).round().to(torch.int8), scale

@@ -1,0 +1,49 @@
+"""Tiny models of six layers with random SwiftKV transforms, and gates for them."""
+
+import torch
+
+from octavo.config import Eviction
+from octavo.dms import Adapter, Gates, GateSpec
+from octavo.support import fingerprint
+from octavo.swiftkv import SwiftKVAdapter, initial
+from tiny import tiny_model
+
+LAYERS = 6
+
+
+def model_of(family="llama", **changes):
+    return tiny_model(family, num_hidden_layers=LAYERS, layer_types=["full_attention"] * LAYERS, **changes)
+
+
+def swiftkv_for(model, kv_layers=2, group=1, name="swift", seed=11):
+    """Random weights, far from the base model's."""
+    swiftkv = initial(model, kv_layers, group)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name_, parameter in swiftkv.named_parameters():
+            if name_ == "norm":
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0, 0.15, generator=generator)
+    return SwiftKVAdapter(name, swiftkv, fingerprint(model))
+
+
+def gates_for(model, swiftkv, window=20, shift=0, rate=0.5):
+    spec = GateSpec(swiftkv.spec.stores, swiftkv.spec.hidden, swiftkv.spec.kv_heads, Eviction(window, shift))
+    gates = Gates(spec)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        gates.weight.normal_(0, 0.1, generator=generator)
+        gates.bias.fill_(spec.offset / spec.scale + (rate - 0.5))
+    return Adapter("gates", gates, fingerprint(model), 2.0, swiftkv=swiftkv.fingerprint())
+
+
+def pair(model, group, evict, **options):
+    swift = swiftkv_for(model, group=group)
+    return [swift, gates_for(model, swift.swiftkv, **options)] if evict else [swift]
+
+
+def full(model, ids, **kwargs):
+    """Logits of one forward without a cache: the full SwiftKV forward, evicted tokens masked."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False, **kwargs).logits
