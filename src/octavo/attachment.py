@@ -5,14 +5,12 @@ decoder, its layers and its attention modules. Nothing of the model is copied an
 inside a forward (`octavo.seams`) gets all it needs with the call.
 """
 
-import copy
 import functools
 import inspect
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,23 +20,23 @@ from transformers import DynamicCache, PreTrainedModel
 from octavo.adapter_file import check_fingerprint
 from octavo.attention import Packed
 from octavo.chunks import chunk_bounds, join, padding, part_of
-from octavo.config import CacheSettings, Eviction
-from octavo.dms import Adapter, FoldedGates, HardGates, Policy
+from octavo.config import CacheSettings
+from octavo.dms import Adapter, HardGates, Policy
 from octavo.errors import AdapterMismatchError, CacheStateError, ConfigError, NotAttachedError, PromptError
-from octavo.finding import resolve
-from octavo.kv import CacheShape, PagedCache
-from octavo.seams import NAME, Step, remember_hidden, transformed_attention, transformed_layer
-from octavo.support import attention_modules, check_supported, fingerprint, head_dim
+from octavo.finding import Named, resolve
+from octavo.kv import PagedCache
+from octavo.modes import Modes
+from octavo.seams import NAME, Step, ask_for_logits, remember_hidden, transformed_attention, transformed_layer
+from octavo.support import attention_modules, check_supported, fingerprint
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter, check_pair, spec_for
 from octavo.swiftkv.initial import MODEL_TYPES
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-AnyAdapter = Adapter | SwiftKVAdapter | str | Path
 
 
 def attach(
     model: Model,
-    adapter: AnyAdapter | Sequence[AnyAdapter] | None = None,
+    adapter: Named | Sequence[Named] | None = None,
     *,
     chunk: int = 512,
     page_size: int = 16,
@@ -122,7 +120,7 @@ class KVCache(PagedCache):
         self.owner = attachment.key
         self.fixed = swiftkv
         self.swiftkv = attachment.checked_mode(swiftkv)
-        super().__init__(attachment.shape(self.swiftkv), attachment.eviction(self.swiftkv), settings)
+        super().__init__(attachment.modes.shape(self.swiftkv), attachment.modes.eviction(self.swiftkv), settings)
 
 
 class Attachment:
@@ -139,12 +137,9 @@ class Attachment:
         self, model: PreTrainedModel, adapter: Adapter | None, swiftkv: SwiftKVAdapter | None, settings: CacheSettings
     ) -> None:
         self.model = model
-        self.adapter = adapter
-        self.swiftkv = swiftkv
+        self.modes = Modes(model, adapter, swiftkv)
         self.settings = settings
         self.key = uuid.uuid4().hex  # what caches remember of it: survives deep copies, is never used again
-        self._folded: FoldedGates | None = None
-        self._cast: SwiftKV | None = None
         self._attention_before = model.config._attn_implementation
         self._attention = attention_modules(model)
         base: Any = model.base_model
@@ -152,7 +147,7 @@ class Attachment:
         self._replaced: list[tuple[nn.Module, Any]] = []  # modules whose `forward` is ours, and what they had
         self._hooks = [m.register_forward_pre_hook(remember_hidden, with_kwargs=True) for m in self._attention]
         if base is not model:
-            self._hooks.append(model.register_forward_pre_hook(_ask_for_logits, with_kwargs=True))
+            self._hooks.append(model.register_forward_pre_hook(ask_for_logits, with_kwargs=True))
         model.set_attn_implementation(NAME)
         self._replace(base, self._wrap())
         if model.config.model_type in MODEL_TYPES:
@@ -181,6 +176,16 @@ class Attachment:
     # Modes and what they mean
 
     @property
+    def adapter(self) -> Adapter | None:
+        """The gates that were attached."""
+        return self.modes.adapter
+
+    @property
+    def swiftkv(self) -> SwiftKVAdapter | None:
+        """The transform that was attached."""
+        return self.modes.swiftkv
+
+    @property
     def adapters(self) -> list[Adapter | SwiftKVAdapter]:
         """What was attached."""
         return [a for a in (self.swiftkv, self.adapter) if a is not None]
@@ -188,31 +193,13 @@ class Attachment:
     def switch(self, on: bool) -> None:
         """See `set_swiftkv`."""
         self.swiftkv_on = self.checked_mode(on) if on else False
-        self.policy, self.transform = self._oracle(self.swiftkv_on)
+        self.policy, self.transform = self.modes.oracle(self.swiftkv_on)
 
     def checked_mode(self, swiftkv: bool | None) -> bool:
         """The mode that was asked for, or the present one. Raises ConfigError for SwiftKV where there is none."""
         if swiftkv and self.swiftkv is None:
             raise ConfigError("this model has no SwiftKV adapter; attach one, as in octavo.attach(model, 'swiftkv')")
         return self.swiftkv_on if swiftkv is None else swiftkv
-
-    def gates(self, swiftkv: bool) -> Adapter | None:
-        """The gates that apply in a mode: those distilled on SwiftKV rest without it."""
-        adapter = self.adapter
-        return adapter if adapter is not None and (adapter.swiftkv is not None) == swiftkv else None
-
-    def eviction(self, swiftkv: bool) -> Eviction | None:
-        """When a cache of this mode forgets."""
-        adapter = self.gates(swiftkv)
-        return adapter.gates.spec.eviction if adapter else None
-
-    def shape(self, swiftkv: bool) -> CacheShape:
-        """What a cache of this mode must look like, where the model lies now."""
-        config = self.model.config
-        layers = config.num_hidden_layers
-        stores = self.swiftkv.swiftkv.spec.stores if self.swiftkv and swiftkv else layers
-        heads = config.num_key_value_heads
-        return CacheShape(layers, stores, heads, head_dim(config), self.model.dtype, self.model.device)
 
     @contextmanager
     def using(self, policy: Policy | None, swiftkv: SwiftKV | None = None) -> Iterator[None]:
@@ -224,26 +211,13 @@ class Attachment:
         finally:
             self.policy, self.transform = before
 
-    def _oracle(self, swiftkv: bool) -> tuple[Policy | None, SwiftKV | None]:
-        """What a forward without a cache must run under to equal one with a cache of this mode."""
-        adapter = self.gates(swiftkv)
-        return HardGates(adapter.gates) if adapter else None, self._transform() if swiftkv else None
-
-    def _gates(self, swiftkv: bool) -> FoldedGates | None:
-        adapter = self.gates(swiftkv)
-        if adapter is None:
-            return None
-        if self._folded is None or self._folded.weight.device != self.model.device:
-            self._folded = adapter.gates.folded(self.model.device)
-        return self._folded
-
-    def _transform(self) -> SwiftKV:
-        """The SwiftKV weights where the model lies now and in its dtype."""
-        assert self.swiftkv is not None
-        if self._cast is None or (self._cast.q.device, self._cast.q.dtype) != (self.model.device, self.model.dtype):
-            cast = copy.deepcopy(self.swiftkv.swiftkv).requires_grad_(False)
-            self._cast = cast.to(self.model.device, self.model.dtype)
-        return self._cast
+    def _present(self) -> tuple[Policy | None, SwiftKV | None]:
+        """`policy` and `transform`; our own follow the model where it has been moved or cast since."""
+        if isinstance(self.policy, HardGates):
+            self.policy.gates.to(self.model.device)
+        if self.transform is not None and self.transform is self.modes.cast:
+            self.transform = self.modes.transform()
+        return self.policy, self.transform
 
     # The decoder's forward
 
@@ -268,7 +242,7 @@ class Attachment:
         valid = padding(kwargs.get("attention_mask"), columns)
         past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if past is None and not (self.model.config.use_cache if use_cache is None else use_cache):
-            policy, transform = (self.policy, self.transform) if mode is None else self._oracle(self.checked_mode(mode))
+            policy, transform = self._present() if mode is None else self.modes.oracle(self.checked_mode(mode))
             step = Step(self._attention, policy=policy, valid=valid, swiftkv=transform)
             return self._forward(**kwargs, octavo_step=step)
         cache = self._cache(past, mode)
@@ -289,9 +263,9 @@ class Attachment:
         self, cache: "KVCache", kwargs: dict[str, Any], batch: int, columns: int, valid: Tensor | None, keep: int
     ) -> Any:
         """One chunk through the decoder; the cache changes only when all of it went well."""
-        gates = self._gates(cache.swiftkv)
+        gates = self.modes.folded(cache.swiftkv)
         cache.begin(batch, columns, valid)
-        step = Step(self._attention, cache, gates, keep=keep, swiftkv=self._transform() if cache.swiftkv else None)
+        step = Step(self._attention, cache, gates, keep=keep, swiftkv=self.modes.transform() if cache.swiftkv else None)
         try:
             out = self._forward(**kwargs, octavo_step=step)
             late = gates is not None and cache.late
@@ -310,8 +284,9 @@ class Attachment:
             if past.swiftkv != wanted:
                 if past.rows is not None or past.fixed is not None:
                     held, asked = ("with", "without") if past.swiftkv else ("without", "with")
-                    raise CacheStateError(f"this KVCache was filled {held} SwiftKV and cannot go on {asked} it")
-                past.swiftkv, past.shape, past.eviction = wanted, self.shape(wanted), self.eviction(wanted)
+                    done = "made" if past.rows is None else "filled"
+                    raise CacheStateError(f"this KVCache was {done} {held} SwiftKV and cannot go on {asked} it")
+                past.swiftkv, past.shape, past.eviction = wanted, self.modes.shape(wanted), self.modes.eviction(wanted)
             return past
         if past is None or (type(past) is DynamicCache and past.get_seq_length() == 0):
             return KVCache(self.model, swiftkv=mode)
@@ -377,18 +352,3 @@ def _checked(
     if gates is not None:
         check_pair(gates.name, gates.swiftkv, swiftkv)
     return gates, swiftkv
-
-
-def _ask_for_logits(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Hook on the whole model: tell the decoder how many of the last tokens' logits are asked for."""
-    keep = kwargs.get("logits_to_keep", 0)
-    if not isinstance(keep, int) or keep < 1 or kwargs.get("labels") is not None:
-        return None
-    config: Any = module.config
-    for name in ("output_hidden_states", "output_attentions"):
-        value = kwargs.get(name)
-        if getattr(config, name, False) if value is None else value:
-            return None
-    return args, {**kwargs, "octavo_keep": keep}

@@ -71,6 +71,21 @@ class Step:
         return dense_attention(query, key, value, log_keep, window, scale, self.valid, self.packed)
 
 
+def ask_for_logits(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hook on the whole model: tell the decoder how many of the last tokens' logits are asked for."""
+    keep = kwargs.get("logits_to_keep", 0)
+    if not isinstance(keep, int) or keep < 1 or kwargs.get("labels") is not None:
+        return None
+    config: Any = module.config
+    for name in ("output_hidden_states", "output_attentions"):
+        value = kwargs.get(name)
+        if getattr(config, name, False) if value is None else value:
+            return None
+    return args, {**kwargs, "octavo_keep": keep}
+
+
 def remember_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Hook on attention modules: the gate reads what keys and values are projected from."""
     step: Step | None = kwargs.get("octavo_step")

@@ -203,6 +203,17 @@ def test_modes_are_chosen_per_request_and_never_mix_in_one_cache():
         torch.testing.assert_close(got, teacher, rtol=0, atol=1e-4)
 
 
+def test_the_transform_follows_a_model_that_is_cast():
+    model, ids = model_of(), tokens(1, 90)
+    attach(model, pair(model, 2, True))
+    expected = full(model, ids)
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        for got in (full(model, ids), model(ids, past_key_values=KVCache(model)).logits):
+            assert got.dtype == torch.bfloat16
+            assert (got - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
 def test_beam_search_and_batches_run_with_shared_stores():
     model, ids = model_of(), tokens(2, 120)
     attach(model, pair(model, 4, True))
