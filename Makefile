@@ -26,6 +26,7 @@ check: install
 
 bench: install
 	$(BIN)/python bench/cpu.py --tokens 128 240 8000 --dtype bf16 fp32 --out bench/results-cpu.json
+	$(BIN)/python bench/swiftkv.py --out bench/results-swiftkv.json
 
 clean:
 	rm -rf .venv build dist src/*.egg-info src/octavo/attention/*.so src/octavo/vdb/*.so

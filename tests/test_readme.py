@@ -116,3 +116,31 @@ def test_the_vector_database_s_table_is_the_measured_file() -> None:
             assert figures == pytest.approx(
                 [measured[name] for name in wanted], abs=0.0501 if "bytes" in what else 0.00501
             )
+
+
+def test_the_swiftkv_table_is_the_cards() -> None:
+    rows = find_adapter("swiftkv").card["evaluation"]["rows"]
+    section = README[README.index("## SwiftKV: prompt") : README.index("## The vector database")]
+    table = re.findall(
+        r"^\| ([\w +-]+) \| (\d+)% \| ([+-][\d.]+) \| ([\d. /]+) \| (.*?) \| (.*?) \| 1/([\d.]+) \|$", section, re.M
+    )
+    assert [line[0] for line in table] == ["none", *(row["policy"] for row in rows[1:])]
+    for (_, skipped, nll, found, same, agreed, held), row in zip(table, rows, strict=True):
+        assert int(skipped) == round(100 * (row["skipped"] or 0))
+        assert float(nll) == pytest.approx(row["nll"] - rows[0]["nll"], abs=6e-5)
+        assert [float(x) for x in found.split("/")] == pytest.approx(list(row["needle"].values()), abs=6e-3)
+        assert [same, agreed] == [f"{100 * row[key]:.0f}%" for key in ("same", "agreed")]
+        assert float(held) == pytest.approx(row["dense_nbytes"] / row["nbytes"], abs=6e-3)
+
+
+def test_the_swiftkv_speeds_are_the_measured_file() -> None:
+    measured = json.loads((Path(__file__).parents[1] / "bench" / "results-swiftkv.json").read_text())["rows"]
+    prefill = re.findall(r"^\| prefill, (\w+), ([\d,]+) tokens \| .*? \| .*? \| ([\d.]+)x \|", README, re.M)
+    decode = re.findall(r"^\| per token, (\w+), at ([\d,]+) \| .*? \| .*? \| ([\d.]+)x \|", README, re.M)
+    sizes = [(r["dtype"], r["tokens"]) for r in measured]
+    assert [(d, int(n.replace(",", ""))) for d, n, _ in prefill] == sizes
+    speedups = [r["speedup_to_attached"][0] for r in measured]
+    assert [float(x) for _, _, x in prefill] == pytest.approx(speedups, abs=0.0051)
+    steps = [r for r in measured if "decode_ratio" in r]
+    assert [(d, int(n.replace(",", ""))) for d, n, _ in decode] == [(r["dtype"], r["tokens"]) for r in steps]
+    assert [float(x) for _, _, x in decode] == pytest.approx([1 / r["decode_ratio"] for r in steps], abs=0.0051)
