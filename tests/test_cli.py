@@ -48,14 +48,16 @@ def test_chat_keeps_its_cache_between_turns(monkeypatch):
     assert counts[1] > counts[0]
 
 
-def test_demo_reads_the_user_s_own_text(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--swiftkv"]])
+def test_demo_reads_the_user_s_own_text(tmp_path, options):
     (tmp_path / "t.txt").write_text(TEXT + "The harbour master is called Ottilie Brandt. " + TEXT)
     png = tmp_path / "map.png"
     out = run(
         "demo", "--file", str(tmp_path / "t.txt"), "--question", "What is the harbour master called?",
-        "--png", str(png), "--device", "cpu",
+        "--png", str(png), "--device", "cpu", *options,
     )  # fmt: skip
     assert out.exit_code == 0, out.exception
+    assert ("prompt tokens skip 11 of 30 layers" in out.stdout) == bool(options)
     assert "with Octavo" in out.stdout
     assert "Ottilie" in out.stdout
     assert "head 2 |" in out.stdout
@@ -123,6 +125,8 @@ def test_chats_are_written_in_the_model_s_words(tmp_path, tiny_folder):
 
 MISTAKES = {
     "no adapter folder": ["generate", "x", "--adapter", "nope"],
+    "--swiftkv names": ["demo", "--swiftkv", "--adapter", "dms-8x"],
+    "distilled without SwiftKV": ["generate", "x", "--adapter", "swiftkv+dms-16x"],
     "the prompt is empty": ["generate", "   ", "--device", "cpu"],
     "dtype must be": ["generate", "x", "--dtype", "int3"],
     "budget must be": ["generate", "x", "--budget", "0"],
