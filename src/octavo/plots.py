@@ -79,7 +79,8 @@ def skip_curve(rows: Sequence[tuple[float, float, str]], path: Path, limit: floa
     ordered = sorted(rows)
     axis.plot([share * 100 for share, *_ in ordered], [nll for _, nll, _ in ordered], marker="o")
     for share, nll, label in ordered:
-        axis.annotate(label, (share * 100, nll), xytext=(8, -11), textcoords="offset points", fontsize="small")
+        place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(label, (share * 100, nll), fontsize="small", **place)
     if limit is not None:
         axis.axhline(limit, color="tab:gray", linestyle="--", label=f"limit {limit:+.3f}")
         axis.legend(loc="upper left")
