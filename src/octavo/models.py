@@ -31,7 +31,7 @@ from octavo.errors import ModelNotFoundError
 from octavo.finding import Named, is_hub_id, load_adapter, resolve
 from octavo.support import fingerprint
 from octavo.swiftkv.adapter import SwiftKVAdapter
-from octavo.swiftkv.checkpoint import CONFIG, base_config, is_published, read_config, write_published
+from octavo.swiftkv.checkpoint import CONFIG, base_config, base_tensors, is_published, read_config, write_published
 
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_ADAPTER = "dms-8x"
@@ -214,8 +214,7 @@ def _unpack(path: Path, folder: Path) -> None:
         raise ModelNotFoundError(f"cannot load model {path}: {str(e).splitlines()[0] if str(e) else type(e)}") from e
     finally:
         transformers_logging.set_verbosity(level)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    state = {k: v.bfloat16().contiguous() for k, v in model.state_dict().items() if k not in tied}
+    state = {k: v.bfloat16().contiguous() for k, v in base_tensors(model).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config
     config.dtype = torch.bfloat16

@@ -128,7 +128,7 @@ def write_published(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
             whole = Path(aside) / folder.name
             whole.mkdir()
-            _write_tensors({**_base_tensors(model), **tensors(swiftkv)}, whole, dtype, shard)
+            _write_tensors({**base_tensors(model), **tensors(swiftkv)}, whole, dtype, shard)
             (whole / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(whole)
@@ -242,7 +242,8 @@ def _published_settings(model: PreTrainedModel, spec: SwiftSpec, dtype: torch.dt
     }
 
 
-def _base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors by name, tied ones once."""
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
