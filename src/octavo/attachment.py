@@ -146,11 +146,11 @@ class Attachment:
         self._forward: Callable[..., Any] = base.forward
         self._replaced: list[tuple[nn.Module, Any]] = []  # modules whose `forward` is ours, and what they had
         self._hooks = [m.register_forward_pre_hook(remember_hidden, with_kwargs=True) for m in self._attention]
-        if base is not model:
-            self._hooks.append(model.register_forward_pre_hook(ask_for_logits, with_kwargs=True))
         model.set_attn_implementation(NAME)
         self._replace(base, self._wrap())
         if model.config.model_type in MODEL_TYPES:
+            if base is not model:
+                self._hooks.append(model.register_forward_pre_hook(ask_for_logits, with_kwargs=True))
             for i, layer in enumerate(base.layers):
                 self._replace(layer, transformed_layer(i, layer.forward))
                 self._replace(layer.self_attn, transformed_attention(layer.self_attn, layer.self_attn.forward))

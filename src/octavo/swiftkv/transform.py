@@ -95,7 +95,7 @@ class SwiftKV(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """What identifies these weights for gates distilled on them: K, group and a sample of key projections."""
         flat = self.kv.detach()[0].flatten()
-        at = torch.linspace(0, len(flat) - 1, SAMPLE, device=flat.device).long()
+        at = torch.arange(SAMPLE, device=flat.device) * (len(flat) - 1) // (SAMPLE - 1)
         sample = [round(x, 5) for x in flat[at].float().tolist()]
         return {"kv_layers": self.spec.kv_layers, "group": self.spec.group, "sample": sample}
 
