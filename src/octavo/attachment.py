@@ -268,9 +268,8 @@ class Attachment:
         step = Step(self._attention, cache, gates, keep=keep, swiftkv=self.modes.transform() if cache.swiftkv else None)
         try:
             out = self._forward(**kwargs, octavo_step=step)
-            late = gates is not None and cache.late
             stores = range(cache.shape.stores)
-            cache.commit(gates.marked_everywhere([step.hidden[s] for s in stores]) if gates and late else None)
+            cache.commit(gates.marked_everywhere([step.hidden[s] for s in stores]) if gates and cache.late else None)
         except BaseException:
             cache.abandon()
             raise
@@ -341,8 +340,9 @@ def _checked(
     model: PreTrainedModel, adapters: list[Adapter | SwiftKVAdapter]
 ) -> tuple[Adapter | None, SwiftKVAdapter | None]:
     """(gates, SwiftKV) from a list of at most one of each; raises AdapterMismatchError unless they fit this model."""
+    ours = fingerprint(model)
     for each in adapters:
-        check_fingerprint(each, fingerprint(model))
+        check_fingerprint(each, ours)
     gates = next((a for a in adapters if isinstance(a, Adapter)), None)
     swiftkv = next((a for a in adapters if isinstance(a, SwiftKVAdapter)), None)
     if swiftkv is not None:

@@ -44,6 +44,11 @@ class Step:
         """Whether SwiftKV runs this layer."""
         return self.swiftkv is not None and layer >= self.swiftkv.spec.kv_layers
 
+    @property
+    def deciding(self) -> FoldedGates | None:
+        """The gates, where the cache wants their marks now: not where they may come with `commit`."""
+        return self.gates if self.cache is not None and not self.cache.late else None
+
     def enter(self, residual: Tensor, rotary: Rotary) -> None:
         """Make the keys and values of all stores from layer K on, from the residual stream [B, N, hidden] before it.
 
@@ -53,8 +58,8 @@ class Step:
         spec = self.swiftkv.spec
         n = self.swiftkv.normalised(residual)
         keys, values = self.swiftkv.keys_values(n, self.attention, rotary)
-        early = self.gates is not None and self.cache is not None and not self.cache.late
-        marked = self.gates.marked_from(spec.kv_layers, n) if early and self.gates else None
+        gates = self.deciding
+        marked = gates.marked_from(spec.kv_layers, n) if gates else None
         for i in range(spec.upper_stores):
             store = spec.kv_layers + i
             self.hidden[store] = n
@@ -162,8 +167,8 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     step, hidden = octavo_step, octavo_step.hidden[layer]
     if step.cache is not None:
-        late = step.gates is None or step.cache.late
-        step.cache.mark(layer, None if late or step.gates is None else step.gates.marked(layer, hidden))
+        gates = step.deciding
+        step.cache.mark(layer, gates.marked(layer, hidden) if gates else None)
         return step.cache.attend(layer, query, scale), None
     log_keep = step.policy.log_keep(layer, hidden, key) if step.policy else None
     return step.masked(query, key, value, log_keep, scale), None
