@@ -35,8 +35,9 @@ def test_eviction_on_the_gpu_is_the_mask_and_the_cpu(chunk, shift):
 @pytest.mark.parametrize("evict", [False, True])
 @pytest.mark.parametrize("chunk", [64, 512])
 def test_skipping_prefill_on_the_gpu_is_the_full_forward(chunk, evict):
-    model, ids = model_of().cuda(), tokens(2, 230).cuda()
-    attach(model, pair(model, 2, evict), chunk=chunk)
+    model, ids = model_of(), tokens(2, 230).cuda()
+    adapters = pair(model, 2, evict)
+    attach(model.cuda(), adapters, chunk=chunk)
     expected, cache = full(model, ids), KVCache(model)
     with torch.no_grad():
         parts = [model(ids[:, :200], past_key_values=cache, logits_to_keep=3).logits[:, -3:]]
@@ -67,8 +68,11 @@ def test_left_padded_generate_is_token_for_token_the_same():
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
     expected = model.generate(ids, **options)
     assert torch.equal(attach(model, chunk=16).generate(ids, **options), expected)
+    assert torch.equal(attach(model).generate(ids, **options), expected)
+    assert require_attachment(model).settings.chunk == 8192
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo of torch 2.11 looks at every tensor's
 def test_gradients_through_flex_are_those_of_the_cpu():
     model = tiny_model().requires_grad_(False)
     adapter, ids, grads = tiny_adapter(model), tokens(2, 256), []

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from octavo.adapter_file import check_fingerprint
 from octavo.attention import Packed
-from octavo.chunks import chunk_bounds, join, padding, part_of
+from octavo.chunks import chunk_bounds, default_chunk, join, padding, part_of
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
 from octavo.errors import AdapterMismatchError, CacheStateError, ConfigError, NotAttachedError, PromptError
@@ -38,21 +38,22 @@ def attach(
     model: Model,
     adapter: Named | Sequence[Named] | None = None,
     *,
-    chunk: int = 512,
+    chunk: int | None = None,
     page_size: int = 16,
     budget: int | None = None,
 ) -> Model:
     """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
 
     `adapter`: an Adapter (gates), a SwiftKVAdapter, a folder, a shipped name, a list of gates and SwiftKV, or
-    None: same pages, nothing evicted, nothing skipped. `chunk`: tokens per prefill step. `budget`: bytes that one
-    cache's pages may take. An attached model is detached first.
+    None: same pages, nothing evicted, nothing skipped. `chunk`: tokens per prefill step, by default 512, on CUDA
+    8,192; a step holds its own keys and values of all layers beside the pages. `budget`: bytes that one cache's
+    pages may take. An attached model is detached first.
 
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
     """
     check_supported(model)
-    settings = CacheSettings(chunk, page_size, budget)
+    settings = CacheSettings(default_chunk(model.device) if chunk is None else chunk, page_size, budget)
     gates, swiftkv = _checked(model, resolve(adapter))
     if attachment_of(model) is not None:
         detach(model)

@@ -37,7 +37,7 @@ class CacheSettings:
     take, None for no limit.
     """
 
-    chunk: int = 512
+    chunk: int
     page_size: int = 16
     budget: int | None = None
 

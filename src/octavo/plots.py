@@ -63,9 +63,10 @@ def evaluation(result: "Evaluation", path: Path) -> None:
     pad = max(0.02, 0.3 * (highest - lowest))
     left[0].set(xlim=(lowest - pad, highest + pad), xlabel=f"NLL past token {result.settings.nll_from} (nats)")
     left[0].invert_yaxis()
-    for row in result.rows:
-        left[1].plot(list(row.needle), list(row.needle.values()), marker="o", label=row.policy)
-    left[1].set(xlabel="prompt length (tokens)", ylabel="needles found", ylim=(-0.03, 1.03))
+    for i, row in enumerate(result.rows):
+        rings = {"marker": "o", "fillstyle": "none", "markersize": 4 + 2.5 * (len(result.rows) - i)}  # equal lines show
+        left[1].plot(list(row.needle), list(row.needle.values()), label=row.policy, **rings)
+    left[1].set(xlabel="prompt length (tokens)", ylabel="needles found", ylim=(-0.05, 1.1))
     left[1].legend(fontsize="small")
     _save(figure, path)
 

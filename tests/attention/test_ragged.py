@@ -76,14 +76,15 @@ def test_ragged_equals_reference(
     B=st.integers(1, 3),
     H=st.integers(1, 3),
     group=st.integers(1, 3),
-    N=st.integers(1, 9),
-    n=st.integers(1, 9),
+    N=st.integers(1, 40),
+    n=st.integers(1, 40),
     S=st.integers(1, 5),
     longest=st.sampled_from([0, 1, 7, 50]),
     padding=st.booleans(),
+    mask=st.sampled_from([1, 500, padded.MASK]),
 )
 def test_padded_equals_reference(
-    seed: int, B: int, H: int, group: int, N: int, n: int, S: int, longest: int, padding: bool
+    seed: int, B: int, H: int, group: int, N: int, n: int, S: int, longest: int, padding: bool, mask: int
 ) -> None:
     case = random_case(seed, B, H, group, N, 8, S, longest, padding)
     case["query"] = case["query"][:, :, -n:]
@@ -95,7 +96,9 @@ def test_padded_equals_reference(
             used.view(-1)[slots.flatten()[: int(case["length"][b, h])].long()] = True
     for name in ("k_pages", "v_pages"):
         case[name] = case[name].masked_fill(~used[..., None], float("nan"))
-    got = padded.paged_attention(**case, longest=int(case["length"].max()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(padded, "MASK", mask)
+        got = padded.paged_attention(**case, longest=int(case["length"].max()))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
 
 

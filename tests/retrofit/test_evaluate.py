@@ -1,6 +1,7 @@
 """The evaluation measures what it says: NLL, exact needles, slots; and its rivals keep as much as the gates."""
 
 import copy
+import io
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from octavo import KVCache, attach, detach, evaluate
 from octavo.attachment import attachment_of
@@ -105,7 +107,7 @@ def test_answers_are_in_the_rows_the_table_and_the_json(skipping):
     assert lines[0][heads.index("same tokens")] == "100.0%"
     again = [Row(**row) for row in json.loads(json.dumps(out.to_json()))["rows"]]
     assert cells((320,), again) == [heads, *lines]
-    assert evaluation_table(out).row_count == 4
+    assert len(evaluation_table(out).columns) == 1 + len(out.rows)
 
 
 def test_weights_are_rounded_for_the_measurement_and_not_in_the_adapter(student, tokenizer, source):
@@ -244,7 +246,11 @@ def test_bad_settings_and_short_texts_are_refused(student, tokenizer, source):
 
 def test_tables_cards_and_plots_show_the_numbers(result, tmp_path):
     out, adapter = result
-    assert evaluation_table(out).row_count == 5
+    printed = Console(width=80, record=True, file=io.StringIO())
+    printed.print(evaluation_table(out))
+    text = printed.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(f"{row.nll:.4f}" in text and f"{row.nbytes:,}" in text for row in out.rows if row.nbytes)
     adapter.card["evaluation"] = out.to_json()
     adapter.card["settings"] = {"steps": 3}
     text = card_text(adapter)

@@ -6,7 +6,6 @@ from torch import Tensor
 from octavo.attention import native, padded, prefill, ragged
 
 NATIVE_MAX_TOKENS = 16  # above it matrix products beat the streaming kernel
-PADDED_MAX_TOKENS = 16  # above it masks weigh more than launches
 
 
 def paged_attention(
@@ -35,7 +34,7 @@ def paged_attention(
         return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
     if not trains and whole and prefill.supported(query, k_pages):
         return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
-    if query.is_cuda and n <= PADDED_MAX_TOKENS:
+    if query.is_cuda:
         longest = max(max(row) for row in host_length)
         return padded.paged_attention(query, key, value, position, expiry, *past, length, longest, scale)
     return ragged.paged_attention(query, key, value, position, expiry, *past, host_length, scale)

@@ -119,7 +119,7 @@ class Rows:
         have = (self.length + S - 1).div(S, rounding_mode="floor").long()
         need = (length + S - 1).div(S, rounding_mode="floor").long() - have
         total = need.sum()
-        pages, most, width = torch.stack([total, need.max(), (have + need).max()]).tolist()  # the one host read
+        pages, width = torch.stack([total, (have + need).max()]).tolist()  # the one host read
         if pages == 0:
             return
         self.pool.reserve(pages)
@@ -128,11 +128,11 @@ class Rows:
             table = self.table.new_zeros(*self.table.shape[:3], wide)
             table[..., : self.table.shape[3]] = self.table
             self.table = table
-        start = (need.flatten().cumsum(0) - need.flatten()).view_as(need)
-        for j in range(most):
-            column = (have + j).clamp(max=self.table.shape[3] - 1)[..., None]
-            fresh = torch.where(j < need, self.pool.peek(start + j), self.table.gather(3, column)[..., 0])
-            self.table.scatter_(3, column, fresh[..., None])
+        need, have = need.flatten(), have.flatten()
+        fresh = torch.arange(pages, device=length.device)
+        row = torch.repeat_interleave(need, output_size=pages)  # of each fresh page
+        column = have[row] + fresh - (need.cumsum(0) - need)[row]
+        self.table.view(len(need), -1)[row, column] = self.pool.peek(fresh)
         self.pool.take(total)
 
     def crop(self, now: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -193,14 +194,15 @@ def run_evaluation(
 
 
 def evaluation_table(result: Evaluation) -> Table:
-    """One line per policy."""
+    """One column per policy, so that a few of them fit into 80 characters."""
     s = result.settings
     asked = f", {result.questions} questions" if result.questions else ""
     title = f"{result.model}: NLL past token {s.nll_from} of {s.nll_length}, {s.cases} needles per length{asked}"
-    table = Table(title=title)
-    heads, *rows = cells(s.lengths, result.rows)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", overflow="fold")  # figures break, none is cut off
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    heads, *rows = zip(*cells(s.lengths, result.rows), strict=True)
+    table.add_column(heads[0], no_wrap=True)
+    for head in heads[1:]:
+        table.add_column(head, justify="right", overflow="fold")  # figures break, none is cut off
     for row in rows:
         table.add_row(*row)
     return table
