@@ -144,3 +144,23 @@ def test_the_swiftkv_speeds_are_the_measured_file() -> None:
     steps = [r for r in measured if "decode_ratio" in r]
     assert [(d, int(n.replace(",", ""))) for d, n, _ in decode] == [(r["dtype"], r["tokens"]) for r in steps]
     assert [float(x) for _, _, x in decode] == pytest.approx([1 / r["decode_ratio"] for r in steps], abs=0.0051)
+
+
+def test_the_swiftkv_speeds_on_a_gpu_are_the_measured_file() -> None:
+    measured = json.loads((Path(__file__).parents[1] / "bench" / "results-swiftkv-cuda.json").read_text())["rows"]
+    line = r"\| ([\d,]+) ms \| ([\d,]+) ms \| ([\d.]+)x \| ([\d,]+) ms \|$"
+    prefill = re.findall(r"^\| prefill in chunks of ([\d,]+) " + line, README, re.M)
+    assert [int(chunk.replace(",", "")) for chunk, *_ in prefill] == [row["chunk"] for row in measured]
+    (decode,) = re.findall(r"^\| per token, at 8,192 " + line, README, re.M)
+    last = measured[-1]
+    modes = ("swiftkv", "attached", "unattached")
+    for phase, ratio, figures, row in [
+        *(
+            ("prefill", row["speedup_to_attached"][0], figures, row)
+            for (_, *figures), row in zip(prefill, measured, strict=True)
+        ),
+        ("decode", 1 / last["decode_ratio"], decode, last),
+    ]:
+        with_, without, shown, plain = (float(x.replace(",", "")) for x in figures)
+        assert [with_, without, plain] == pytest.approx([1e3 * row[f"{phase}_{mode}_s"] for mode in modes], abs=0.51)
+        assert shown == pytest.approx(ratio, abs=0.0051)

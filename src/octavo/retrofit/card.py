@@ -74,7 +74,8 @@ def _search(found: dict[str, Any]) -> list[str]:
         for row in found["rows"]
     ]
     return [
-        f"All shares of the same search: NLL past token {s['nll_from']} of {s['nll_length']} ({s['texts']} texts), "
+        f"Shares of one search, {found['settings']['steps']} steps each: NLL past token {s['nll_from']} of "
+        f"{s['nll_length']} ({s['texts']} texts), "
         f"base {found['base_nll']:.4f}, limit {found['limit']:+.3f}.",
         "",
         *_table([["adapter", "layers skipped", "group", "final loss", "NLL", "to base"], *rows]),

@@ -128,7 +128,7 @@ def find_skip(
         return result
     found = result.to_json()
     for adapter in adapters:
-        adapter.card["search"] = {key: found[key] for key in ("limit", "base_nll", "evaluation", "rows")}
+        adapter.card["search"] = {key: found[key] for key in ("settings", "limit", "base_nll", "evaluation", "rows")}
         save([adapter], folder / adapter.name)
     try:
         (folder / "search.json").write_text(json.dumps(found, indent=2) + "\n")
