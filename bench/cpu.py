@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 import octavo
-from octavo.models import find_adapter, load_plain
+from octavo.finding import load_adapter
+from octavo.models import load_plain
 from octavo.retrofit.data import read_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +59,7 @@ def main() -> None:
         model, tokenizer = load_plain(dtype=DTYPES[dtype], device="cpu")
         stream = tokenizer(read_text(args.text), return_tensors="pt", verbose=False)["input_ids"]
         stream = stream.repeat(1, -(-max(args.tokens) // stream.shape[1]))
-        adapter = find_adapter(args.adapter)
+        adapter = load_adapter(args.adapter)
         for tokens in args.tokens:
             ids = stream[:, :tokens]
             plain, ours = [], []

@@ -1,6 +1,7 @@
 """Finding adapters: by name, folder and hub id, alone and together; without a network."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,24 @@ def test_an_adapter_folder_may_lie_on_the_hub(hub):
     model = tiny_model()
     octavo.save_swiftkv_adapter(transformed(model, 2), hub("some/adapter"))
     assert attachment_of(octavo.attach(model, "some/adapter")).swiftkv.name == "ours"
+
+
+def test_gates_inside_a_hub_repository_are_found(folders, tmp_path, monkeypatch):
+    """As `octavo retrofit swiftkv+dms` lays them out; each file is fetched by a pattern that matches it."""
+    local = tmp_path / "local"
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "some/pair"
+        for path in (folders / "skip").rglob("*"):
+            file = path.relative_to(folders / "skip")
+            if any(fnmatch(str(file), pattern) for pattern in allow_patterns):
+                (local / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, local / file)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for asked in ("some/pair+dms-8x", ["dms-8x", "some/pair"]):
+        assert sorted(a.name for a in resolve(asked)) == ["on skip", "skip"]
 
 
 def test_only_files_with_the_transform_are_fetched(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from octavo.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from octavo.finding import SHIPPED, shipped_adapters
-from octavo.models import default_model, find_adapter, load, load_plain, unpacked_gguf
+from octavo.finding import SHIPPED, load_adapter, shipped_adapters
+from octavo.models import default_model, load, load_plain, unpacked_gguf
 from tiny import tiny_adapter, tiny_model
 
 
@@ -76,7 +76,7 @@ def test_a_broken_gguf_is_named(tmp_path):
 def test_shipped_adapters_are_whole_and_gates_are_small():
     assert {"dms-16x", "dms-8x"} <= set(shipped_adapters())
     for name in shipped_adapters():
-        adapter = find_adapter(name)
+        adapter = load_adapter(name)
         assert adapter.name == name
         if isinstance(adapter, Adapter):
             rows = adapter.card["evaluation"]["rows"]
@@ -86,9 +86,9 @@ def test_shipped_adapters_are_whole_and_gates_are_small():
 
 def test_adapters_that_do_not_exist_or_fit_are_refused():
     with pytest.raises(AdapterFileError, match="dms-16x, dms-8x"):
-        find_adapter("dms-99x")
+        load_adapter("dms-99x")
     model = tiny_model()
     with pytest.raises(AdapterMismatchError):
-        octavo.attach(model, find_adapter("dms-8x"))
+        octavo.attach(model, load_adapter("dms-8x"))
     with pytest.raises(UnsupportedModelError):
         octavo.attach("a string")

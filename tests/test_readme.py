@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.models import default_dtype, find_adapter
+from octavo.finding import load_adapter
+from octavo.models import default_dtype
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -30,7 +31,7 @@ def test_the_first_block_prints_what_it_says() -> None:
 def test_the_table_is_the_cards() -> None:
     rows = {}
     for name in ("dms-16x", "dms-8x"):
-        rows |= {row["policy"]: row for row in find_adapter(name).card["evaluation"]["rows"]}
+        rows |= {row["policy"]: row for row in load_adapter(name).card["evaluation"]["rows"]}
     table = re.findall(r"^\| ([\w +-]+) \| ([\d,]+) \| (.*?) \| ([\d.]+) \| ([\d. /]+) \|$", README, re.M)
     assert [line[0] for line in table] == ["dense", "dms-8x", "dms-16x", "sinks + recent", "key norm", "random"]
     for name, kept, held, nll, found in table:
@@ -56,7 +57,7 @@ def test_the_speed_table_is_the_measured_file() -> None:
 
 
 def test_the_headline_is_the_card_s() -> None:
-    dense, ours = find_adapter("dms-8x").card["evaluation"]["rows"][:2]
+    dense, ours = load_adapter("dms-8x").card["evaluation"]["rows"][:2]
     said = re.search(
         r"\*\*([\d.]+) MB instead of ([\d.]+) MB\*\*.*?\+([\d.]+) nats.*?with ([\d.]+) of.*?against ([\d.]+)",
         README,
@@ -119,7 +120,7 @@ def test_the_vector_database_s_table_is_the_measured_file() -> None:
 
 
 def test_the_swiftkv_table_is_the_cards() -> None:
-    rows = find_adapter("swiftkv").card["evaluation"]["rows"]
+    rows = load_adapter("swiftkv").card["evaluation"]["rows"]
     section = README[README.index("## SwiftKV: prompt") : README.index("## The vector database")]
     table = re.findall(
         r"^\| ([\w +-]+) \| (\d+)% \| ([+-][\d.]+) \| ([\d. /]+) \| (.*?) \| (.*?) \| 1/([\d.]+) \|$", section, re.M

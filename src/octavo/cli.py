@@ -197,10 +197,11 @@ def export(
     dtype: Annotated[str, typer.Option(help="fp32, as published checkpoints are, or bf16 or fp16.")] = "fp32",
 ) -> None:
     """Write a Llama or Qwen2 model and its SwiftKV adapter as one published checkpoint, for other engines."""
-    from octavo.models import find_adapter, save_published
+    from octavo.finding import load_adapter
+    from octavo.models import save_published
     from octavo.swiftkv import SwiftKVAdapter
 
-    found = find_adapter(adapter)
+    found = load_adapter(adapter)
     if not isinstance(found, SwiftKVAdapter):
         raise ConfigError(f"{adapter} is a set of DMS gates; give a SwiftKV adapter")
     loaded, tokenizer = load_plain(model, dtype, "cpu")

@@ -30,11 +30,11 @@ def resolve(adapters: Named | Sequence[Named] | None) -> list[AnyAdapter]:
     Raises AdapterFileError, ConfigError, and UnsupportedModelError for quantised checkpoints.
     """
     items = _items(adapters)
-    folders = [_local(item) for item in items if isinstance(item, str | Path)]
+    folders = [_folder(item) if isinstance(item, str | Path) else None for item in items]
     homes = [folder for folder in folders if folder is not None and _holds_swiftkv(folder)]
     found: list[AnyAdapter] = []
-    for item in items:
-        one = load_adapter(_inside(item, homes) or item) if isinstance(item, str | Path) else item
+    for item, folder in zip(items, folders, strict=True):
+        one = _load(item, _inside(item, homes) or folder) if isinstance(item, str | Path) else item
         for other in found:
             if type(one) is type(other):
                 what = "SwiftKV transforms" if isinstance(one, SwiftKVAdapter) else "sets of DMS gates"
@@ -49,9 +49,11 @@ def load_adapter(name: str | Path) -> AnyAdapter:
     A folder or hub repository holds either kind of adapter, or a published SwiftKV checkpoint, of which only the
     transform's tensors are read. Raises AdapterFileError, and UnsupportedModelError for quantised checkpoints.
     """
-    folder = _local(name)
-    if folder is None and is_hub_id(name):
-        folder = _fetched(str(name))
+    return _load(name, _folder(name))
+
+
+def _load(name: str | Path, folder: Path | None) -> AnyAdapter:
+    """The adapter in `folder`, which `name` led to."""
     if folder is None:
         raise AdapterFileError(f"no adapter folder {name}; shipped adapters are {', '.join(shipped_adapters())}")
     if not (folder / SETTINGS).is_file() and (folder / CONFIG).is_file():
@@ -99,6 +101,12 @@ def _local(name: str | Path) -> Path | None:
     return SHIPPED / name if (SHIPPED / name / SETTINGS).is_file() else None
 
 
+def _folder(name: str | Path) -> Path | None:
+    """The local folder of this name, or that of the hub repository, fetched."""
+    folder = _local(name)
+    return _fetched(str(name)) if folder is None and is_hub_id(name) else folder
+
+
 def _inside(name: str | Path, homes: list[Path]) -> Path | None:
     """The adapter of this plain name inside one of the homes."""
     if Path(name).name != str(name):
@@ -113,16 +121,19 @@ def _holds_swiftkv(folder: Path) -> bool:
 
 
 def _fetched(hub_id: str) -> Path:
-    """Local folder with the files of a hub repository that make an adapter: first the small ones, then tensors."""
+    """Local folder with the files of a hub repository that make an adapter: first the small ones, then tensors.
+
+    Gates in folders inside it come too.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=[CONFIG, INDEX, SETTINGS]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=[CONFIG, INDEX, SETTINGS, f"*/{SETTINGS}"]))
         if (folder / SETTINGS).is_file():
-            snapshot_download(hub_id, allow_patterns=[TENSORS])
+            snapshot_download(hub_id, allow_patterns=[TENSORS, f"*/{TENSORS}"])
         elif is_published(folder):
-            snapshot_download(hub_id, allow_patterns=files_needed(folder))
+            snapshot_download(hub_id, allow_patterns=[*files_needed(folder), f"*/{TENSORS}"])
     except (OSError, ValueError, EntryNotFoundError) as e:
         raise AdapterFileError(
             f"no adapter folder {hub_id}, and the hub does not give one: {str(e).strip().splitlines()[0]}"

@@ -28,7 +28,7 @@ from octavo.adapter_file import check_fingerprint
 from octavo.attachment import attach
 from octavo.dms.adapter import Adapter
 from octavo.errors import ModelNotFoundError
-from octavo.finding import Named, is_hub_id, load_adapter, resolve
+from octavo.finding import Named, is_hub_id, resolve
 from octavo.support import fingerprint
 from octavo.swiftkv.adapter import SwiftKVAdapter
 from octavo.swiftkv.checkpoint import CONFIG, base_config, base_tensors, is_published, read_config, write_published
@@ -142,11 +142,6 @@ def find_adapters(
             return resolve(DEFAULT_ADAPTER)
         return resolve(model if published_config(model) is not None else None)
     return resolve(adapters)
-
-
-def find_adapter(name: str | Path) -> Adapter | SwiftKVAdapter:
-    """One adapter by the name of a shipped one, by its folder or by hub id. Raises AdapterFileError."""
-    return load_adapter(name)
 
 
 def save_published(
