@@ -28,8 +28,8 @@ def paged_attention(
 ) -> Tensor:  # [B, n, Hq, D]
     """The same function as `reference.paged_attention`; slots must be older than the new tokens.
 
-    Holds B * H * (longest + N) keys and values beside the pages, and a mask of at most `MASK` elements, or of one
-    query for each of them.
+    Holds B * H * (longest + N) keys and values beside the pages, and a mask of at most `MASK` elements, or one
+    query's where that is more.
     """
     B, Hq, n, D = query.shape
     H, N, S = *key.shape[1:3], k_pages.shape[1]
