@@ -9,7 +9,7 @@ import functools
 import inspect
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -22,12 +22,19 @@ from octavo.attention import Packed
 from octavo.chunks import chunk_bounds, default_chunk, join, padding, part_of
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
-from octavo.errors import AdapterMismatchError, CacheStateError, ConfigError, NotAttachedError, PromptError
+from octavo.errors import (
+    AdapterMismatchError,
+    CacheStateError,
+    ConfigError,
+    NotAttachedError,
+    PromptError,
+    UnsupportedModelError,
+)
 from octavo.finding import Named, resolve
 from octavo.kv import PagedCache
 from octavo.modes import Modes
-from octavo.seams import NAME, Step, ask_for_logits, remember_hidden, transformed_attention, transformed_layer
-from octavo.support import attention_modules, check_supported, fingerprint
+from octavo.seams import NAME, Step, ask_for_logits, remember_hidden, run_attention, run_layer
+from octavo.support import attention_modules, check_supported, fingerprint, rope_sees_length
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter, check_pair, spec_for
 from octavo.swiftkv.initial import MODEL_TYPES
 
@@ -53,6 +60,11 @@ def attach(
     it was.
     """
     check_supported(model)
+    if attachment_of(model) is None and model.config._attn_implementation == NAME:
+        raise UnsupportedModelError(
+            f"another attached model holds this {type(model).__name__} or shares its configuration; "
+            "attach that one alone, or give this one a configuration of its own"
+        )
     settings = CacheSettings(default_chunk(model.device) if chunk is None else chunk, page_size, budget)
     gates, swiftkv = _checked(model, resolve(adapter))
     if attachment_of(model) is not None:
@@ -99,6 +111,7 @@ def require_attachment(model: PreTrainedModel) -> "Attachment":
     return attachment
 
 
+@torch.no_grad()
 def fill(model: PreTrainedModel, ids: Tensor, cache: "KVCache") -> None:
     """Read tokens [B, N] int64 into a cache without asking for logits: with SwiftKV they skip the later layers."""
     model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, octavo_keep=0)
@@ -110,7 +123,8 @@ class KVCache(PagedCache):
     `nbytes`: bytes held; `dense_nbytes`: bytes a dense cache would hold; `kept`: visible slots, int64
     [batch, stores, kv_heads]. `budget` (bytes) overrides the one given to `attach`. `swiftkv` True or False makes
     every forward on this cache run with or without SwiftKV; None: as `set_swiftkv` says when the cache is first
-    used. A cache holds one mode's keys and refuses the other.
+    used. A cache holds one mode's keys and refuses the other. A forward that fails leaves it as it was, but with the
+    chunks that went well where taking them back would need evicted tokens.
     """
 
     def __init__(self, model: PreTrainedModel, *, budget: int | None = None, swiftkv: bool | None = None) -> None:
@@ -143,18 +157,23 @@ class Attachment:
         self.key = uuid.uuid4().hex  # what caches remember of it: survives deep copies, is never used again
         self._attention_before = model.config._attn_implementation
         self._attention = attention_modules(model)
+        self._whole = rope_sees_length(model.config)
         base: Any = model.base_model
         self._forward: Callable[..., Any] = base.forward
         self._replaced: list[tuple[nn.Module, Any]] = []  # modules whose `forward` is ours, and what they had
         self._hooks = [m.register_forward_pre_hook(remember_hidden, with_kwargs=True) for m in self._attention]
         model.set_attn_implementation(NAME)
-        self._replace(base, self._wrap())
+        names = list(inspect.signature(base.forward).parameters)
+        # Partials of plain functions, not closures: a deep copy of the model runs itself, not this one.
+        decoder = functools.partial(_run_decoder, self, names)
+        self._replace(base, functools.update_wrapper(decoder, base.forward))
         if model.config.model_type in MODEL_TYPES:
-            if base is not model:
+            if base is not model and "logits_to_keep" in inspect.signature(model.forward).parameters:
                 self._hooks.append(model.register_forward_pre_hook(ask_for_logits, with_kwargs=True))
             for i, layer in enumerate(base.layers):
-                self._replace(layer, transformed_layer(i, layer.forward))
-                self._replace(layer.self_attn, transformed_attention(layer.self_attn, layer.self_attn.forward))
+                attention = layer.self_attn
+                self._replace(layer, functools.partial(run_layer, i, layer.forward))
+                self._replace(attention, functools.partial(run_attention, attention, attention.forward))
         model.__dict__["_octavo"] = self
         self.switch(swiftkv is not None)
 
@@ -195,6 +214,7 @@ class Attachment:
         """See `set_swiftkv`."""
         self.swiftkv_on = self.checked_mode(on) if on else False
         self.policy, self.transform = self.modes.oracle(self.swiftkv_on)
+        self._ours = True
 
     def checked_mode(self, swiftkv: bool | None) -> bool:
         """The mode that was asked for, or the present one. Raises ConfigError for SwiftKV where there is none."""
@@ -205,33 +225,25 @@ class Attachment:
     @contextmanager
     def using(self, policy: Policy | None, swiftkv: SwiftKV | None = None) -> Iterator[None]:
         """Run forwards without a cache under another policy (soft gates, a baseline; None: dense) and transform."""
-        before = self.policy, self.transform
-        self.policy, self.transform = policy, swiftkv
+        before = self.policy, self.transform, self._ours
+        self.policy, self.transform, self._ours = policy, swiftkv, False
         try:
             yield
         finally:
-            self.policy, self.transform = before
+            self.policy, self.transform, self._ours = before
 
     def _present(self) -> tuple[Policy | None, SwiftKV | None]:
         """`policy` and `transform`; our own follow the model where it has been moved or cast since."""
         if isinstance(self.policy, HardGates):
             self.policy.gates.to(self.model.device)
-        if self.transform is not None and self.transform is self.modes.cast:
+        if self.transform is not None and self._ours:
             self.transform = self.modes.transform()
         return self.policy, self.transform
 
     # The decoder's forward
 
-    def _wrap(self) -> Callable[..., Any]:
-        names = list(inspect.signature(self._forward).parameters)
-
-        @functools.wraps(self._forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._run({**dict(zip(names, args, strict=False)), **kwargs})
-
-        return forward
-
-    def _run(self, kwargs: dict[str, Any]) -> Any:
+    def run(self, kwargs: dict[str, Any]) -> Any:
+        """The decoder's forward, given all arguments by name."""
         asked, mode = kwargs.pop("octavo_keep", None), kwargs.pop("swiftkv", None)
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -242,22 +254,36 @@ class Attachment:
             raise PromptError("the prompt is empty; give at least one token")
         valid = padding(kwargs.get("attention_mask"), columns)
         past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        layers: Any = self.model.base_model.layers
+        if self.model.training and getattr(layers[0], "gradient_checkpointing", False) and not _held(past):
+            past, use_cache = None, False  # layers that run again must not fill a cache again
+            kwargs.update(past_key_values=past, use_cache=use_cache)
         if past is None and not (self.model.config.use_cache if use_cache is None else use_cache):
             policy, transform = self._present() if mode is None else self.modes.oracle(self.checked_mode(mode))
             step = Step(self._attention, policy=policy, valid=valid, swiftkv=transform)
             return self._forward(**kwargs, octavo_step=step)
         cache = self._cache(past, mode)
         self._check_length(cache, columns)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and mask.shape[1] == cache.seen + columns and cache.seen:
+            cache.check_mask(mask)
         kwargs.update(past_key_values=cache, use_cache=True)
         # Pages are constants to autograd: where gradients are wanted, all of the input is one chunk.
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
-        chunk = columns if trains else self.settings.chunk
+        trains = torch.is_grad_enabled() and (
+            tokens.requires_grad or any(p.requires_grad for p in self.model.parameters())
+        )
+        chunk = columns if trains or self._whole else self.settings.chunk
         wanted = columns if asked is None or trains or not cache.swiftkv else asked
-        parts = []
-        for first, last, keep in chunk_bounds(columns, chunk, wanted):
-            part = kwargs if last - first == columns else part_of(kwargs, first, last)
-            real = None if valid is None else valid[:, first:last]
-            parts.append(self._step(cache, part, batch, last - first, real, keep))
+        parts, before = [], cache.seen
+        try:
+            for first, last, keep in chunk_bounds(columns, chunk, wanted):
+                part = kwargs if last - first == columns else part_of(kwargs, first, last)
+                real = None if valid is None else valid[:, first:last]
+                parts.append(self._step(cache, part, batch, last - first, real, keep))
+        except BaseException:
+            with suppress(CacheStateError):  # where that needs evicted tokens, the chunks that went well stay
+                cache.crop(before - cache.seen)
+            raise
         return join(parts)
 
     def _step(
@@ -288,7 +314,10 @@ class Attachment:
                     raise CacheStateError(f"this KVCache was {done} {held} SwiftKV and cannot go on {asked} it")
                 past.swiftkv, past.shape, past.eviction = wanted, self.modes.shape(wanted), self.modes.eviction(wanted)
             return past
-        if past is None or (type(past) is DynamicCache and past.get_seq_length() == 0):
+        if past is None:
+            return KVCache(self.model, swiftkv=mode)
+        if type(past) is DynamicCache and not _held(past) and "octavo_replaced" not in past.__dict__:
+            past.__dict__["octavo_replaced"] = True  # it stays empty: a second forward on it would forget the first
             return KVCache(self.model, swiftkv=mode)
         raise CacheStateError(
             f"an attached model keeps its keys in octavo.KVCache, not in {type(past).__name__}; "
@@ -335,6 +364,16 @@ class Attachment:
             )
             streams.append(residual)
         return streams
+
+
+def _run_decoder(attachment: Attachment, names: list[str], *args: Any, **kwargs: Any) -> Any:
+    """What an attached decoder's `forward` is; `names` are those of its own parameters."""
+    return attachment.run({**dict(zip(names, args, strict=False)), **kwargs})
+
+
+def _held(past: Any) -> bool:
+    """Whether a cache, or none, holds tokens."""
+    return past is not None and (not hasattr(past, "get_seq_length") or past.get_seq_length() > 0)
 
 
 def _checked(

@@ -1,6 +1,6 @@
 """How a long forward is cut into chunks, and how many tokens of each SwiftKV's later layers must run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,16 +39,27 @@ def part_of(kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
 
 
 def join(parts: list[Any]) -> Any:
-    """One output of many chunks': token dimensions joined, the cache taken from the last."""
+    """One output of many chunks': whatever has a token dimension is joined, the cache is taken from the last."""
     out = parts[-1]
     if len(parts) == 1:
         return out
     if isinstance(out, tuple):
-        return (torch.cat([p[0] for p in parts], 1), *out[1:])
-    out.last_hidden_state = torch.cat([p.last_hidden_state for p in parts], 1)
-    if getattr(out, "hidden_states", None) is not None:
-        out.hidden_states = tuple(torch.cat(h, 1) for h in zip(*(p.hidden_states for p in parts), strict=True))
+        return tuple(_joined(values, len(out[0])) for values in zip(*parts, strict=True))
+    for name in ("last_hidden_state", "hidden_states", "router_logits"):
+        if getattr(out, name, None) is not None:
+            setattr(out, name, _joined([getattr(p, name) for p in parts], len(out.last_hidden_state)))
     return out
+
+
+def _joined(values: Sequence[Any], batch: int) -> Any:
+    """One field of all chunks: tensors [B, n, ...] or [B * n, ...] (a router's) along n, tuples of these each."""
+    if isinstance(values[0], tuple):
+        return tuple(_joined(each, batch) for each in zip(*values, strict=True))
+    if not isinstance(values[0], Tensor):
+        return values[-1]
+    if values[0].ndim > 2:
+        return torch.cat(list(values), 1)
+    return torch.cat([value.unflatten(0, (batch, -1)) for value in values], 1).flatten(0, 1)
 
 
 def padding(mask: Tensor | None, columns: int) -> Tensor | None:

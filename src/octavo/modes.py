@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from transformers import PreTrainedModel
 
 from octavo.config import Eviction
@@ -18,7 +19,7 @@ class Modes:
         self.model = model
         self.adapter = adapter
         self.swiftkv = swiftkv
-        self.cast: SwiftKV | None = None  # what `transform` gave last
+        self._cast: SwiftKV | None = None  # what `transform` gave last
         self._folded: FoldedGates | None = None
 
     def gates(self, swiftkv: bool) -> Adapter | None:
@@ -51,13 +52,15 @@ class Modes:
         if adapter is None:
             return None
         if self._folded is None or self._folded.weight.device != self.model.device:
-            self._folded = adapter.gates.folded(self.model.device)
+            with torch.inference_mode(False), torch.no_grad():  # it outlives this forward and its mode
+                self._folded = adapter.gates.folded(self.model.device)
         return self._folded
 
     def transform(self) -> SwiftKV:
         """The SwiftKV weights where the model lies now and in its dtype."""
         assert self.swiftkv is not None
-        if self.cast is None or (self.cast.q.device, self.cast.q.dtype) != (self.model.device, self.model.dtype):
-            cast = copy.deepcopy(self.swiftkv.swiftkv).requires_grad_(False)
-            self.cast = cast.to(self.model.device, self.model.dtype)
-        return self.cast
+        if self._cast is None or (self._cast.q.device, self._cast.q.dtype) != (self.model.device, self.model.dtype):
+            with torch.inference_mode(False), torch.no_grad():
+                cast = copy.deepcopy(self.swiftkv.swiftkv).requires_grad_(False)
+                self._cast = cast.to(self.model.device, self.model.dtype)
+        return self._cast

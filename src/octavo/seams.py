@@ -103,49 +103,43 @@ def remember_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         step.hidden[layer] = args[0] if args else kwargs["hidden_states"]
 
 
-def transformed_layer(layer: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A decoder layer's forward that SwiftKV may enter or skip; anything else goes to `forward`."""
-
-    def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        step: Step | None = kwargs.get("octavo_step")
-        if step is None or step.swiftkv is None or not step.transforms(layer):
-            return forward(hidden_states, *args, **kwargs)
-        rotary: Rotary = kwargs["position_embeddings"]
-        if layer == step.swiftkv.spec.kv_layers:
-            step.enter(hidden_states, rotary)
-        if step.keep is not None and step.keep < rotary[0].shape[1]:  # the others are done: keys and values are held
-            first = rotary[0].shape[1] - step.keep
-            if layer == step.swiftkv.spec.kv_layers:
-                hidden_states = hidden_states[:, first:]
-            if step.keep == 0:
-                return hidden_states
-            kwargs["position_embeddings"] = (rotary[0][:, first:], rotary[1][:, first:])
+def run_layer(layer: int, forward: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A decoder layer's forward that SwiftKV may enter or skip; anything else goes to its own, `forward`."""
+    step: Step | None = kwargs.get("octavo_step")
+    if step is None or step.swiftkv is None or not step.transforms(layer):
         return forward(hidden_states, *args, **kwargs)
+    rotary: Rotary = kwargs["position_embeddings"]
+    if layer == step.swiftkv.spec.kv_layers:
+        step.enter(hidden_states, rotary)
+    if step.keep is not None and step.keep < rotary[0].shape[1]:  # the others are done: keys and values are held
+        first = rotary[0].shape[1] - step.keep
+        if layer == step.swiftkv.spec.kv_layers:
+            hidden_states = hidden_states[:, first:]
+        if step.keep == 0:
+            return hidden_states
+        kwargs["position_embeddings"] = (rotary[0][:, first:], rotary[1][:, first:])
+    return forward(hidden_states, *args, **kwargs)
 
-    return run
 
-
-def transformed_attention(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def run_attention(
+    module: nn.Module, forward: Callable[..., Any], *args: Any, octavo_step: Step | None = None, **kwargs: Any
+) -> Any:
     """An attention module's forward: its own, or from layer K on queries alone, over keys and values made before."""
     layer: Any = module.layer_idx
-
-    def run(*args: Any, octavo_step: Step | None = None, **kwargs: Any) -> Any:
-        if octavo_step is None or not octavo_step.transforms(layer):
-            return forward(*args, octavo_step=octavo_step, **kwargs)
-        step, swiftkv = octavo_step, octavo_step.swiftkv
-        assert swiftkv is not None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        rotary: Rotary = kwargs["position_embeddings"]
-        _refuse(module, kwargs.get("attention_mask"), 0.0, kwargs)
-        query = swiftkv.query(layer, hidden, module, rotary)
-        store, scale = swiftkv.spec.store(layer), float(module.scaling)  # type: ignore[arg-type]
-        if step.cache is not None:
-            out = step.cache.attend(store, query, scale)
-        else:
-            out = step.masked(query, *step.shared[store], scale)
-        return module.o_proj(out.reshape(*hidden.shape[:2], -1)), None  # type: ignore[operator]
-
-    return run
+    if octavo_step is None or not octavo_step.transforms(layer):
+        return forward(*args, octavo_step=octavo_step, **kwargs)
+    step, swiftkv = octavo_step, octavo_step.swiftkv
+    assert swiftkv is not None
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    rotary: Rotary = kwargs["position_embeddings"]
+    _refuse(module, kwargs.get("attention_mask"), 0.0, kwargs)
+    query = swiftkv.query(layer, hidden, module, rotary)
+    store, scale = swiftkv.spec.store(layer), float(module.scaling)  # type: ignore[arg-type]
+    if step.cache is not None:
+        out = step.cache.attend(store, query, scale)
+    else:
+        out = step.masked(query, *step.shared[store], scale)
+    return module.o_proj(out.reshape(*hidden.shape[:2], -1)), None  # type: ignore[operator]
 
 
 def _attention(
@@ -161,7 +155,10 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: [B, N, Hq, D]."""
     if octavo_step is None:
-        raise NotAttachedError(f"attention '{NAME}' needs a model prepared by octavo.attach")
+        raise NotAttachedError(
+            f"attention '{NAME}' needs a model prepared by octavo.attach, "
+            "and a model that shares its configuration with an attached one needs one of its own"
+        )
     _refuse(module, attention_mask, dropout, kwargs)
     layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -54,6 +54,13 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in modules if m is not None]
 
 
+def rope_sees_length(config: Any) -> bool:
+    """Whether RoPE's frequencies depend on how long the input of a forward is, as in longrope."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return any(one.get("rope_type", one.get("type")) in ("longrope", "dynamic") for one in each)
+
+
 def head_dim(config: Any) -> int:
     """Elements of one key."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

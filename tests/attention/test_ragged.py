@@ -163,3 +163,13 @@ def test_reference_sees_exactly_what_the_rule_says() -> None:
     )
     seen = (out[0, 0, 0] > 0).tolist()
     assert seen == [True, False, True, True, False, True, True]
+
+
+@pytest.mark.parametrize(("rows", "queries"), [(0, 3), (2, 0)])
+def test_padded_takes_nothing_and_gives_nothing(rows: int, queries: int) -> None:
+    case = random_case(1, 2, 2, 2, 5, 8, 4, 7, False)
+    names = ("query", "key", "value", "position", "expiry", "page_table", "length")
+    case |= {name: case[name][:rows] for name in names}
+    case["query"] = case["query"][:, :, 5 - queries :]
+    got = padded.paged_attention(**case, longest=7 if rows else 0)
+    assert got.shape == (rows, queries, 4, 8)

@@ -121,6 +121,15 @@ def test_written_is_read(tmp_path, tokenizer, family, group, tied, shard):
     assert {name: config[name] for name in published} == published
 
 
+def test_a_norm_s_epsilon_in_float32_is_no_other_model(tmp_path):
+    """As GGUF files give it, and as the embedded default therefore has it."""
+    model = tiny_model(rms_norm_eps=9.999999747378752e-06)
+    adapter = transformed(model)
+    octavo.save_published(model, adapter, tmp_path / "out")
+    expected = logits(octavo.attach(model, adapter))
+    assert torch.equal(logits(octavo.attach(model, tmp_path / "out")), expected)
+
+
 def test_the_writer_uses_the_published_names_and_no_others(tmp_path):
     model = tiny_model("qwen2")
     adapter = transformed(model, 2)

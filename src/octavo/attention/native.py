@@ -28,6 +28,17 @@ def available() -> bool:
     return _missing is None
 
 
+def supported(
+    query: Tensor,  # [B, Hq, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    k_pages: Tensor,  # [P, S, D]
+) -> bool:
+    """Whether `paged_attention` takes these: on the CPU, in dtypes it knows, all new tokens in the same."""
+    known = query.dtype in _CODE and k_pages.dtype in _CODE and query.dtype == key.dtype == value.dtype
+    return available() and known and query.is_cpu and k_pages.is_cpu
+
+
 def isa() -> str:
     """The instruction set in use: `scalar` (whatever the compiler assumes), `avx2` or `avx512`."""
     return _native.isa()

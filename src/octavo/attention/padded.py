@@ -32,6 +32,8 @@ def paged_attention(
     query's where that is more.
     """
     B, Hq, n, D = query.shape
+    if query.numel() == 0:
+        return query.transpose(1, 2)
     H, N, S = *key.shape[1:3], k_pages.shape[1]
     k, v = key, value
     past = expiry[:, :, :0]  # when cached slots expire, [B, H, U]

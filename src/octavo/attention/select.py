@@ -30,9 +30,9 @@ def paged_attention(
     past = (k_pages, v_pages, slot_position, slot_expiry, page_table)
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     n, whole = query.shape[2], query.shape[2] == key.shape[2]
-    if not trains and whole and query.is_cpu and n <= NATIVE_MAX_TOKENS and native.available():
+    if not trains and whole and n <= NATIVE_MAX_TOKENS and native.supported(query, key, value, k_pages):
         return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
-    if not trains and whole and prefill.supported(query, k_pages):
+    if not trains and whole and query.dtype == key.dtype == value.dtype and prefill.supported(query, k_pages):
         return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
     if query.is_cuda:
         longest = max(max(row) for row in host_length)

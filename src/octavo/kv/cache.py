@@ -8,8 +8,9 @@ query never reach a page, bookkeeping costs a few tensor operations per forward 
 forward that fails leaves the cache as it was.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,16 @@ from octavo.attention import paged_attention
 from octavo.attention.ragged import first_chunk_attention
 from octavo.config import NEVER, CacheSettings, Eviction
 from octavo.errors import CacheStateError, NotAttachedError
+from octavo.kv.open_marks import OpenMarks
 from octavo.kv.pool import PagePool
 from octavo.kv.rows import Rows
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def bookkeeping(method: Method) -> Method:
+    """No gradients, and nothing made in inference mode: such a page could never be written outside it again."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 @dataclass(frozen=True)
@@ -62,13 +71,15 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.settings = settings
         self.reset()
 
+    @bookkeeping
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self.rows: Rows | None = None
         self.position = torch.zeros(0, dtype=torch.int64, device=self.shape.device)  # [B] real tokens seen
         self.seen = 0  # columns seen, padding included, as transformers counts
         self._forward: Forward | None = None
-        self._last_slot: Tensor | None = None  # [L, B, H] int64, slot of each row's newest token; shift 1 only
+        self._open: OpenMarks | None = None  # shift 1 only
+        self._real: Tensor | None = None  # [B, seen] bool, which columns are no padding; None: all of them
         self._cropped = False
 
     # What it holds
@@ -76,8 +87,9 @@ class PagedCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the cache: pages, free or in use, and all bookkeeping."""
-        own = [self.position] + ([] if self._last_slot is None else [self._last_slot])
-        return sum(t.numel() * t.element_size() for t in own) + (self.rows.nbytes if self.rows else 0)
+        own = [self.position] + ([] if self._real is None else [self._real])
+        parts = (self.rows, self._open)
+        return sum(t.numel() * t.element_size() for t in own) + sum(part.nbytes for part in parts if part)
 
     @property
     def dense_nbytes(self) -> int:
@@ -94,7 +106,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     # One forward
 
-    @torch.no_grad()
+    @bookkeeping
     def begin(self, batch: int, columns: int, valid: Tensor | None) -> None:
         """Open a forward of `columns` tokens per sequence; `valid` [B, N] bool marks the real ones."""
         if self.rows is None:
@@ -103,7 +115,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             self.rows = Rows(pool, s.stores, batch, s.kv_heads)
             self.position = torch.zeros(batch, dtype=torch.int64, device=s.device)
             if self.eviction is not None and self.eviction.shift:
-                self._last_slot = torch.full_like(self.rows.length, -1, dtype=torch.int64)
+                self._open = OpenMarks(self.rows)
         elif batch != len(self.position):
             raise CacheStateError(f"this cache holds {len(self.position)} sequences, the input has {batch}")
         if valid is None:
@@ -168,7 +180,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         """Whether `commit` takes the running forward's marks: one operation for all stores, not one per store."""
         return self._forward is not None and self._forward.late
 
-    @torch.no_grad()
+    @bookkeeping
     def commit(self, marked: Tensor | None = None) -> None:
         """Write the survivors of all stores; `marked` [L, B, H, N] bool gives the marks that `mark` did not get.
 
@@ -182,58 +194,60 @@ class PagedCache(Cache):  # type: ignore[misc]
             raise NotAttachedError(
                 f"{len(forward.expiry)} of {self.shape.stores} stores were filled; is the model attached?"
             )
-        columns = forward.position.shape[1]
         window = self.eviction.window if self.eviction else 0
+        columns = forward.position.shape[1]
         expired = self._cropped or (self.eviction is not None and self.seen + columns > window)
         everything = slice(0, self.shape.stores)
-        slot = rows.write(
-            torch.stack(forward.keys),
-            torch.stack(forward.values),
-            forward.position,
-            torch.stack(forward.expiry) if marked is None else self._expiry(everything, marked, forward),
-            forward.now,
-            expired,
-            padded=forward.valid is not None,
-        )
-        if self._last_slot is not None:
-            newest = _newest(forward.position)[None, :, None, None].expand(*slot.shape[:3], 1)
-            some = (forward.now > self.position)[None, :, None]
-            self._last_slot = torch.where(some, slot.gather(3, newest)[..., 0], self._last_slot)
+        try:
+            slot = rows.write(
+                torch.stack(forward.keys),
+                torch.stack(forward.values),
+                forward.position,
+                torch.stack(forward.expiry) if marked is None else self._expiry(everything, marked, forward),
+                forward.now,
+                expired,
+                padded=forward.valid is not None,
+            )
+        except BaseException:
+            self.abandon()
+            raise
+        if self._open is not None:
+            self._open.move(slot, forward.position)
+        if self._real is not None or forward.valid is not None:
+            self._real = torch.cat([self._columns(), forward.position >= 0], 1)
         self.position = forward.now
         self.seen += columns
 
+    @bookkeeping
     def abandon(self) -> None:
         """Drop a forward that failed; the cache stays as it was before it."""
         self._forward = None
+        if self._open is not None:
+            self._open.undo()
         if self.seen == 0:
             self.reset()
 
+    @bookkeeping
     def _expiry(self, stores: slice, marked: Tensor, forward: Forward) -> Tensor:
         """When the new tokens of some stores expire, [l, B, H, N] int32, from their marks [l, B, H, N]."""
-        if self._last_slot is not None:
-            marked = self._read_at_next(stores, marked, forward)
+        if self._open is not None:
+            window = self.eviction.window if self.eviction else 0
+            marked = self._open.settle(stores, marked, forward.position, self.position - 1 + window)
         return torch.where(marked.contiguous(), forward.mortal, forward.never)
 
-    def _read_at_next(self, stores: slice, marked: Tensor, forward: Forward) -> Tensor:
-        """Shift 1: each token's mark is read at the next token, so that of the newest token is still open.
+    def check_mask(self, mask: Tensor) -> None:
+        """Raise CacheStateError where a mask [B, seen + n] of 0 and 1 hides or shows other columns than were read."""
+        if not torch.equal(mask[:, : self.seen].bool(), self._columns()):
+            raise CacheStateError(
+                "the attention mask disagrees with the padding that this cache has read; tokens that are cached "
+                "cannot be hidden or shown again"
+            )
 
-        Settles the newest cached token with the first new mark, then returns `marked` moved by one.
-        """
-        assert self.rows is not None
-        assert self._last_slot is not None
-        assert self.eviction is not None
-        real = forward.position >= 0  # [B, N]
-        if self.seen:
-            slot = self._last_slot[stores]  # [l, B, H]
-            first = real.int().argmax(1)[None, :, None, None].expand(*marked.shape[:3], 1)
-            doomed = marked.gather(3, first)[..., 0] & real.any(1)[:, None] & (slot >= 0)
-            at = self.rows.at(slot.clamp(min=0)[..., None], stores).flatten()
-            mortal = (self.position[:, None] - 1 + self.eviction.window).int().expand_as(slot)
-            expiry = self.rows.pool.expiry.view(-1)
-            expiry[at] = torch.where(doomed.flatten(), mortal.flatten(), expiry[at])
-        later = torch.zeros_like(marked)
-        later[..., :-1] = marked[..., 1:] & real[:, None, 1:]
-        return later
+    def _columns(self) -> Tensor:
+        """Which columns seen are no padding, [B, seen] bool."""
+        if self._real is not None:
+            return self._real
+        return torch.ones(len(self.position), self.seen, dtype=torch.bool, device=self.position.device)
 
     # What transformers asks of a cache
 
@@ -287,7 +301,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         """No layer slides."""
         return [False] * self.shape.layers
 
-    @torch.no_grad()
+    @bookkeeping
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: -n removes n columns, n > 0 keeps the first n (the older meaning), 0 none.
 
@@ -302,27 +316,17 @@ class PagedCache(Cache):  # type: ignore[misc]
         if remove == self.seen:
             self.reset()
             return
-        now = (self.position - remove).clamp(min=0)
+        now = self.position - self._columns()[:, -remove:].sum(1)
         self.rows.crop(now)
-        if self._last_slot is not None:
-            self._reopen(now)
+        if self._open is not None:
+            self._open.reopen(now)
+        if self._real is not None:
+            self._real = self._real[:, :-remove]
         self.position = now
         self.seen -= remove
         self._cropped = True
 
-    def _reopen(self, now: Tensor) -> None:
-        """Shift 1: the newest token left was settled by a token that is gone; its mark is open again."""
-        rows = self.rows
-        assert rows is not None
-        position = rows.pool.position[rows.table].flatten(3)  # [L, B, H, M*S]
-        slots = torch.arange(position.shape[-1], device=now.device)
-        newest = (position == (now - 1)[None, :, None, None]) & (slots < rows.length[..., None])
-        slot = torch.where(newest, slots, -1).amax(-1)
-        at = rows.at(slot.clamp(min=0)[..., None])[..., 0]
-        rows.pool.expiry.view(-1)[at[slot >= 0]] = NEVER
-        self._last_slot = slot
-
-    @torch.no_grad()
+    @bookkeeping
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices` (int64 [n]), in that order; a repeated one is copied."""
         if self.rows is None:
@@ -330,8 +334,10 @@ class PagedCache(Cache):  # type: ignore[misc]
         indices = indices.to(self.position.device)
         self.rows.select(indices)
         self.position = self.position[indices]
-        if self._last_slot is not None:
-            self._last_slot = self._last_slot[:, indices]
+        if self._open is not None:
+            self._open.select(indices)
+        if self._real is not None:
+            self._real = self._real[indices]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the sequences for beam search; pages are copied, since each belongs to one sequence."""
@@ -340,8 +346,3 @@ class PagedCache(Cache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         self.batch_select_indices(torch.arange(len(self.position)).repeat_interleave(repeats))
-
-
-def _newest(position: Tensor) -> Tensor:
-    """Column of each sequence's last real token [B] int64 (0 where there is none)."""
-    return position.argmax(1)

@@ -144,6 +144,8 @@ class Rows:
             raise CacheStateError(
                 f"cannot crop back to position {int(now.min())}: tokens visible from there are already evicted"
             )
+        if self.pool.pages == 0:
+            return
         used = self._used(self.length)
         ids = self.table[used].long()
         sequence = torch.arange(self.table.shape[1], device=now.device)[None, :, None, None].expand_as(self.table)

@@ -30,7 +30,7 @@ def spec_for(model: PreTrainedModel, kv_layers: int, group: int = 1) -> SwiftSpe
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         bias=attention.q_proj.bias is not None,
-        eps=float(f"{config.rms_norm_eps:.6g}"),  # GGUF files hold it in float32
+        eps=config.rms_norm_eps,
     )
 
 

@@ -36,6 +36,7 @@ class SwiftSpec:
     eps: float = 1e-6  # of the norm
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", float(f"{self.eps:.6g}"))  # GGUF files hold it in float32
         if not 1 <= self.kv_layers < self.layers:
             raise ConfigError(
                 f"SwiftKV's first transformed layer must lie in 1..{self.layers - 1} for a model of {self.layers} "
