@@ -7,7 +7,8 @@ import torch
 
 from octavo import attach, detach
 from octavo.chat import Conversation, Sampling, choose
-from octavo.errors import ConfigError, PromptError
+from octavo.errors import CacheBudgetError, CacheStateError, ConfigError, PromptError
+from tiny import tiny_adapter
 
 
 def ids_of(tokenizer, chat):
@@ -72,6 +73,9 @@ def test_bad_turns_are_refused_and_the_conversation_goes_on(smollm):
         conversation.ask("word " * 9000)
     with pytest.raises(PromptError, match="empty"):
         conversation.complete("")
+    for feed in (conversation.ask, conversation.complete):
+        with pytest.raises(PromptError, match="not Unicode text at character 4"):
+            feed("caf\udce9")
     assert conversation.ids == before
     assert first
     assert "".join(conversation.ask("Again."))
@@ -93,7 +97,18 @@ def test_sampling_follows_its_seed_and_its_mass():
     assert shares[3] == pytest.approx(logits.softmax(0)[3].item(), abs=0.1)
 
 
-@pytest.mark.parametrize("change", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"temperature": float("nan")},
+        {"seed": 2**64},
+        {"seed": -1},
+    ],
+)
 def test_impossible_sampling_is_refused(change):
     with pytest.raises(ConfigError):
         Sampling(**change)
@@ -118,3 +133,59 @@ def test_pieces_are_whole_characters(smollm):
     pieces = list(conversation._decode(script[0]))
     assert "".join(pieces) == "naïve 中文 – done"
     assert "\ufffd" not in set(chain.from_iterable(pieces))
+
+
+def failing(done, total):
+    """A callback that fails where a cache may, between two chunks."""
+    if done >= min(16, total):
+        raise CacheBudgetError("no more")
+
+
+@pytest.mark.parametrize("earlier", [[], ["Name a colour."]])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_turn_that_fails_halfway_is_taken_back(smollm, attached, earlier):
+    model, tokenizer = smollm
+    if attached:
+        attach(model, chunk=8)
+    try:
+        conversation, untouched = (Conversation(model, tokenizer, Sampling(max_new_tokens=5)) for _ in range(2))
+        for turn in earlier:
+            assert "".join(conversation.ask(turn)) == "".join(untouched.ask(turn))
+        with pytest.raises(CacheBudgetError):
+            conversation.ask("One two three four five six seven eight nine ten eleven twelve.", failing)
+        assert conversation.ids == untouched.ids
+        assert conversation.cache.get_seq_length() == untouched.cache.get_seq_length()
+        assert "".join(conversation.ask("And another one?")) == "".join(untouched.ask("And another one?"))
+    finally:
+        if attached:
+            detach(model)
+
+
+def test_a_turn_over_the_budget_leaves_room_for_a_shorter_one(smollm):
+    model, tokenizer = smollm
+    attach(model, chunk=16, budget=12_000_000)
+    try:
+        conversation = Conversation(model, tokenizer, Sampling(max_new_tokens=3))
+        list(conversation.ask("Hello."))
+        before = list(conversation.ids)
+        with pytest.raises(CacheBudgetError):
+            conversation.ask("word " * 400)
+        assert conversation.ids == before
+        assert "".join(conversation.ask("Again."))
+    finally:
+        detach(model)
+
+
+def test_a_conversation_that_cannot_be_taken_back_says_so(smollm):
+    model, tokenizer = smollm
+    attach(model, tiny_adapter(model, window=4), chunk=8)
+    try:
+        conversation = Conversation(model, tokenizer, Sampling(max_new_tokens=3))
+        list(conversation.ask("Hello."))
+        with pytest.raises(CacheBudgetError):
+            conversation.ask("One two three four five six seven eight nine ten eleven twelve.", failing)
+        for feed in (conversation.ask, conversation.complete):
+            with pytest.raises(CacheStateError, match="start a new conversation"):
+                feed("Again.")
+    finally:
+        detach(model)

@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from octavo import cli
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, OutputFileError, PromptError
+from octavo.retrofit.evaluate import Evaluation, EvaluationSettings
+from published import publish, transformed
 from tiny import tiny_model
 
 runner = CliRunner()
@@ -138,11 +140,16 @@ MISTAKES = {
     "cannot write to": ["retrofit", "dms", __file__ + "/run", "--data", __file__, "--length", "300", "--window", "9"],
     "cannot write /proc/none": ["evaluate", __file__, "--out", "/proc/none/e.json"],
     "numbers separated by commas": ["evaluate", __file__, "--lengths", "1k"],
+    "names the JSON file": ["evaluate", __file__, "--out", "e.png"],
+    "seed must lie": ["generate", "x", "--seed", str(2**64)],
+    "not Unicode text": ["generate", "caf\udce9", "--device", "cpu"],
+    "cannot be used here": ["generate", "x", "--device", "foo"],
+    "empty adapter name": ["generate", "x", "--adapter", "dms-8x+"],
     "are needed": ["evaluate", __file__, "--nll-length", "200000"],
     "nll_from": ["evaluate", __file__, "--nll-from", "0"],
     "steps must be": ["retrofit", "dms", "run", "--data", __file__, "--steps", "0"],
     "need at least as many": ["retrofit", "dms", "run", "--data", __file__],
-    "no such file": ["retrofit", "dms", "run", "--data", __file__, "--held-out", "/no/such.txt"],
+    "cannot read /no/such.txt": ["retrofit", "dms", "run", "--data", __file__, "--held-out", "/no/such.txt"],
 }
 
 
@@ -198,3 +205,59 @@ def test_the_shipped_text_holds_the_answers_to_the_shipped_questions():
     text = Path(TEXT).read_text()
     assert all(fact in text for fact in ("482916", "70351", "Barnaby Quill"))
     assert len(QUESTIONS) == 3
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_input_that_is_not_utf_8_is_refused(command):
+    out = run(command, "--device", "cpu", input=b"caf\xe9\n")
+    assert isinstance(out.exception, PromptError)
+    assert "standard input is not utf-8" in str(out.exception)
+
+
+def test_chat_goes_on_after_a_line_that_is_too_long():
+    out = run("chat", "--max-new-tokens", "4", "--device", "cpu", input="word " * 9000 + "\nHello.\n\n")
+    assert out.exit_code == 0, out.exception
+    assert out.stdout.count("error: the conversation would have") == 1
+    assert out.stdout.count(" B held") == 2
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Adapters that `evaluate` would have measured, and what it does meanwhile."""
+    calls = {"adapters": None, "meanwhile": lambda: None}
+
+    def run_evaluation(model, tokenizer, text, adapters, *rest):
+        calls["adapters"] = [adapter.name for adapter in adapters]
+        calls["meanwhile"]()
+        return Evaluation("m", EvaluationSettings())
+
+    monkeypatch.setattr("octavo.retrofit.command.run_evaluation", run_evaluation)
+    monkeypatch.setattr(cli, "load_plain", lambda *_: (None, None))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ["dms-8x"]),
+        (["--adapter", "auto"], ["dms-8x"]),
+        (["--adapter", "none"], []),
+        (["--adapter", "none", "--adapter", "dms-16x"], ["dms-16x"]),
+        (["--model", "published"], ["published"]),
+        (["--model", "published", "--adapter", "auto", "--adapter", "dms-8x"], ["published", "dms-8x"]),
+        (["--model", "elsewhere"], []),
+    ],
+)
+def test_evaluate_measures_the_model_s_own_adapter(measured, tmp_path, monkeypatch, options, names):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    publish(tmp_path / "published", model, transformed(model))
+    out = run("evaluate", __file__, *options)
+    assert out.exit_code == 0, out.exception
+    assert measured["adapters"] == names
+
+
+def test_evaluate_says_where_it_could_not_write(measured, tmp_path):
+    measured["meanwhile"] = (tmp_path / "d").rmdir
+    out = run("evaluate", __file__, "--out", str(tmp_path / "d" / "e.json"))
+    assert isinstance(out.exception, OutputFileError), out.exception

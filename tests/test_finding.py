@@ -60,6 +60,9 @@ def test_adapters_that_cannot_be_together_or_are_none_are_refused(folders, monke
         find_adapters("dms-8x+plain")
     with pytest.raises(ConfigError, match="two SwiftKV transforms for one model, skip and skip"):
         find_adapters(["skip", "skip"])
+    for empty in ("", " ", "+", "skip+", ["skip", ""]):
+        with pytest.raises(ConfigError, match="has an empty adapter name"):
+            find_adapters(empty)
     with pytest.raises(ConfigError, match="not 8"):
         find_adapters(["skip", 8])
     with pytest.raises(AdapterFileError, match=r"no adapter folder nowhere; shipped adapters are .*dms-8x"):
@@ -190,3 +193,14 @@ def test_a_failing_download_is_one_clear_line(monkeypatch):
     with pytest.raises(ModelNotFoundError, match="some/Llama-SwiftKV") as caught:
         octavo.load("some/Llama-SwiftKV")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_an_adapter_hides_no_shipped_one(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    (folders / "dms-8x").mkdir()
+    (folders / "mine").mkdir()
+    assert load_adapter("dms-8x").name == "dms-8x"
+    with pytest.raises(AdapterFileError, match="cannot read adapter mine"):
+        load_adapter("mine")
+    octavo.save_adapter(octavo.load_adapter("plain"), folders / "dms-16x")
+    assert load_adapter("dms-16x").name == "tiny"

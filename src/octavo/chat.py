@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from octavo.attachment import KVCache, attachment_of, fill
-from octavo.errors import ConfigError, PromptError
+from octavo.errors import CacheStateError, ConfigError, PromptError
 
 MARK = "\x00"  # stands for a turn's content while the chat template is taken apart
 
@@ -28,14 +28,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        if self.max_new_tokens < 1 or not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise ConfigError("max_new_tokens must be at least 1, temperature at least 0 and top_p in (0, 1]")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed must lie in 0..2**64 - 1, not {self.seed}")
 
 
 class Conversation:
     """Turns of user and assistant over one cache: Octavo's for an attached model, else a `DynamicCache`.
 
-    `ids` are all tokens so far; the cache holds all of them but the newest.
+    `ids` are all tokens so far; the cache holds all of them but the newest. A turn that fails while its prompt is
+    read is taken back; where eviction has made that impossible, every later turn raises CacheStateError.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, sampling: Sampling | None = None) -> None:
@@ -43,27 +46,38 @@ class Conversation:
         self.sampling = sampling or Sampling()
         self.cache: Any = KVCache(model) if attachment_of(model) else DynamicCache(config=model.config)
         self.ids: list[int] = []
+        self._broken = False
         self._generator = torch.Generator(device=model.device).manual_seed(self.sampling.seed)
 
     def ask(self, text: str, on_prefill: Callable[[int, int], None] = lambda done, total: None) -> Iterator[str]:
         """Answer a user turn, piece by piece as it is decoded; `on_prefill(done, total)` counts prompt tokens.
 
         Raises PromptError for an empty turn or one that the model's positions cannot hold; the conversation
-        is then as it was.
+        is then as it was. Raises CacheBudgetError, and CacheStateError after a turn that could not be taken back.
         """
-        if not text.strip():
-            raise PromptError("the prompt is empty; write at least one character")
+        self._check(text, not text.strip())
         turn = self._turn(text)
         self._check_room(len(turn))
-        return self._decode(self._prefill(turn, on_prefill))
+        return self._decode(self._read(turn, on_prefill))
 
     def complete(self, text: str, on_prefill: Callable[[int, int], None] = lambda done, total: None) -> Iterator[str]:
-        """Continue plain text, without a chat template."""
+        """Continue plain text, without a chat template. Raises as `ask` does."""
+        self._check(text, not text)
         ids = self.tokenizer(text, verbose=False)["input_ids"]
-        if not ids:
-            raise PromptError("the prompt is empty; write at least one character")
         self._check_room(len(ids))
-        return self._decode(self._prefill(ids, on_prefill))
+        return self._decode(self._read(ids, on_prefill))
+
+    def _check(self, text: str, empty: bool) -> None:
+        if self._broken:
+            raise CacheStateError(
+                "an earlier turn failed halfway and what was evicted for it cannot come back; start a new conversation"
+            )
+        if empty:
+            raise PromptError("the prompt is empty; write at least one character")
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:  # a lone surrogate: how Python carries bytes that are no UTF-8
+            raise PromptError(f"the prompt is not Unicode text at character {e.start + 1}; give it in UTF-8") from e
 
     def _check_room(self, new: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -86,6 +100,22 @@ class Conversation:
         if self.ids and ids[0] == self.ids[-1]:  # the answer already ended with its end token
             ids = ids[1:]
         return ids
+
+    def _read(self, new: list[int], on_prefill: Callable[[int, int], None]) -> Tensor:
+        """`_prefill`, taken back where it fails: else the next turn would go on from half of this one."""
+        known, held = len(self.ids), self.cache.get_seq_length()
+        try:
+            return self._prefill(new, on_prefill)
+        except BaseException:
+            self.ids = self.ids[:known]
+            try:
+                # A DynamicCache that failed within a forward has layers of different lengths.
+                for part in [self.cache] if isinstance(self.cache, KVCache) else self.cache.layers:
+                    if part.get_seq_length() > held:
+                        part.crop(held - part.get_seq_length())
+            except (CacheStateError, RuntimeError):
+                self._broken = True
+            raise
 
     @torch.no_grad()
     def _prefill(self, new: list[int], on_prefill: Callable[[int, int], None]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli_retrofit import app as retrofit
-from octavo.errors import ConfigError, OctavoError
+from octavo.errors import CacheBudgetError, ConfigError, OctavoError, OutputFileError, PromptError
 from octavo.terminal import (
     AdapterName,
     Budget,
@@ -22,6 +22,7 @@ from octavo.terminal import (
     load,
     load_plain,
     numbers,
+    reading_input,
 )
 
 app = typer.Typer(
@@ -83,7 +84,10 @@ def chat(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Talk to a model; the cache lives on between turns. An empty line or Ctrl-D ends the chat."""
+    """Talk to a model; the cache lives on between turns. An empty line or Ctrl-D ends the chat.
+
+    A turn that is too long is refused, and the chat goes on.
+    """
     from octavo.chat import Conversation, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -91,7 +95,8 @@ def chat(
     conversation = Conversation(loaded, tokenizer, sampling)
     while True:
         try:
-            text = console.input("[bold cyan]you> [/bold cyan]")
+            with reading_input():
+                text = console.input("[bold cyan]you> [/bold cyan]")
         except (EOFError, KeyboardInterrupt):
             break
         if not text.strip():
@@ -101,6 +106,8 @@ def chat(
                 console.print(piece, end="", markup=False, highlight=False)
         except KeyboardInterrupt:
             console.print(" [interrupted]", markup=False)
+        except (PromptError, CacheBudgetError) as e:
+            console.print(f"error: {e}", markup=False, highlight=False)
         cache = conversation.cache
         console.print(f"\n[dim]{cache.seen:,} tokens, {cache.nbytes:,} B held, dense {cache.dense_nbytes:,} B[/dim]")
 
@@ -124,7 +131,8 @@ def generate(
     from octavo.chat import Conversation, Sampling
     from octavo.retrofit.data import read_text
 
-    text = prompt if prompt is not None else sys.stdin.read()
+    with reading_input():
+        text = prompt if prompt is not None else sys.stdin.read()
     if file is not None:
         text = f"{read_text(file)}\n\n{text}"
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -141,7 +149,7 @@ def evaluate(
     model: Model = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="Adapter to measure, or two joined by '+'; may be repeated. dms-8x by default."),
+        typer.Option(help="Adapter to measure, or two joined by '+'; may be repeated. 'none', or 'auto', the default."),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Needle prompt lengths in tokens.")] = "2048,4096",
     cases: Annotated[int, typer.Option(help="Needles at each length.")] = 10,
@@ -154,7 +162,7 @@ def evaluate(
         Path | None, typer.Option(help="JSONL of 'question' and 'answer': how far answers agree with the base model's.")
     ] = None,
     question_cases: Annotated[int, typer.Option(help="Questions to ask, from the file's first on.")] = 200,
-    out: Annotated[Path | None, typer.Option(help="JSON file; the plot goes beside it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file; the plot goes beside it, with .png.")] = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -171,15 +179,23 @@ def evaluate(
         baselines=baselines, answers=AgreementSettings(question_cases),
     )  # fmt: skip
     if out is not None:
+        if out.suffix.lower() == ".png":
+            raise ConfigError(
+                f"--out names the JSON file and the plot goes beside it; give another ending than {out}'s"
+            )
         check_writable(out)
     asked = read_questions(questions, question_cases) if questions else []
-    adapters = [together(find_adapters(name)) for name in adapter or (["dms-8x"] if model is None else [])]
+    found = [find_adapters(None if name == "none" else name, model) for name in adapter or ["auto"]]
+    adapters = [together(each) for each in found if each]
     loaded, tokenizer = load_plain(model, dtype, device)
     result = run_evaluation(loaded, tokenizer, text, adapters, settings, console, asked)
     if out is not None:
         from octavo import plots
 
-        out.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        try:
+            out.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        except OSError as e:
+            raise OutputFileError(f"cannot write {out}: {e.strerror}") from e
         made = [out, out.with_suffix(".png")]
         plots.evaluation(result, made[-1])
         points = skip_points(result, adapters)

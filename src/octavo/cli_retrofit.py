@@ -10,6 +10,8 @@ from octavo.terminal import Device, Dtype, Model, adapters_of, check_writable, c
 
 app = typer.Typer(help="Train adapters for a model.", no_args_is_help=True)
 
+LIMIT, SHARES = 0.04, "0.17,0.27,0.33,0.4,0.5"  # of --search
+
 Out = Annotated[Path, typer.Argument(help="Folder for the run and, at its end, the adapter.")]
 Data = Annotated[list[str], typer.Option(help="Text, JSONL (.xz, .gz) or .npy token file; 'path:share' weighs a mix.")]
 Target = Annotated[float, typer.Option(help="Tokens per kept token to train for.")]
@@ -21,7 +23,7 @@ Temperature = Annotated[float, typer.Option(help="Of the KL; 2 in the paper, 1 l
 MseWeight = Annotated[float, typer.Option(help="Of the error of the hidden states before the last layer.")]
 Start = Annotated[str, typer.Option(help="'regression' fits keys and values first; 'published' averages.")]
 Batch = Annotated[int, typer.Option(help="Sequences per step over all processes.")]
-MicroBatch = Annotated[int, typer.Option(help="Sequences per forward.")]
+MicroBatch = Annotated[int, typer.Option(help="Sequences per forward; each is held to the target of gates.")]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Recall = Annotated[float, typer.Option(help="Share of the data with hidden facts and questions.")]
 Init = Annotated[list[str] | None, typer.Option(help="Adapter to start from; may be repeated, one of each kind.")]
@@ -61,7 +63,7 @@ def dms(
     )  # fmt: skip
     start = adapters_of([init] if init else [])
     loaded, tokenizer = load_plain(model, dtype, device)
-    train(loaded, tokenizer, data, settings, out, name or out.name, start, resume, held_out, console)
+    train(loaded, tokenizer, data, settings, out, name or out.resolve().name, start, resume, held_out, console)
 
 
 @app.command()
@@ -87,8 +89,8 @@ def swiftkv(
     held_out: HeldOut = None,
     name: Name = None,
     search: Annotated[bool, typer.Option("--search", help="Distil several shares shortly and recommend one.")] = False,
-    limit: Annotated[float, typer.Option(help="Loss of NLL that --search allows.")] = 0.04,
-    shares: Annotated[str, typer.Option(help="Shares of layers that --search skips.")] = "0.17,0.27,0.33,0.4,0.5",
+    limit: Annotated[float | None, typer.Option(help=f"Loss of NLL that --search allows; {LIMIT} if left out.")] = None,
+    shares: Annotated[str | None, typer.Option(help=f"Shares that --search tries; {SHARES} if left out.")] = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -96,21 +98,24 @@ def swiftkv(
     from octavo.retrofit.command import find_skip, train
     from octavo.retrofit.settings import RetrofitSettings, SwiftSettings, shape_for
 
-    tried = numbers("--shares", shares, float)
+    if search and (skip is not None or kv_layers is not None or init or name is not None):
+        raise ConfigError("--search takes --shares and --group, not --skip, --kv-layers, --init or --name")
+    if not search and (limit is not None or shares is not None):
+        raise ConfigError("--limit and --shares are for --search; give it too, or --skip for one share")
+    tried = numbers("--shares", SHARES if shares is None else shares, float)
     adapters = adapters_of(init or [])
     loaded, tokenizer = load_plain(model, dtype, device)
     layers = loaded.config.num_hidden_layers
-    if search and (skip is not None or kv_layers is not None or adapters):
-        raise ConfigError("--search takes --shares and --group, not --skip, --kv-layers or --init")
     shape = shape_for(layers, skip, kv_layers, group, adapters)
     settings = RetrofitSettings(
         None, SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start), steps=steps,
         batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed, checkpoint_every=100,
     )  # fmt: skip
     if search:
-        find_skip(loaded, tokenizer, data, settings, tried, out, resume, held_out, limit, console)
+        allowed = LIMIT if limit is None else limit
+        find_skip(loaded, tokenizer, data, settings, tried, out, resume, held_out, allowed, console)
     else:
-        train(loaded, tokenizer, data, settings, out, name or out.name, adapters, resume, held_out, console)
+        train(loaded, tokenizer, data, settings, out, name or out.resolve().name, adapters, resume, held_out, console)
 
 
 @app.command("swiftkv+dms")
@@ -154,7 +159,19 @@ def swiftkv_and_dms(
         SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start),
         steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
     )  # fmt: skip
-    train(loaded, tokenizer, data, settings, out, name or out.name, adapters, resume, held_out, console, gates_name)
+    train(
+        loaded,
+        tokenizer,
+        data,
+        settings,
+        out,
+        name or out.resolve().name,
+        adapters,
+        resume,
+        held_out,
+        console,
+        gates_name,
+    )
 
 
 @app.command()
@@ -174,6 +191,8 @@ def chats(
 
     from octavo.retrofit.chats import read_prompts, write_chats
 
+    if out.resolve() == prompts.resolve():
+        raise ConfigError(f"{out} holds the prompts; write the chats to another file")
     check_writable(out)
     asked = read_prompts(prompts, limit)
     loaded, tokenizer = load_plain(model, dtype, device)

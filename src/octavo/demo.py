@@ -138,8 +138,13 @@ def show_heat_map(share: Tensor, console: Console, png: Path) -> None:
     console.print(
         f"\nTokens kept, one line per KV head, one cell per layer (blank 0% to full 100%, mean {share.mean():.1%}):"
     )
-    for head, line in enumerate(heat_map_text(share)):
-        console.print(f"head {head} |{line}|", markup=False, highlight=False, no_wrap=True)
+    room = max(1, (console.width - len(f"head {share.shape[1] - 1} ||")) // 2)  # cells that fit into a line
+    for first in range(0, len(share), room):
+        part = share[first : first + room]
+        if len(share) > room:
+            console.print(f"cells {first} to {first + len(part) - 1} of {len(share)}:", highlight=False)
+        for head, line in enumerate(heat_map_text(part)):
+            console.print(f"head {head} |{line}|", markup=False, highlight=False, no_wrap=True)
     heat_map(share, png, "Share of tokens each layer and KV head kept")
     console.print(f"as a picture: {png}")
 

@@ -85,8 +85,11 @@ def is_hub_id(name: str | Path) -> bool:
 def _items(adapters: Named | Sequence[Named] | None) -> list[Named]:
     if adapters is None:
         return []
-    if isinstance(adapters, str) and "+" in adapters and _local(adapters) is None:
-        return [name.strip() for name in adapters.split("+")]
+    if isinstance(adapters, str) and (not adapters.strip() or _local(adapters) is None):
+        names = [name.strip() for name in adapters.split("+")]
+        if not all(names):
+            raise ConfigError(f"{adapters!r} has an empty adapter name; give one name, or two as in 'swiftkv+dms-8x'")
+        return [*names] if len(names) > 1 else [adapters]
     if isinstance(adapters, str | Path | Adapter | SwiftKVAdapter):
         return [adapters]
     if not isinstance(adapters, Sequence):
@@ -95,10 +98,15 @@ def _items(adapters: Named | Sequence[Named] | None) -> list[Named]:
 
 
 def _local(name: str | Path) -> Path | None:
-    """The folder of this name, or else that of the shipped adapter of this name."""
-    if Path(name).is_dir():
-        return Path(name)
-    return SHIPPED / name if (SHIPPED / name / SETTINGS).is_file() else None
+    """The folder of this name, or else that of the shipped adapter of this name.
+
+    A folder that holds no adapter does not hide the shipped one.
+    """
+    folder, shipped = Path(name), SHIPPED / name
+    ships = (shipped / SETTINGS).is_file()
+    if folder.is_dir() and (not ships or any((folder / file).is_file() for file in (SETTINGS, CONFIG))):
+        return folder
+    return shipped if ships else None
 
 
 def _folder(name: str | Path) -> Path | None:

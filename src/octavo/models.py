@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from octavo.adapter_file import check_fingerprint
 from octavo.attachment import attach
 from octavo.dms.adapter import Adapter
-from octavo.errors import ModelNotFoundError
+from octavo.errors import ConfigError, ModelNotFoundError, OctavoError
 from octavo.finding import Named, is_hub_id, resolve
 from octavo.support import fingerprint
 from octavo.swiftkv.adapter import SwiftKVAdapter
@@ -61,24 +61,41 @@ def load(
 def load_plain(
     model: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a model and tokenizer as transformers does, unattached; arguments as in `load`."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Load a model and tokenizer as transformers does, unattached; arguments as in `load`.
+
+    Raises ModelNotFoundError, AdapterFileError, UnsupportedModelError or ConfigError.
+    """
+    place = _place(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = str(default_model() if model is None else model)
     if source.endswith(".gguf"):
         source = str(unpacked_gguf(Path(source)))
     published = published_config(source)
+    config = {} if published is None else {"config": base_config(published, source)}
     try:
-        if published is not None:
-            config = base_config(published, source)
-            loaded = _published_base(source, config, dtype or default_dtype(place))
-            tokenizer = AutoTokenizer.from_pretrained(source, config=config)
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype(place))
-            tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ModelNotFoundError(f"cannot load model {source}: {str(e).splitlines()[0]}") from e
+        loaded = _whole(source, config, dtype or default_dtype(place))
+        tokenizer = AutoTokenizer.from_pretrained(source, **config)
+    except OctavoError:
+        raise
+    except (OSError, ValueError) as e:
+        raise ModelNotFoundError(f"cannot load model {source}: {f'{e}'.strip().partition(chr(10))[0]}") from e
+    except Exception as e:  # transformers meets impossible settings with whatever error they lead to
+        said = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise ModelNotFoundError(f"cannot load model {source}, transformers fails on its files with {said}") from e
     nn.Module.to(loaded, place)
     return nn.Module.eval(loaded), tokenizer
+
+
+def _place(device: str | torch.device) -> torch.device:
+    """The device, after a first tensor on it. Raises ConfigError."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, ImportError) as e:
+        why = str(e).partition("\n")[0].partition(". ")[0]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here ({why}); give cpu, or cuda where there is one"
+        ) from e
+    return place
 
 
 def published_config(source: str | Path) -> dict[str, Any] | None:
@@ -94,26 +111,29 @@ def published_config(source: str | Path) -> dict[str, Any] | None:
     return read_config(folder) if is_published(folder) else None
 
 
-def _published_base(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model in a published checkpoint; that the transform's tensors are in the files too is no surprise."""
+def _whole(source: str, config: dict[str, PreTrainedConfig], dtype: torch.dtype) -> PreTrainedModel:
+    """A model all of whose tensors come from its files: transformers makes up what lacks, and only warns.
+
+    With the base model's `config`, that the transform's tensors are in the files too is no surprise.
+    """
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if config:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
+        # Without "ignore" other shapes raise an error that names no tensor; they are refused below.
         outcome: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True
+            source, **config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except RuntimeError as e:
-        raise ModelNotFoundError(f"cannot load model {source}: {' '.join(str(e).split())}") from e
     finally:
         transformers_logging.set_verbosity(level)
-    loaded, info = outcome
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelNotFoundError(
-            f"cannot load model {source}: it lacks {len(missing)} of the base model's tensors: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    model: PreTrainedModel = loaded
+    model: PreTrainedModel = outcome[0]
+    missing, other = sorted(outcome[1]["missing_keys"]), sorted(key[0] for key in outcome[1]["mismatched_keys"])
+    for names, what in ((missing, "it lacks"), (other, "its config.json gives other shapes than its files to")):
+        if names:
+            raise ModelNotFoundError(
+                f"cannot load model {source}: {what} {len(names)} of the model's tensors: "
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            )
     return model
 
 
@@ -156,10 +176,16 @@ def save_published(
     """Write a Llama or Qwen2 model and its SwiftKV adapter as a published checkpoint that other engines read.
 
     `folder` must be empty or not there; `tokenizer` goes beside the weights; `dtype` is that of all tensors and
-    `shard` the largest size of one file. Raises UnsupportedModelError, AdapterMismatchError or OutputFileError.
+    `shard` the largest size of one file. Raises UnsupportedModelError, AdapterMismatchError, OutputFileError or
+    ConfigError.
     """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=shard)
+    except ValueError as e:
+        raise ConfigError(f"shard must be bytes or a size such as '5GB', not {shard!r}") from e
     check_fingerprint(adapter, fingerprint(model))
-    write_published(model, adapter.swiftkv, folder, tokenizer, dtype=dtype, shard=shard)
+    place = Path(folder).resolve()  # "." has no name, and what is written aside needs one
+    write_published(model, adapter.swiftkv, place, tokenizer, dtype=dtype, shard=shard)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -170,7 +196,10 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def unpacked_gguf(path: Path) -> Path:
-    """Folder with the GGUF file's model in bf16 safetensors and its tokenizer; made on first use."""
+    """Folder with the GGUF file's model in bf16 safetensors and its tokenizer; made on first use.
+
+    Raises ModelNotFoundError.
+    """
     try:
         stat = path.stat()
     except OSError as e:
@@ -179,16 +208,21 @@ def unpacked_gguf(path: Path) -> Path:
     folder = Path(HF_HOME) / "octavo" / key / path.stem
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    aside = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent))
         _unpack(path, aside)
         aside.rename(folder)
-    except OSError:
+    except (OSError, SafetensorError) as e:
         if not folder.is_dir():  # else another process was faster
-            raise
+            raise ModelNotFoundError(
+                f"cannot unpack {path} into {folder.parent}: {getattr(e, 'strerror', None) or e}; "
+                "set HF_HOME to a folder that can be written"
+            ) from e
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

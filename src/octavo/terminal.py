@@ -1,12 +1,14 @@
 """What the commands share: options, the console, loading with a status line, and checks made before minutes of work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
-from octavo.errors import ConfigError, OutputFileError
+from octavo.errors import ConfigError, OutputFileError, PromptError
 
 console = Console()
 Number = TypeVar("Number", int, float)
@@ -76,6 +78,15 @@ def _quiet() -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def reading_input() -> Iterator[None]:
+    """Raise PromptError where standard input is not in the terminal's encoding."""
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise PromptError(f"standard input is not {e.encoding} text: {e.reason}; convert it to {e.encoding}") from e
 
 
 def check_writable(path: Path) -> None:

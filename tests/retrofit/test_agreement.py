@@ -78,9 +78,13 @@ def test_questions_are_read_and_bad_files_refused(tmp_path):
     path.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) + "\n" for i in range(5)))
     assert read_questions(path, 3) == [Question(f"q{i}", f"#### {i}") for i in range(3)]
     assert len(read_questions(path)) == 5
+    path.write_text(
+        '{"question": "a\u2028b", "answer": "1"}\n\n  \n{"question": "c", "answer": "2"}\n', encoding="utf-8"
+    )
+    assert read_questions(path, 2) == [Question("a\u2028b", "1"), Question("c", "2")]
     with pytest.raises(TextFileError, match="cannot read"):
         read_questions(tmp_path / "absent.jsonl")
-    for text in ("", "[1]\n", '{"question": "q"}\n', "no json\n"):
+    for text in ("", "\n", "[1]\n", '{"question": "q"}\n', "no json\n"):
         path.write_text(text)
         with pytest.raises(TextFileError, match="holds no"):
             read_questions(path)
@@ -171,3 +175,23 @@ def test_adapters_are_put_together(model):
     for wrong in ([], [gates, gates], [swiftkv, swiftkv]):
         with pytest.raises(ConfigError, match="go together"):
             together(wrong)
+
+
+class Words(Letters):
+    """Answers with one number where the first token is even, else without."""
+
+    def decode(self, ids, **options):
+        return str(ids[-1]) if ids[0] % 2 == 0 else "no number"
+
+
+@pytest.mark.parametrize(("tokenizer", "numbers"), [(Words(), 1), (Letters(), 2), (None, 0)])
+def test_only_questions_that_the_base_answers_with_a_number_count(model, questions, monkeypatch, tokenizer, numbers):
+    base, other = [[2, 5], [3, 5]], [[2, 6], [3, 5]]
+    given = iter([base, other])
+    monkeypatch.setattr("octavo.retrofit.agreement.answered", lambda *_: next(given))
+    if tokenizer is None:
+        tokenizer = Words()
+        tokenizer.decode = lambda ids, **options: "none"
+    dense, row = agreement(model, tokenizer, questions[:2], [tiny_adapter(model)], SETTINGS)
+    assert dense.same == (1 if numbers else 0)
+    assert row.same == {0: 0, 1: 0, 2: 0.5}[numbers]

@@ -1,15 +1,26 @@
 """Sources of training text, chats about facts, and prompts: what is read, what is drawn, what is refused."""
 
+import copy
 import gzip
 import json
 import lzma
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from octavo.errors import ConfigError, TextFileError
-from octavo.retrofit.chats import read_prompts
-from octavo.retrofit.data import Source, load_source, parse_mix, read_documents, read_text, tokenize
+from octavo.retrofit.data import (
+    Source,
+    load_source,
+    parse_mix,
+    read_documents,
+    read_text,
+    shares_by_name,
+    source_names,
+    tokenize,
+)
 from octavo.retrofit.recall import recall_sequence
 
 CHAT = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -33,6 +44,12 @@ def test_text_jsonl_and_compressed_files_read_the_same(tmp_path):
         ("a.jsonl", b"{", "not valid JSON"),
         ("a.jsonl", b'{"other": 1}', "neither"),
         ("a.jsonl", b'{"messages": ["x"]}', "neither"),
+        ("a.jsonl", b'{"text": "x"}\n{"messages": []}', r"a\.jsonl:2 has neither"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": null}]}', "neither"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 7}]}', "neither"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": ["x"]}]}', "neither"),
+        ("a.jsonl", b'{"messages": [{"role": 1, "content": "x"}]}', "neither"),
+        ("a.txt.gz", gzip.compress(b"text " * 99)[:12] + b"\xff" * 20, "cannot read"),
         ("a.txt", b"\xff\xfe\xfa", "cannot read"),
         ("a.jsonl.xz", b"not xz", "cannot read"),
         ("a.txt", b"  \n ", "holds no text"),
@@ -80,9 +97,14 @@ def test_token_files_are_checked(tmp_path, tokenizer):
     np.save(tmp_path / "bad.npy", np.zeros((3, 3)))
     with pytest.raises(TextFileError, match="uint16"):
         load_source(tmp_path / "bad.npy", tokenizer, 1)
-    (tmp_path / "junk.npy").write_bytes(b"junk")
-    with pytest.raises(TextFileError, match="cannot read"):
-        load_source(tmp_path / "junk.npy", tokenizer, 1)
+    for junk in (b"junk", b""):
+        (tmp_path / "junk.npy").write_bytes(junk)
+        with pytest.raises(TextFileError, match="cannot read"):
+            load_source(tmp_path / "junk.npy", tokenizer, 1)
+    np.savez(tmp_path / "several.npz", np.arange(9))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    with pytest.raises(TextFileError, match="an archive of several"):
+        load_source(tmp_path / "several.npy", tokenizer, 1)
 
 
 def test_mix_takes_shares():
@@ -91,8 +113,23 @@ def test_mix_takes_shares():
         ("b.npy", 0.25),
         ("odd:name", 1.0),
     ]
-    with pytest.raises(ConfigError, match="positive"):
-        parse_mix(["a:0"])
+    for share in ("0", "inf", "nan", "-1"):
+        with pytest.raises(ConfigError, match="positive and finite"):
+            parse_mix([f"a:{share}"])
+
+
+def test_sources_of_one_name_are_told_apart(source):
+    paths = [Path(p) for p in ("/x/a/t.txt", "/x/b/t.txt", "u.txt")]
+    assert source_names(paths) == ["a/t.txt", "b/t.txt", "u.txt"]
+    twice = [replace(source, share=share) for share in (1.0, 2.0, 3.0)]
+    assert shares_by_name(twice) == {"random": 1.0, "random (2)": 2.0, "random (3)": 3.0}
+
+
+def test_texts_are_not_closed_where_the_tokenizer_has_no_end(tmp_path, tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    (tmp_path / "t.txt").write_text("one two")
+    assert tokenizer.decode(tokenize(tmp_path / "t.txt", endless)[0]) == "one two"
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -113,15 +150,3 @@ def test_recall_hides_what_it_asks_for(tokenizer, source, template, monkeypatch)
 def test_recall_fits_any_length(tokenizer, source):
     for length in (40, 64, 200, 700):
         assert len(recall_sequence(tokenizer, source, np.random.default_rng(2), length)) == length
-
-
-def test_prompts_are_read_and_checked(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"question": "a"}\n{"prompt": "b"}\n{"text": "c"}\n')
-    assert read_prompts(path) == ["a", "b", "c"]
-    assert read_prompts(path, 2) == ["a", "b"]
-    path.write_text('{"answer": "a"}\n')
-    with pytest.raises(TextFileError, match=r"p\.jsonl:1"):
-        read_prompts(path)
-    with pytest.raises(TextFileError, match="cannot read"):
-        read_prompts(tmp_path / "none.jsonl")

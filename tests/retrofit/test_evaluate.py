@@ -13,8 +13,9 @@ from rich.console import Console
 
 from octavo import KVCache, attach, detach, evaluate
 from octavo.attachment import attachment_of
+from octavo.demo import show_heat_map
 from octavo.dms import Adapter, load_adapter
-from octavo.errors import AdapterMismatchError, ConfigError, TextFileError
+from octavo.errors import AdapterMismatchError, ConfigError, PromptError, TextFileError
 from octavo.finding import SHIPPED
 from octavo.plots import evaluation as draw
 from octavo.plots import heat_map, heat_map_text, skip_curve, training
@@ -99,7 +100,7 @@ def test_answers_are_in_the_rows_the_table_and_the_json(skipping):
     out, _ = skipping
     assert out.questions == 2
     assert "2 questions" in evaluation_table(out).title
-    assert out.rows[0].same == out.rows[0].agreed == 1.0
+    assert (out.rows[0].same, out.rows[0].agreed) == (0.0, 1.0), "a random model answers without numbers"
     assert all(0 <= row.agreed <= 1 for row in out.rows)
     heads, *lines = cells((320,), out.rows)
     assert heads[:3] == ["policy", "layers skipped", "NLL"]
@@ -262,3 +263,56 @@ def test_tables_cards_and_plots_show_the_numbers(result, tmp_path):
     for name in ("e", "h", "t"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert heat_map_text(torch.tensor([[0.0, 1.0], [1.0, 0.26]])) == ["  ██", "██▒▒"]
+
+
+def test_lengths_are_measured_once(student, tokenizer, source):
+    settings = replace(SETTINGS, lengths=(320, 300, 320), cases=1, texts=1)
+    assert settings.lengths == (320, 300)
+    out = evaluate(student, tokenizer, source.tokens, [], settings)
+    heads, line = cells((300, 320), out.rows)
+    assert [heads[i] for i in range(len(heads)) if "needle" in heads[i]] == ["needle 300", "needle 320"]
+    assert line[heads.index("needle 300")] == f"{out.rows[0].needle[300]:.3f}"
+
+
+@pytest.mark.parametrize(("asked", "real"), [(16, 2), (1, 1)])
+def test_texts_do_not_overlap_and_the_settings_say_how_many(student, tokenizer, source, asked, real):
+    settings = replace(SETTINGS, texts=asked, lengths=(), batch=1)
+    assert evaluate(student, tokenizer, source.tokens[:1000], [], settings).settings.texts == real
+
+
+LONG = [Question("What is 1 + 1?", "2"), Question("word " * 1100, "2")]
+
+
+@pytest.mark.parametrize(
+    ("change", "questions", "error", "message"),
+    [
+        ({"nll_length": 1100}, [], ConfigError, "1,024 positions"),
+        ({"lengths": (300, 1100)}, [], ConfigError, "1,024 positions"),
+        ({}, LONG, PromptError, "question 2 has"),
+    ],
+)
+def test_what_the_model_has_no_positions_for_is_refused_first(
+    student, tokenizer, source, change, questions, error, message
+):
+    rows = []
+    with pytest.raises(error, match=message):
+        evaluate(student, tokenizer, source.tokens, [], replace(SETTINGS, **change), rows.append, questions)
+    assert not rows
+    assert attachment_of(student) is None
+
+
+@pytest.mark.parametrize(("lengths", "said"), [((320,), True), ((), False)])
+def test_cards_speak_of_needles_only_where_some_were_looked_for(result, lengths, said):
+    out, adapter = result
+    card = {"evaluation": replace(out, settings=replace(out.settings, lengths=lengths)).to_json(), "settings": {}}
+    assert ("(2 texts), 12 needles per length, bytes" in card_text(replace(adapter, card=card))) is said
+    assert ("needles per length" in card_text(replace(adapter, card=card))) is said
+
+
+@pytest.mark.parametrize("stores", [1, 34, 100])
+def test_the_demo_s_heat_map_shows_every_cell(tmp_path, stores):
+    console = Console(width=80, record=True, file=io.StringIO())
+    show_heat_map(torch.ones(stores, 2), console, tmp_path / "h.png")
+    lines = [line for line in console.export_text().splitlines() if line.startswith("head 1 |")]
+    assert sum(line.count("█") for line in lines) == 2 * stores
+    assert max(map(len, lines)) <= 80

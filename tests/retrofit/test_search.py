@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from octavo import cli
 from octavo.dms import load_adapter
-from octavo.errors import ConfigError, OctavoError
+from octavo.errors import ConfigError, OctavoError, RetrofitError
 from octavo.retrofit.card import card_text
 from octavo.retrofit.command import search_table
 from octavo.retrofit.evaluate import EvaluationSettings
@@ -56,16 +56,23 @@ def test_swiftkv_is_trained_measured_resumed_and_extended_with_gates(place, tmp_
     assert [row["policy"] for row in rows] == ["dense", "swift"]
     assert f"{rows[1]['nll']:.4f}" in (folder / "README.md").read_text()
     run(place, *options, "--resume")
+    assert load_swiftkv_adapter(folder).card["evaluation"]["rows"] == rows, "nothing was trained since"
+    (folder / "log.jsonl").unlink()
+    with pytest.raises(RetrofitError, match=r"log\.jsonl does not hold"):
+        run(place, *options, "--resume")
 
     joint = tmp_path / "joint"
     out = run(
-        place, "swiftkv+dms", str(joint), "--init", str(folder), "--target", "2", "--window", "16", "--steps", "2",
+        place, "swiftkv+dms", str(joint), "--name", "[/b] joint",
+        "--init", str(folder), "--target", "2", "--window", "16", "--steps", "2",
         "--held-out", str(place / "t.txt"),
     )  # fmt: skip
     swiftkv, gates = load_swiftkv_adapter(joint), load_adapter(joint / "dms-2x")
     assert swiftkv.swiftkv.spec.kv_layers == 1, "as the adapter to start from"
     assert gates.swiftkv == swiftkv.swiftkv.fingerprint()
-    assert [row["policy"] for row in gates.card["evaluation"]["rows"]] == ["dense", "joint", "joint + dms-2x"]
+    assert [row["policy"] for row in gates.card["evaluation"]["rows"]] == ["dense", "[/b] joint", "[/b] joint + dms-2x"]
+    assert "[/b] joint and dms-2x in " in out.stdout
+    assert (swiftkv.card["init"], gates.card["init"]) == ("swift", None)
     assert "stores of keys and values, made on SwiftKV with K=1" in (joint / "dms-2x" / "README.md").read_text()
 
 
@@ -77,6 +84,7 @@ def test_search_measures_every_share_and_recommends(place, tmp_path):
     assert [row["kv_layers"] for row in found["rows"]] == [2, 1]
     assert [row["skip"] for row in found["rows"]] == pytest.approx([1 / 3, 2 / 3])
     assert found["recommended"] == "k1"
+    assert found["evaluation"]["texts"] == 2, "as many as the text has room for, not 16"
     assert found["settings"]["steps"] == 2
     for row in found["rows"]:
         assert row["to_base"] == pytest.approx(row["nll"] - found["base_nll"])
@@ -120,7 +128,7 @@ MISTAKES = {
     "give --held-out": ["swiftkv", "run", "--search"],
     "--shares takes numbers": ["swiftkv", "run", "--search", "--shares", "a,b"],
     "not --skip": ["swiftkv", "run", "--search", "--skip", "0.5"],
-    "no such file": ["swiftkv", "run", "--search", "--held-out", "/no/such.txt"],
+    "No such file": ["swiftkv", "run", "--search", "--held-out", "/no/such.txt"],
     "between 0 and 1": ["swiftkv", "run", "--skip", "1.5"],
     "not both": ["swiftkv", "run", "--skip", "0.5", "--kv-layers", "2"],
     "must lie in 1..2": ["swiftkv", "run", "--kv-layers", "3"],
@@ -128,16 +136,34 @@ MISTAKES = {
     "start must be": ["swiftkv", "run", "--start", "luck"],
     "no adapter folder": ["swiftkv+dms", "run", "--init", "nowhere"],
     "lr must be positive": ["swiftkv", "run", "--lr", "0"],
+    "or --name": ["swiftkv", "run", "--search", "--name", "x"],
+    "are for --search": ["swiftkv", "run", "--limit", "0.1"],
+    "--limit and --shares": ["swiftkv", "run", "--shares", "0.5"],
+    "limit must be a finite": ["swiftkv", "run", "--search", "--limit", "nan", "--held-out", "/no/such.txt"],
+    "temperature must be a finite": ["swiftkv", "run", "--temperature", "inf"],
+    "seed must lie in": ["swiftkv", "run", "--seed", "-1"],
+    "holds no text": ["swiftkv", "run", "--held-out", "empty.txt"],
+    "300 are needed": ["swiftkv", "run", "--held-out", "short.txt"],
+    "not '../out'": ["swiftkv+dms", "run", "--gates-name", "../out"],
+    "not 'a+b'": ["swiftkv+dms", "run", "--gates-name", "a+b"],
+    "not '..'": ["swiftkv+dms", "run", "--gates-name", ".."],
+    "not 'dms-1e+06x'": ["swiftkv+dms", "run", "--target", "1e6"],
+    "log.jsonl is the name of a file": ["swiftkv+dms", "run", "--gates-name", "log.jsonl"],
+    "notes is the name of a file": ["swiftkv+dms", "run", "--gates-name", "notes"],
 }
 
 
 @pytest.mark.parametrize("message", MISTAKES)
 def test_every_mistake_is_an_octavo_error(message, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").write_text("mine")
+    (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(OctavoError) as caught:
         run(place, *MISTAKES[message], "--window" if "swiftkv+dms" in MISTAKES[message] else "--steps", "5")
     assert message in str(caught.value)
-    assert not (tmp_path / "run" / "adapter.json").exists()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["notes"], "refused before anything is trained"
 
 
 def test_missing_data_and_short_texts_are_refused(place, tmp_path):
@@ -150,9 +176,12 @@ def test_missing_data_and_short_texts_are_refused(place, tmp_path):
         run(place, "swiftkv", str(tmp_path / "r"), "--search", "--held-out", str(tmp_path / "short.txt"))
 
 
-def test_cards_name_what_training_started_from(place, tmp_path):
-    run(place, "swiftkv", str(tmp_path / "a"), "--steps", "1")
+def test_cards_name_what_training_started_from(place, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    run(place, "swiftkv", ".", "--steps", "1")
     adapter = load_swiftkv_adapter(tmp_path / "a")
+    assert adapter.name == "a"
     assert "fitted by regression" in card_text(adapter)
     settings = {**adapter.card["settings"], "swiftkv": {"start": "published"}}
     assert "own projections" in card_text(replace(adapter, card={**adapter.card, "settings": settings}))

@@ -1,6 +1,8 @@
 """A run learns, stops and goes on bit for bit, whatever the micro-batch and the number of processes."""
 
 import json
+import math
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +15,10 @@ import torch
 from octavo import attach
 from octavo.attachment import attachment_of
 from octavo.errors import ConfigError, RetrofitError, RetrofitInterrupted
-from octavo.retrofit.checkpoint import CHECKPOINT
-from octavo.retrofit.settings import GateSettings, RetrofitSettings
-from octavo.retrofit.trainer import LOG, Retrofit
+from octavo.retrofit.checkpoint import CHECKPOINT, LOG
+from octavo.retrofit.data import Source
+from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings
+from octavo.retrofit.trainer import Retrofit
 
 GATES = GateSettings(target=3, window=8, lr=1e-3)
 SETTINGS = RetrofitSettings(GATES, steps=6, batch=2, micro_batch=2, length=96, recall=0.0, checkpoint_every=2)
@@ -53,7 +56,7 @@ def test_resume_continues_bit_for_bit(student, tokenizer, source, tmp_path):
 
     def stop(report):
         if report.step == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(RetrofitInterrupted, match=r"after step 3 of 6.*--resume"):
         part.run(stop)
@@ -68,26 +71,86 @@ def test_resume_continues_bit_for_bit(student, tokenizer, source, tmp_path):
     assert strip[0] == strip[1]
 
 
-def test_an_interrupt_within_a_step_keeps_the_steps_before(student, tokenizer, source, tmp_path):
+@pytest.mark.parametrize("place", ["forward", "after the optimiser"])
+def test_an_interrupt_within_a_step_waits_for_its_end(place, student, tokenizer, source, tmp_path):
     part = Retrofit(student, tokenizer, [source], SETTINGS, tmp_path)
-    calls = []
+    handler, calls = signal.getsignal(signal.SIGINT), []
 
-    def hook(module, args):
+    def hook(*_):
         calls.append(1)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
+        if len(calls) == (8 if place == "forward" else 2):
+            signal.raise_signal(signal.SIGINT)
 
-    handle = student.model.layers[1].mlp.register_forward_pre_hook(hook)
+    if place == "forward":
+        handle = student.model.layers[1].mlp.register_forward_pre_hook(hook)
+    else:
+        handle = part.optimizer.register_step_post_hook(hook)
     with pytest.raises(RetrofitInterrupted):
         part.run()
     handle.remove()
     assert attachment_of(student) is None
+    assert signal.getsignal(signal.SIGINT) is handler
     again = Retrofit(student, tokenizer, [source], SETTINGS, tmp_path)
     again.resume()
     assert 0 < again.step < 6
     again.run()
     whole = run(student, tokenizer, source, tmp_path / "whole")
     assert torch.equal(whole.gates.weight, again.gates.weight)
+
+
+def test_the_second_interrupt_stops_at_once_and_saves_nothing(student, tokenizer, source, tmp_path):
+    part = Retrofit(student, tokenizer, [source], SETTINGS, tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    part.optimizer.register_step_post_hook(lambda *_: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        part.run()
+    assert part.step == 0
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert attachment_of(student) is None
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_unfinished_run_is_not_thrown_away(student, tokenizer, source, tmp_path):
+    def stop(report):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(RetrofitInterrupted):
+        Retrofit(student, tokenizer, [source], SETTINGS, tmp_path).run(stop)
+    with pytest.raises(RetrofitError, match="step 1 of 6; give --resume"):
+        Retrofit(student, tokenizer, [source], SETTINGS, tmp_path).run()
+    again = Retrofit(student, tokenizer, [source], SETTINGS, tmp_path)
+    again.resume()
+    again.run()
+    run(student, tokenizer, source, tmp_path, replace(SETTINGS, steps=1))  # a finished one may be done again
+
+
+def test_weights_that_are_not_finite_are_never_saved(student, tokenizer, source, tmp_path):
+    part = Retrofit(student, tokenizer, [source], replace(SETTINGS, steps=1), tmp_path)
+    part.optimizer.register_step_post_hook(lambda *_: part.gates.bias.data.fill_(float("nan")))
+    with pytest.raises(RetrofitError, match=r"not finite after step 1.*another folder with a lower lr"):
+        part.run()
+    assert not (tmp_path / CHECKPOINT).exists()
+    with torch.no_grad():
+        student.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RetrofitError, match=r"loss is not finite at step 1; begin again in another folder"):
+        run(student, tokenizer, source, tmp_path)
+
+
+def test_text_must_fit_the_model(student, tokenizer, source, tmp_path):
+    with pytest.raises(ConfigError, match="length 1025 is past the model's 1024 positions"):
+        Retrofit(student, tokenizer, [source], replace(SETTINGS, length=1025), tmp_path)
+    strange = Source("strange", np.full(200, 49152, np.uint16), None, 1.0)
+    with pytest.raises(ConfigError, match="strange holds token 49152, but the model knows 49152 tokens"):
+        Retrofit(student, tokenizer, [source, strange], SETTINGS, tmp_path)
+
+
+def test_cards_keep_every_source_and_their_own_start(student, tokenizer, source, tmp_path):
+    first = run(student, tokenizer, source, tmp_path, replace(SETTINGS, steps=1)).adapters("first")[0]
+    settings = replace(SETTINGS, swiftkv=SwiftSettings(1))
+    joint = Retrofit(student, tokenizer, [source, replace(source, share=0.5)], settings, tmp_path, init=[first])
+    swiftkv, gates = joint.adapters("both")
+    assert (swiftkv.card["init"], gates.card["init"]) == (None, "first")
+    assert swiftkv.card["data"] == {"random": 1.0, "random (2)": 0.5}
 
 
 def test_micro_batches_only_split_the_work(student, tokenizer, source, tmp_path):
@@ -118,28 +181,35 @@ def test_init_starts_from_an_adapter(student, tokenizer, source, tmp_path):
         Retrofit(student, tokenizer, [source], wider, tmp_path / "c", init=[first])
 
 
-def test_broken_and_foreign_checkpoints_are_refused(student, tokenizer, source, tmp_path):
-    run(student, tokenizer, source, tmp_path)
-    with pytest.raises(RetrofitError, match="other settings"):
-        Retrofit(student, tokenizer, [source], replace(SETTINGS, seed=1), tmp_path).resume()
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RetrofitError, match="cannot resume"):
-        Retrofit(student, tokenizer, [source], SETTINGS, tmp_path).resume()
-    with pytest.raises(RetrofitError, match="cannot resume"):
-        Retrofit(student, tokenizer, [source], SETTINGS, tmp_path / "nothing").resume()
-
-
-@pytest.mark.parametrize("change", [{"steps": 0}, {"recall": 2.0}, {"length": 8}, {"gates": None}, {"batch": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0}, {"recall": 2.0}, {"length": 8}, {"gates": None}, {"batch": -1}, {"recall": math.nan},
+        {"seed": -1}, {"seed": 2**63},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ConfigError):
         replace(SETTINGS, **change)
 
 
-@pytest.mark.parametrize("change", [{"target": 0.5}, {"lr": 0.0}, {"window": 0}, {"ramp": 0.0}, {"temperature": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": 0.5}, {"lr": 0.0}, {"window": 0}, {"ramp": 0.0}, {"temperature": 0}, {"lr": 1e38},
+        *({name: bad} for name in ("target", "lr", "temperature", "eviction_weight") for bad in (math.inf, math.nan)),
+    ],
+)  # fmt: skip
 def test_impossible_gate_settings_are_refused(change):
     with pytest.raises(ConfigError):
         replace(GATES, **change)
+
+
+@pytest.mark.parametrize("name", ["lr", "temperature", "mse_weight"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -1.0])
+def test_impossible_swiftkv_settings_are_refused(name, bad):
+    with pytest.raises(ConfigError, match=name):
+        SwiftSettings(1, **{name: bad})
 
 
 def test_a_run_without_text_is_refused(student, tokenizer, tmp_path):

@@ -1,4 +1,9 @@
-"""What gate training minimises beside the KL to the same model without eviction: the eviction still missing."""
+"""What gate training minimises beside the KL to the same model without eviction: the eviction still missing.
+
+It is taken of each micro-batch on its own, not of the whole step: a hinge of the step's fraction would need the
+decisions of all its micro-batches before the first gradient. A step is thus pushed by the micro-batches that evict
+too little, even where the others make up for them, and smaller micro-batches end slightly past the target.
+"""
 
 from collections.abc import Sequence
 
@@ -12,7 +17,7 @@ def target_ratio(step: int, steps: int, final: float, ramp: float, start: float 
 
 
 def eviction_loss(logits: Sequence[Tensor], ratio: float) -> tuple[Tensor, Tensor]:
-    """(max(0, target fraction - evicted fraction), evicted fraction), both scalars.
+    """(max(0, target fraction - evicted fraction), evicted fraction) of one micro-batch, both scalars.
 
     Decisions are thresholded at 0.5 with a straight-through gradient; `logits` are per layer [B, H, T].
     """

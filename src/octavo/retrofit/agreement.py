@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ class AgreementSettings:
 
 @dataclass(frozen=True)
 class Answers:
-    """One entry's shares: questions ending in the base's number (`same`) or in the right one (`right`), and
-    tokens of the base's answers that would be chosen again (`agreed`; for the base itself, what rounding leaves)."""
+    """One entry's shares: answers ending in the base's number (`same`, of the questions that the base answers with
+    one; 0 where there are none) or in the right one (`right`, of all), and tokens of the base's answers that would
+    be chosen again (`agreed`; for the base itself, what rounding leaves)."""
 
     name: str
     same: float
@@ -61,21 +63,27 @@ class Answers:
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Lines of a JSONL file with `question` and `answer`. Raises TextFileError."""
-    questions: list[Question] = []
+    """The first `limit` lines of a JSONL file with `question` and `answer`; blank ones are skipped.
+
+    Raises TextFileError.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as f:
+            lines = ((number, line) for number, line in enumerate(f, 1) if line.strip())
+            questions = [_question(line, f"{path}:{number}") for number, line in islice(lines, limit)]
     except (OSError, UnicodeDecodeError) as e:
         raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
-    for number, line in enumerate(lines[:limit], 1):
-        try:
-            record = json.loads(line)
-            questions.append(Question(str(record["question"]), str(record["answer"])))
-        except (ValueError, KeyError, TypeError) as e:
-            raise TextFileError(f"{path}:{number} holds no 'question' and 'answer'") from e
     if not questions:
         raise TextFileError(f"{path} holds no questions")
     return questions
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        record = json.loads(line)
+        return Question(str(record["question"]), str(record["answer"]))
+    except (ValueError, KeyError, TypeError) as e:
+        raise TextFileError(f"{where} holds no 'question' and 'answer'") from e
 
 
 def last_number(text: str) -> Decimal | None:
@@ -111,11 +119,11 @@ def agreement(
             answers = answered(model, prompts, settings)
             base = base or answers
             ends, expected = ([last_number(_text(tokenizer, ids)) for ids in each] for each in (answers, base))
-            same = [a == b for a, b in zip(ends, expected, strict=True)]
+            same = [a == b for a, b in zip(ends, expected, strict=True) if b is not None]
             right = [a is not None and a == b for a, b in zip(ends, gold, strict=True)]
             attach(model)
             agreed = _agreed(model, parts, prompts, base, settings.batch)
-            rows.append(Answers(parts.name, sum(same) / len(same), sum(right) / len(right), agreed))
+            rows.append(Answers(parts.name, sum(same) / max(1, len(same)), sum(right) / len(right), agreed))
     finally:
         restore(model, before)
     return rows

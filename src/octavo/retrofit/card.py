@@ -1,5 +1,6 @@
 """An adapter's card in Markdown: what it is, what it was trained with, what was measured."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from octavo.dms import Adapter
@@ -53,11 +54,16 @@ def _evaluation(measured: dict[str, Any]) -> list[str]:
     s, questions = measured["settings"], measured.get("questions")
     asked = f", greedy answers to {questions} questions" if questions else ""
     return [
-        f"Measured on held-out text: NLL past token {s['nll_from']} of {s['nll_length']} ({s['texts']} texts), "
-        f"{s['cases']} needles per length, bytes after the first text{asked}.",
+        f"Measured on held-out text: NLL past token {s['nll_from']} of {s['nll_length']} ({s['texts']} texts)"
+        f"{needles_phrase(s['lengths'], s['cases'])}, bytes after the first text{asked}.",
         "",
         *_table(cells(s["lengths"], [Row(**row) for row in measured["rows"]])),
     ]
+
+
+def needles_phrase(lengths: Sequence[int], cases: int) -> str:
+    """For captions, after what else was measured: how many needles, or nothing where none were looked for."""
+    return f", {cases} needles per length" if lengths else ""
 
 
 def _search(found: dict[str, Any]) -> list[str]:

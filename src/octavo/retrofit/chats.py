@@ -12,30 +12,44 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from octavo.errors import TextFileError
+from octavo.errors import ConfigError, OutputFileError, TextFileError
 
 PROMPT_KEYS = ("prompt", "question", "instruction", "text")
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Prompts of a JSONL file, one per line under `prompt`, `question`, `instruction` or `text`."""
+    """Prompts of a JSONL file, one per line under `prompt`, `question`, `instruction` or `text`; the first `limit`.
+
+    Raises TextFileError where a line has none or there are no lines, and ConfigError.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, not {limit}")
     prompts: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    prompts.append(_prompt(line, f"{path}:{number}"))
+                if len(prompts) == limit:
+                    break
     except (OSError, UnicodeDecodeError) as e:
-        raise TextFileError(f"cannot read {path}: {e}") from e
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            prompts.append(next(record[key] for key in PROMPT_KEYS if key in record))
-        except (ValueError, StopIteration, TypeError) as e:
-            raise TextFileError(f"{path}:{number} holds none of {', '.join(PROMPT_KEYS)}") from e
-        if limit is not None and len(prompts) == limit:
-            break
+        raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+    if not prompts:
+        raise TextFileError(f"{path} holds no prompts")
     return prompts
 
 
-@torch.no_grad()
+def _prompt(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as e:
+        raise TextFileError(f"{where} is not valid JSON: {e}") from e
+    found = [record[key] for key in PROMPT_KEYS if key in record] if isinstance(record, dict) else []
+    if not found or not isinstance(found[0], str) or not found[0].strip():
+        raise TextFileError(f"{where} holds none of {', '.join(PROMPT_KEYS)} with a text")
+    return found[0]
+
+
 def write_chats(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -47,20 +61,42 @@ def write_chats(
     seed: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Answer every prompt (sampled, temperature 0.7) and write one {"messages": ...} line each."""
+    """Answer every prompt (sampled, temperature 0.7) and write one {"messages": ...} line each.
+
+    Written aside, to `out`.new, and renamed at the end, so that an earlier file stays until then. Raises ConfigError
+    and OutputFileError.
+    """
+    if not prompts or batch < 1 or max_new_tokens < 1:
+        raise ConfigError("give at least one prompt; batch and max_new_tokens must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must lie in 0..2**63 - 1, not {seed}")
     torch.manual_seed(seed)
     tokenizer.padding_side = "left"
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together pad least
-    with out.open("w", encoding="utf-8") as f:
-        for first in range(0, len(order), batch):
-            asked = [[{"role": "user", "content": prompts[i]}] for i in order[first : first + batch]]
-            texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-            ids = model.generate(  # type: ignore[operator]
-                **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_p=0.95
-            )
-            answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for chat, answer in zip(asked, answers, strict=True):
-                messages = [*chat, {"role": "assistant", "content": answer.strip()}]
-                f.write(json.dumps({"messages": messages}) + "\n")
-            on_batch(min(first + batch, len(order)))
+    aside = out.with_name(out.name + ".new")
+    ordered = sorted(prompts, key=len)  # like lengths together pad least
+    try:
+        with aside.open("w", encoding="utf-8") as f:
+            for first in range(0, len(ordered), batch):
+                for messages in _answered(model, tokenizer, ordered[first : first + batch], max_new_tokens):
+                    f.write(json.dumps({"messages": messages}) + "\n")
+                on_batch(min(first + batch, len(ordered)))
+        aside.replace(out)
+    except OSError as e:
+        raise OutputFileError(f"cannot write {out}: {e.strerror or e}") from e
+
+
+@torch.no_grad()
+def _answered(
+    model: PreTrainedModel, tokenizer: Any, prompts: list[str], max_new_tokens: int
+) -> list[list[dict[str, str]]]:
+    """One chat per prompt."""
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    ids = model.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_p=0.95
+    )
+    answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [
+        [*chat, {"role": "assistant", "content": answer.strip()}] for chat, answer in zip(asked, answers, strict=True)
+    ]

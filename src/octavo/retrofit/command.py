@@ -1,34 +1,40 @@
 """`octavo retrofit` and `octavo evaluate`: the parts put together, with progress bars, tables, plots and cards."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from accelerate import PartialState
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from octavo import plots
-from octavo.dms import Adapter, save_adapter
-from octavo.errors import ConfigError, OutputFileError, TextFileError
+from octavo.adapter_file import SETTINGS, TENSORS
+from octavo.dms import Adapter, load_adapter, save_adapter
+from octavo.errors import AdapterFileError, ConfigError, OutputFileError, TextFileError
 from octavo.retrofit.agreement import Question
-from octavo.retrofit.card import card_text
-from octavo.retrofit.data import Source, encode, load_source, parse_mix, read_text
+from octavo.retrofit.card import card_text, needles_phrase
+from octavo.retrofit.checkpoint import CHECKPOINT, LOG, read_log
+from octavo.retrofit.data import Source, encode, load_source, parse_mix, read_text, source_names
 from octavo.retrofit.entries import Entry
-from octavo.retrofit.evaluate import Evaluation, EvaluationSettings, cells, evaluate
+from octavo.retrofit.evaluate import Evaluation, EvaluationSettings, Row, cells, evaluate
 from octavo.retrofit.search import SearchResult, candidates, search
 from octavo.retrofit.settings import RetrofitSettings
 from octavo.retrofit.start import Init
-from octavo.retrofit.trainer import LOG, Retrofit, StepReport
+from octavo.retrofit.trainer import Retrofit, StepReport
 from octavo.swiftkv import SwiftKVAdapter, load_swiftkv_adapter, save_swiftkv_adapter
 
 Trained = Sequence[SwiftKVAdapter | Adapter]
+CARD, PLOT = "README.md", "training.png"
 
 
 def train(
@@ -46,44 +52,76 @@ def train(
 ) -> Trained:
     """Train, draw the run, save the adapters into `folder`, and measure them on `held_out` where it is given.
 
-    Gates trained together with SwiftKV lie in `folder`/`gates_name`.
+    Gates trained together with SwiftKV lie in `folder`/`gates_name`. Everything that can be checked is checked
+    before hours of training, not after. Where a resumed run was finished already, cards keep their evaluation.
     """
-    _check_text(held_out)  # before hours of training, not after
+    if settings.gates is not None and settings.swiftkv is not None:
+        gates_name = gates_name or settings.gates.name
+        _check_gates_name(gates_name, folder)
+    tokens = None if held_out is None else _held_out(held_out, tokenizer, settings.length)
+    measure = None if tokens is None else card_settings(settings, len(tokens))
     run = Retrofit(model, tokenizer, _sources(data, tokenizer, settings, console), settings, folder, init)
     if resume:
         run.resume()
+    finished = run.step == settings.steps
     with _progress(console) as bar:
         task = bar.add_task("", total=settings.steps, completed=run.step)
         run.run(lambda r: bar.update(task, completed=r.step, description=progress_text(r)))
     adapters: Trained = run.adapters(name, gates_name)
     if run.accelerator.is_main_process:
-        log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-        plots.training(log, folder / "training.png")
+        plots.training(read_log(folder, settings.steps), folder / PLOT)
+        if finished:
+            _keep_evaluation(adapters, folder)
         adapters = save(adapters, folder)
-        if held_out is not None:
-            measured = evaluate_for_card(model, tokenizer, held_out, adapters, settings, console)
+        if tokens is not None and measure is not None:
+            measured = evaluate_for_card(model, tokenizer, tokens, adapters, measure, console)
             for adapter in adapters:
                 adapter.card["evaluation"] = measured.to_json()
             adapters = save(adapters, folder)
-        console.print(f"{' and '.join(adapter.name for adapter in adapters)} in {folder}")
+        console.print(escape(f"{' and '.join(adapter.name for adapter in adapters)} in {folder}"))
     return adapters
+
+
+def _check_gates_name(name: str, folder: Path) -> None:
+    plain = name not in ("", "..") and name == Path(name).name and not set(name) & set("+/\\\0")
+    if not plain:
+        raise ConfigError(f"--gates-name must be the name of a folder inside {folder}, without '+', not {name!r}")
+    taken = name.removesuffix(".new") in (TENSORS, SETTINGS, CHECKPOINT, LOG, CARD, PLOT)
+    if taken or ((folder / name).exists() and not (folder / name).is_dir()):
+        raise ConfigError(f"--gates-name {name} is the name of a file in {folder}; give another")
+
+
+def _keep_evaluation(adapters: Trained, folder: Path) -> None:
+    """Put on the cards what is on those in `folder`, where nothing was trained since."""
+    for adapter in adapters:
+        load = load_swiftkv_adapter if isinstance(adapter, SwiftKVAdapter) else load_adapter
+        try:
+            card = load(_place(adapter, folder)).card
+        except AdapterFileError:
+            continue  # none was saved yet
+        if "evaluation" in card:
+            adapter.card["evaluation"] = card["evaluation"]
+
+
+def _place(adapter: SwiftKVAdapter | Adapter, folder: Path) -> Path:
+    """Gates made on a transform lie in a folder inside the transform's."""
+    return folder if isinstance(adapter, SwiftKVAdapter) or adapter.swiftkv is None else folder / adapter.name
 
 
 def save(adapters: Trained, folder: Path) -> Trained:
     """Write what one run trained, with cards; returns it as the files hold it. Raises OutputFileError."""
     saved: list[SwiftKVAdapter | Adapter] = []
     for adapter in adapters:
-        place = folder
+        place = _place(adapter, folder)
         if isinstance(adapter, SwiftKVAdapter):
             save_swiftkv_adapter(adapter, folder)
             saved.append(load_swiftkv_adapter(folder))
         else:
             if saved and isinstance(saved[0], SwiftKVAdapter):
                 adapter = replace(adapter, swiftkv=saved[0].swiftkv.fingerprint())
-                place = folder / adapter.name
             save_adapter(adapter, place)
             saved.append(adapter)
-        (place / "README.md").write_text(card_text(adapter))
+        _write(place / CARD, card_text(adapter))
     return saved
 
 
@@ -102,21 +140,12 @@ def find_skip(
     """Distil and measure every share of skipped layers; a table, search.json and search.png, adapters in k<K>/."""
     if held_out is None:
         raise ConfigError("a search measures on text that was not trained on; give --held-out")
+    if not math.isfinite(limit):
+        raise ConfigError(f"limit must be a finite number, not {limit}")
     assert settings.swiftkv is not None
     kv_layers = candidates(model.config.num_hidden_layers, shares, settings.swiftkv.group)
-    _check_text(held_out)
-    tokens = np.array(encode(tokenizer, read_text(held_out)))
-    n = settings.length
-    if len(tokens) < n:
-        raise TextFileError(f"{held_out} has {len(tokens):,} tokens; {n:,} are needed")
-    measure = EvaluationSettings(
-        nll_length=n,
-        nll_from=max(1, min(1024, n // 2)),
-        texts=16,
-        lengths=(),
-        batch=settings.micro_batch,
-        baselines=False,
-    )
+    tokens = _held_out(held_out, tokenizer, settings.length)
+    measure = replace(card_settings(settings, len(tokens), 16), lengths=(), baselines=False)
     sources = _sources(data, tokenizer, settings, console)
     with _progress(console) as bar:
         tasks = {k: bar.add_task(f"K={k}", total=settings.steps) for k in kv_layers}
@@ -130,15 +159,13 @@ def find_skip(
     for adapter in adapters:
         adapter.card["search"] = {key: found[key] for key in ("settings", "limit", "base_nll", "evaluation", "rows")}
         save([adapter], folder / adapter.name)
-    try:
-        (folder / "search.json").write_text(json.dumps(found, indent=2) + "\n")
-    except OSError as e:
-        raise OutputFileError(f"cannot write {folder / 'search.json'}: {e.strerror}") from e
+    _write(folder / "search.json", json.dumps(found, indent=2) + "\n")
     plots.skip_curve([(row.skip, row.to_base, row.name) for row in result.rows], folder / "search.png", limit)
     console.print(search_table(result))
     best = result.recommended
     console.print(
-        f"{folder / best.name} skips {best.skip:.0%} of the layers at {best.to_base:+.4f}, the most under {limit:+.3f}"
+        f"{escape(str(folder / best.name))} skips {best.skip:.0%} of the layers at {best.to_base:+.4f}, "
+        f"the most under {limit:+.3f}"
         if best
         else f"no share stays under {limit:+.3f}; train longer or skip less"
     )
@@ -155,23 +182,35 @@ def progress_text(r: StepReport) -> str:
     return "  ".join(parts)
 
 
-def evaluate_for_card(
-    model: PreTrainedModel, tokenizer: Any, text: Path, adapters: Trained, trained: RetrofitSettings, console: Console
-) -> Evaluation:
-    """An evaluation at the length that was trained for: the first adapter, and all together."""
+def card_settings(trained: RetrofitSettings, tokens: int, texts: int = 4) -> EvaluationSettings:
+    """How a run is measured at the length that it trained for; on fewer texts where `tokens` hold no more.
+
+    Raises ConfigError.
+    """
     n = trained.length
-    settings = EvaluationSettings(
+    return EvaluationSettings(
         nll_length=n,
         nll_from=max(1, min(1024, n // 2)),
-        texts=4,
+        texts=min(texts, tokens // n),
         lengths=tuple(x for x in (n // 4, n // 2, n) if x >= 256),
         cases=20,
         batch=trained.micro_batch,
     )
+
+
+def evaluate_for_card(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tokens: npt.NDArray[Any],
+    adapters: Trained,
+    settings: EvaluationSettings,
+    console: Console,
+) -> Evaluation:
+    """An evaluation of the first adapter, and of all together."""
     entries: list[Entry] = [adapters[0]]
     if len(adapters) > 1:
         entries.append((adapters[0], adapters[1]))  # type: ignore[arg-type]
-    return run_evaluation(model, tokenizer, text, entries, settings, console)
+    return _measured(model, tokenizer, tokens, entries, settings, console)
 
 
 def run_evaluation(
@@ -185,10 +224,24 @@ def run_evaluation(
 ) -> Evaluation:
     """Evaluate on a text file, with a status line meanwhile and a table at the end."""
     tokens = np.array(encode(tokenizer, read_text(text)))
+    return _measured(model, tokenizer, tokens, adapters, settings, console, questions)
+
+
+def _measured(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tokens: npt.NDArray[Any],
+    adapters: Sequence[Entry],
+    settings: EvaluationSettings,
+    console: Console,
+    questions: Sequence[Question] = (),
+) -> Evaluation:
     with console.status("measuring") as status:
-        result = evaluate(
-            model, tokenizer, tokens, adapters, settings, lambda row: status.update(f"measured {row.policy}"), questions
-        )
+
+        def show(row: Row) -> None:
+            status.update(f"measured {escape(row.policy)}")
+
+        result = evaluate(model, tokenizer, tokens, adapters, settings, show, questions)
     console.print(evaluation_table(result))
     return result
 
@@ -197,9 +250,9 @@ def evaluation_table(result: Evaluation) -> Table:
     """One column per policy, so that a few of them fit into 80 characters."""
     s = result.settings
     asked = f", {result.questions} questions" if result.questions else ""
-    title = f"{result.model}: NLL past token {s.nll_from} of {s.nll_length}, {s.cases} needles per length{asked}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    heads, *rows = zip(*cells(s.lengths, result.rows), strict=True)
+    title = f"{result.model}: NLL past token {s.nll_from} of {s.nll_length}{needles_phrase(s.lengths, s.cases)}{asked}"
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    heads, *rows = zip(*([escape(cell) for cell in line] for line in cells(s.lengths, result.rows)), strict=True)
     table.add_column(heads[0], no_wrap=True)
     for head in heads[1:]:
         table.add_column(head, justify="right", overflow="fold")  # figures break, none is cut off
@@ -222,12 +275,25 @@ def search_table(result: SearchResult) -> Table:
 
 def _sources(data: list[str], tokenizer: Any, settings: RetrofitSettings, console: Console) -> list[Source]:
     with console.status("reading the data"):
-        return [load_source(path, tokenizer, settings.length, share) for path, share in parse_mix(data)]
+        mix = parse_mix(data)
+        loaded = [load_source(path, tokenizer, settings.length, share) for path, share in mix]
+        names = source_names([path for path, _ in mix])
+        return [replace(source, name=name) for source, name in zip(loaded, names, strict=True)]
 
 
-def _check_text(path: Path | None) -> None:
-    if path is not None and not path.is_file():
-        raise TextFileError(f"cannot read {path}: no such file")
+def _held_out(path: Path, tokenizer: Any, length: int) -> npt.NDArray[Any]:
+    """The tokens of a text, enough for a sequence of `length`. Raises TextFileError."""
+    tokens = np.array(encode(tokenizer, read_text(path)))
+    if len(tokens) < length:
+        raise TextFileError(f"{path} has {len(tokens):,} tokens; {length:,} are needed")
+    return tokens
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise OutputFileError(f"cannot write {path}: {e.strerror or e}") from e
 
 
 def _progress(console: Console) -> Progress:

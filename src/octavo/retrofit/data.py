@@ -8,7 +8,11 @@ depends only on the seed, the step and the rank, so that a resumed run sees the 
 import gzip
 import json
 import lzma
-from collections.abc import Iterator
+import math
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -62,7 +66,7 @@ def read_documents(path: Path) -> Iterator[str | list[dict[str, str]]]:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     yield _document(line, f"{path}:{number}")
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as e:
+    except (OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError) as e:
         raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
@@ -81,8 +85,11 @@ def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.
     if path.suffix == ".npy":
         try:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
             raise TextFileError(f"cannot read {path}: {e}") from e
+        if not isinstance(tokens, np.ndarray):
+            tokens.close()
+            raise TextFileError(f"{path} must hold one array, but is an archive of several (.npz)")
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
             raise TextFileError(
                 f"{path} must hold one row of uint16 or uint32 tokens, not {tokens.dtype} {tokens.shape}"
@@ -96,12 +103,16 @@ def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.
 
 
 def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64], bool]:
-    """(all documents as one stream, each text closed by the end token; where each ends; whether any is a chat)."""
+    """(all documents as one stream; where each ends; whether any is a chat).
+
+    Texts are closed by the end token where the tokenizer has one.
+    """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     pieces, chats = [], False
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in read_documents(path):
         if isinstance(document, str):
-            ids = [*encode(tokenizer, document), tokenizer.eos_token_id]
+            ids = [*encode(tokenizer, document), *end]
         else:
             chats = True
             ids = chat_ids(tokenizer, document)
@@ -128,7 +139,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def parse_mix(specs: list[str]) -> list[tuple[Path, float]]:
-    """`path` or `path:share` (share > 0) per source. Raises ConfigError."""
+    """`path` or `path:share` (share > 0, finite) per source. Raises ConfigError."""
     mix = []
     for spec in specs:
         path, _, share = spec.rpartition(":")
@@ -136,10 +147,28 @@ def parse_mix(specs: list[str]) -> list[tuple[Path, float]]:
             parsed = (Path(path), float(share)) if path else (Path(spec), 1.0)
         except ValueError:
             parsed = (Path(spec), 1.0)  # a colon that belongs to the path
-        if not parsed[1] > 0:
-            raise ConfigError(f"the share in {spec!r} must be positive")
+        if not 0 < parsed[1] < math.inf:
+            raise ConfigError(f"the share in {spec!r} must be positive and finite")
         mix.append(parsed)
     return mix
+
+
+def source_names(paths: Sequence[Path]) -> list[str]:
+    """What to call files on a card: their names, with the folder where two have one name."""
+    count = Counter(path.name for path in paths)
+    return [path.name if count[path.name] == 1 else f"{path.resolve().parent.name}/{path.name}" for path in paths]
+
+
+def shares_by_name(sources: Sequence[Source]) -> dict[str, float]:
+    """The share of every source; the second of two with one name is "name (2)"."""
+    shares: dict[str, float] = {}
+    for source in sources:
+        name, count = source.name, 1
+        while name in shares:
+            count += 1
+            name = f"{source.name} ({count})"
+        shares[name] = source.share
+    return shares
 
 
 def _open(path: Path) -> IO[str]:
@@ -159,6 +188,12 @@ def _document(line: str, where: str) -> str | list[dict[str, str]]:
     if isinstance(text, str):
         return text
     messages = record.get("messages") if isinstance(record, dict) else None
-    if isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
         return messages
-    raise TextFileError(f"{where} has neither a 'text' string nor a list of 'messages'")
+    raise TextFileError(
+        f"{where} has neither a 'text' string nor 'messages', a list of one or more with strings as role and content"
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

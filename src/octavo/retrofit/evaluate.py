@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from octavo.attachment import KVCache, attach, attachment_of, require_attachment, restore
 from octavo.dms import HardGates, Policy
-from octavo.errors import ConfigError, TextFileError
-from octavo.retrofit.agreement import AgreementSettings, Question, agreement
+from octavo.errors import ConfigError, PromptError, TextFileError
+from octavo.retrofit.agreement import AgreementSettings, Question, agreement, prompt_ids
 from octavo.retrofit.baselines import BASELINES
 from octavo.retrofit.data import encode
 from octavo.retrofit.entries import DENSE, Entry, Parts, attach_parts, parts_of
@@ -32,8 +32,9 @@ CITIES = ("Paris", "Tokyo", "Lagos", "Lima", "Oslo", "Cairo")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """`texts` pieces of `nll_length` tokens, scored past token `nll_from`; `cases` needles at each of `lengths`,
-    cycling through `depths` (shares of the text before the needle). `batch` sequences at once."""
+    """At most `texts` pieces of `nll_length` tokens, scored past token `nll_from`; `cases` needles at each of
+    `lengths` (repeats are dropped), cycling through `depths` (shares of the text before the needle). `batch`
+    sequences at once."""
 
     nll_length: int = 8000
     nll_from: int = 1024
@@ -53,6 +54,7 @@ class EvaluationSettings:
             raise ConfigError("depths must lie in [0, 1]")
         if any(n < 256 for n in self.lengths):
             raise ConfigError("needle lengths must be at least 256 tokens")
+        object.__setattr__(self, "lengths", tuple(dict.fromkeys(self.lengths)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All rows, dense first, with the settings that made them and the number of questions asked."""
+    """All rows, dense first, with the settings that made them (`texts` is how many the text had room for) and the
+    number of questions asked."""
 
     model: str
     settings: EvaluationSettings
@@ -104,14 +107,15 @@ def evaluate(
     where the first is plain gates. `tokens` [n] is running text that the adapters were not trained on; answers to
     `questions`, if any, are compared with the dense model's. The model is left as it was found.
 
-    Raises TextFileError for too short a text and AdapterMismatchError.
+    Raises TextFileError for too short a text, ConfigError and PromptError for lengths and questions that the model
+    has no positions for, and AdapterMismatchError.
     """
     settings = settings or EvaluationSettings()
-    longest = max(settings.nll_length, *settings.lengths) if settings.lengths else settings.nll_length
-    if len(tokens) < longest:
-        raise TextFileError(f"the text has {len(tokens):,} tokens; {longest:,} are needed")
-    before = attachment_of(model)
-    asked = min(len(questions), settings.answers.cases)
+    questions = questions[: settings.answers.cases]
+    _check_lengths(model, tokenizer, len(tokens), settings, questions)
+    # More would overlap: one long text, counted several times.
+    settings = replace(settings, texts=min(settings.texts, len(tokens) // settings.nll_length))
+    before, asked = attachment_of(model), len(questions)
     out = Evaluation(Path(model.config._name_or_path).name, settings, questions=asked)
     bench = _Bench(model, tokenizer, tokens, settings)
     try:
@@ -138,6 +142,26 @@ def evaluate(
     return out
 
 
+def _check_lengths(
+    model: PreTrainedModel, tokenizer: Any, size: int, settings: EvaluationSettings, questions: Sequence[Question]
+) -> None:
+    """Raise now what would end the work after minutes: too few tokens of text, or positions of the model."""
+    longest = max((settings.nll_length, *settings.lengths))
+    if size < longest:
+        raise TextFileError(f"the text has {size:,} tokens; {longest:,} are needed")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    if longest > limit:
+        raise ConfigError(
+            f"the model has {limit:,} positions; nll_length and lengths must not exceed that: {longest:,}"
+        )
+    for number, question in enumerate(questions, 1):
+        tokens = len(prompt_ids(tokenizer, question.question))
+        if tokens > limit:
+            raise PromptError(f"question {number} has {tokens:,} tokens, the model has {limit:,} positions; shorten it")
+
+
 def cells(lengths: Sequence[int], rows: Sequence[Row]) -> list[list[str]]:
     """A table of an evaluation, its header first: needles at `lengths`; columns that no row fills are left out."""
     dense = rows[0]
@@ -147,13 +171,13 @@ def cells(lengths: Sequence[int], rows: Sequence[Row]) -> list[list[str]]:
             return ""
         return f"{row.nbytes:,} (1/{row.dense_nbytes / row.nbytes:.2f})"
 
-    needles = [list(row.needle.values()) for row in rows]
+    needles = [{int(n): f"{share:.3f}" for n, share in row.needle.items()} for row in rows]  # JSON's keys are strings
     columns = [
         ["policy", *(row.policy for row in rows)],
         ["layers skipped", *(_percent(row.skipped) for row in rows)],
         ["NLL", *(f"{row.nll:.4f}" for row in rows)],
         ["to dense", *(f"{row.nll - dense.nll:+.4f}" for row in rows)],
-        *([f"needle {n:,}", *(f"{found[i]:.3f}" for found in needles)] for i, n in enumerate(lengths)),
+        *([f"needle {n:,}", *(found.get(n, "") for found in needles)] for n in lengths),
         ["same answers", *(_percent(row.same) for row in rows)],
         ["right answers", *(_percent(row.right) for row in rows)],
         ["same tokens", *(_percent(row.agreed) for row in rows)],

@@ -1,8 +1,8 @@
 """Rows of a fixed length without waste: whole documents laid one after another, each attending only to itself.
 
-A share of the mix is a share of its tokens. Documents longer than a row are cut anywhere and fill a row alone;
-shorter ones go into the first row with room, and when none has any, the row with the most room takes as much
-as fits. What is drawn depends only on the generator.
+A share of the mix is about that share of its tokens, two or three points off. Documents longer than a row are cut
+anywhere and fill a row alone; shorter ones go into the first row with room, and when none has any, the row with the
+most room takes as much as fits. What is drawn depends only on the generator.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,5 @@
 """How many layers a model can skip: every share distilled shortly, on the same data, and measured."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,11 +10,11 @@ import numpy.typing as npt
 from transformers import PreTrainedModel
 
 from octavo.errors import ConfigError
-from octavo.retrofit.checkpoint import CHECKPOINT
+from octavo.retrofit.checkpoint import CHECKPOINT, read_log, refuse_unfinished
 from octavo.retrofit.data import Source
 from octavo.retrofit.evaluate import EvaluationSettings, evaluate
 from octavo.retrofit.settings import RetrofitSettings, kv_layers_for
-from octavo.retrofit.trainer import LOG, Retrofit, StepReport
+from octavo.retrofit.trainer import Retrofit, StepReport
 from octavo.swiftkv import SwiftKVAdapter
 
 LAST = 10  # steps that the final loss is the mean of
@@ -80,6 +79,8 @@ def search(
     """
     assert settings.swiftkv is not None
     layers, made, losses = model.config.num_hidden_layers, [], []
+    for k in kv_layers if not resume else ():
+        refuse_unfinished(folder / f"k{k}")  # all, before the first is trained
     for k in kv_layers:
         each = replace(settings, swiftkv=replace(settings.swiftkv, kv_layers=k))
         run = Retrofit(model, tokenizer, sources, each, folder / f"k{k}")
@@ -87,14 +88,15 @@ def search(
             run.resume()
         run.run(lambda report, k=k: on_step(k, report))  # type: ignore[misc]
         run.accelerator.wait_for_everyone()  # one process writes the log
-        log = [json.loads(line) for line in (run.folder / LOG).read_text().splitlines()]
+        log = read_log(run.folder, settings.steps)
         losses.append(float(np.mean([line["loss"] for line in log[-LAST:]])))
         adapter = run.adapters(f"k{k}")[0]
         assert isinstance(adapter, SwiftKVAdapter)
         made.append(adapter)
-    measured = evaluate(model, tokenizer, held_out, made, evaluation).rows
+    out = evaluate(model, tokenizer, held_out, made, evaluation)
+    measured = out.rows
     rows = [
         Found(a.name, 1 - k / layers, k, settings.swiftkv.group, loss, row.nll, row.nll - measured[0].nll)
         for a, k, loss, row in zip(made, kv_layers, losses, measured[1:], strict=True)
     ]
-    return SearchResult(settings, evaluation, limit, measured[0].nll, rows), made
+    return SearchResult(settings, out.settings, limit, measured[0].nll, rows), made

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from octavo.dms import Adapter
 from octavo.errors import ConfigError
 from octavo.swiftkv import SwiftKVAdapter
+
+LARGEST_LR = 1.0  # Adam moves a weight by about lr a step: past this it overflows rather than learns
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class GateSettings:
     """How gates are trained.
 
     `target`: tokens per kept token asked for at the end, reached linearly after `ramp` of the steps; the
-    learning rate then falls linearly to a tenth.
+    learning rate then falls linearly to a tenth. The eviction still missing is taken per micro-batch
+    (`dms.objective`).
     """
 
     target: float = 8.0
@@ -25,12 +28,18 @@ class GateSettings:
     eviction_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         if self.window < 1:
             raise ConfigError(f"window must be at least 1, not {self.window}")
-        if self.target < 1 or not self.lr > 0 or not 0 < self.ramp <= 1 or not self.temperature > 0:
-            raise ConfigError("target must be at least 1, lr and temperature positive and ramp in (0, 1]")
+        if self.target < 1 or not 0 < self.lr <= LARGEST_LR or not 0 < self.ramp <= 1 or not self.temperature > 0:
+            raise ConfigError("target must be at least 1, lr and ramp in (0, 1] and temperature positive")
         if not self.eviction_weight >= 0:
             raise ConfigError(f"eviction_weight must not be negative, but is {self.eviction_weight}")
+
+    @property
+    def name(self) -> str:
+        """Of gates trained together with SwiftKV weights, where none is given."""
+        return f"dms-{self.target:g}x"
 
     def lr_at(self, step: int, steps: int) -> float:
         """Constant while the target rises, then linear to a tenth."""
@@ -57,10 +66,13 @@ class SwiftSettings:
     start: str = "published"
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         if self.kv_layers < 1 or self.group < 1:
             raise ConfigError(f"kv_layers and group must be at least 1, not {self.kv_layers} and {self.group}")
-        if not self.lr >= 0 or not 0 <= self.warmup < 1 or not self.temperature > 0 or not self.mse_weight >= 0:
-            raise ConfigError("lr and mse_weight must not be negative, temperature positive and warmup in [0, 1)")
+        if not 0 <= self.lr <= LARGEST_LR or not 0 <= self.warmup < 1:
+            raise ConfigError(f"lr must lie in [0, 1] and warmup in [0, 1), not {self.lr:g} and {self.warmup:g}")
+        if not self.temperature > 0 or not self.mse_weight >= 0:
+            raise ConfigError("temperature must be positive and mse_weight must not be negative")
         if self.start not in ("published", "regression"):
             raise ConfigError(f"start must be published or regression, not {self.start!r}")
 
@@ -74,8 +86,8 @@ class SwiftSettings:
 class RetrofitSettings:
     """One run: `gates`, `swiftkv` or both are trained.
 
-    `batch` sequences of `length` tokens a step over all processes, `micro_batch` at once; `recall`: share of the
-    data made by `recall_sequence`.
+    `batch` sequences of `length` tokens a step over all processes, `micro_batch` at once, which only splits the
+    work but for the noise and the missing eviction of gates; `recall`: share of the data made by `recall_sequence`.
     """
 
     gates: GateSettings | None = None
@@ -89,11 +101,14 @@ class RetrofitSettings:
     checkpoint_every: int = 25
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         for name in ("steps", "batch", "micro_batch", "length", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.recall <= 1:
             raise ConfigError(f"recall must lie in [0, 1], not {self.recall}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie in 0..2**63 - 1, not {self.seed}")
         if self.gates is None and self.swiftkv is None:
             raise ConfigError("nothing to train: give settings for gates, for SwiftKV or for both")
         if self.gates is not None and self.gates.window >= self.length:
@@ -107,6 +122,13 @@ class RetrofitSettings:
     def temperature(self) -> float:
         """Of the KL: 1 for gates alone."""
         return 1.0 if self.swiftkv is None else self.swiftkv.temperature
+
+
+def _check_finite(settings: GateSettings | SwiftSettings | RetrofitSettings) -> None:
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name} must be a finite number, not {value}")
 
 
 def shape_for(

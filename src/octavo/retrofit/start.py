@@ -1,19 +1,40 @@
-"""What training starts from: fresh gates and SwiftKV weights, or those of adapters."""
+"""What training starts from: text that fits the model; fresh gates and SwiftKV weights, or those of adapters."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.adapter_file import check_fingerprint
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
 from octavo.errors import ConfigError
+from octavo.retrofit.data import Source
 from octavo.retrofit.settings import RetrofitSettings
 from octavo.support import fingerprint
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter, SwiftSpec, initial
 
 Init = Sequence[Adapter | SwiftKVAdapter]
+
+
+def check_sources(model: PreTrainedModel, sources: Sequence[Source], length: int) -> None:
+    """Raise ConfigError unless there is text, of tokens that the model knows, and it has positions for `length`."""
+    if not sources:
+        raise ConfigError("training needs at least one source of text")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(f"length {length} is past the model's {positions} positions; give {positions} at most")
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[no-untyped-call, assignment]
+    known = len(embedding)
+    for source in sources:
+        highest = int(source.tokens.max())
+        if highest >= known:
+            raise ConfigError(
+                f"{source.name} holds token {highest}, but the model knows {known} tokens; "
+                "use text tokenised with the model's own tokenizer"
+            )
 
 
 def chosen(
@@ -33,6 +54,18 @@ def chosen(
         if len(found) > 1:
             raise ConfigError(f"two adapters with {what} to start from, {found[0].name} and {found[1].name}; give one")
     return (gates[0] if gates else None), (transforms[0] if transforms else None)
+
+
+def made_with(
+    model: PreTrainedModel, settings: RetrofitSettings, sources: Sequence[Source], init: dict[str, str | None]
+) -> dict[str, Any]:
+    """What a run must share with the one that it resumes, as JSON values; `init`: names of adapters."""
+    data = {
+        f"source {i}": {"name": source.name, "share": source.share, "tokens": len(source.tokens)}
+        for i, source in enumerate(sources, 1)
+    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"settings": asdict(settings), "model": fingerprint(model), "init": init, "data": data, "dtype": dtype}
 
 
 def first_swiftkv(model: PreTrainedModel, settings: RetrofitSettings, init: SwiftKVAdapter | None) -> SwiftKV | None:

@@ -1,15 +1,14 @@
 """Distils gates, SwiftKV weights or both: the teacher is the frozen model, the student the same weights with them.
 
 One step: draw rows, run the model as it is, run it again as the student, and lower the KL between the two, the
-error of the hidden states before the last layer (SwiftKV) and the eviction still missing (gates). Every mean is
-over the tokens that count, of the whole step on all processes. Data and noise depend only on (seed, step, rank,
-micro-batch), so a checkpoint needs nothing but what is trained, Adam's moments and the step to continue bit
-for bit.
+error of the hidden states before the last layer (SwiftKV) and the eviction still missing (gates). Means are over
+the tokens that count, of the whole step on all processes; only the missing eviction is taken per micro-batch
+(`dms.objective`). Data and noise depend only on (seed, step, rank, micro-batch), so a checkpoint needs nothing but
+what is trained, Adam's moments and the step to continue bit for bit.
 """
 
 import copy
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,20 +26,28 @@ from octavo.attachment import attach, attachment_of, require_attachment, restore
 from octavo.dms import Adapter, Gates, SoftGates
 from octavo.dms.objective import eviction_loss, target_ratio
 from octavo.errors import ConfigError, OutputFileError, RetrofitError, RetrofitInterrupted
-from octavo.retrofit.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from octavo.retrofit.data import Source
+from octavo.retrofit.checkpoint import (
+    CHECKPOINT,
+    cut_log,
+    held_interrupt,
+    read_checkpoint,
+    refuse_unfinished,
+    write_checkpoint,
+    write_log,
+)
+from octavo.retrofit.data import Source, shares_by_name
 from octavo.retrofit.fusing import fused
 from octavo.retrofit.lesson import teach
 from octavo.retrofit.packing import Packer, Rows, unbroken
 from octavo.retrofit.recall import recall_sequence
 from octavo.retrofit.regression import fit_gates, fit_keys_values
 from octavo.retrofit.settings import RetrofitSettings
-from octavo.retrofit.start import Init, chosen, first_gates, first_swiftkv
+from octavo.retrofit.start import Init, check_sources, chosen, first_gates, first_swiftkv, made_with
 from octavo.support import attention_modules, check_supported, fingerprint
 from octavo.swiftkv import SwiftKVAdapter
 from octavo.swiftkv.adapter import quantised
 
-LOG = "log.jsonl"
+DIVERGED = "begin again in another folder with a lower lr"
 FITTED_TOKENS = 256  # for a start by regression, per input, of which there are as many as the stream is wide
 
 
@@ -80,16 +87,15 @@ class Retrofit:
         init: Init = (),
     ) -> None:
         check_supported(model)
-        if not sources:
-            raise ConfigError("training needs at least one source of text")
+        check_sources(model, sources, settings.length)
         self.model, self.tokenizer, self.sources, self.settings = model, tokenizer, sources, settings
         self.folder = Path(folder)
         self.accelerator = Accelerator(cpu=model.device.type == "cpu")
         world = self.accelerator.num_processes
         if settings.batch % world:
             raise ConfigError(f"batch {settings.batch} must be a multiple of the {world} processes")
-        self.init = " and ".join(adapter.name for adapter in init) or None
         gates, transform = chosen(model, settings, init)
+        self.init = {"gates": gates.name if gates else None, "swiftkv": transform.name if transform else None}
         self.swiftkv = first_swiftkv(model, settings, transform)
         self.gates, self.start = first_gates(model, settings, self.swiftkv.spec if self.swiftkv else None, gates)
         s = settings.swiftkv
@@ -99,15 +105,18 @@ class Retrofit:
         groups = [{"params": list(part.parameters()), "name": name} for name, part in self._trained().items()]
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.packer = Packer(sources, tokenizer, settings.recall, settings.length)
-        self.step = 0
+        self.step, self.resumed = 0, False
         self.noise = True  # whether decisions are relaxed with logistic noise; tests compare gradients without it
 
     def run(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
         """Train to the last step.
 
-        Raises RetrofitInterrupted on Ctrl-C, after writing a checkpoint, and RetrofitError when the loss is
-        no longer finite.
+        Raises RetrofitInterrupted on Ctrl-C, after the step that runs and its checkpoint; the second Ctrl-C raises
+        KeyboardInterrupt at once. Raises RetrofitError when loss or weights are no longer finite, and where the
+        folder holds an unfinished run that was not resumed.
         """
+        if self.step == 0 and not self.resumed:
+            refuse_unfinished(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -118,30 +127,39 @@ class Retrofit:
         self.model.eval()  # type: ignore[no-untyped-call]
         attach(self.model)
         try:
-            if self.step == 0:
-                self._prepare()
-            with (
-                fused(self.model),
-                ThreadPoolExecutor(1) as ahead,
-            ):  # the next step's rows are drawn while this one runs
-                drawn = ahead.submit(self._rows, self.step)
-                while self.step < self.settings.steps:
-                    rows, drawn = drawn.result(), ahead.submit(self._rows, self.step + 1)
-                    report = self._train_step(rows.to(self.model.device))
-                    self._log(report)
-                    on_step(report)
-                    if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
-                        self.save()
-        except KeyboardInterrupt:
-            self.save()
-            raise RetrofitInterrupted(
-                f"stopped after step {self.step} of {self.settings.steps}; "
-                f"{self.folder / CHECKPOINT} continues it with --resume"
-            ) from None
+            with held_interrupt() as interrupted:
+                if self.step == 0:
+                    self._prepare()
+                self._train(interrupted, on_step)
         finally:
             for parameter, value in frozen:
                 parameter.requires_grad_(value)
             restore(self.model, before)
+
+    def _train(self, interrupted: Callable[[], bool], on_step: Callable[[StepReport], None]) -> None:
+        with fused(self.model), ThreadPoolExecutor(1) as ahead:
+            drawn = ahead.submit(self._rows, self.step)
+            self._stop_if(interrupted())
+            while self.step < self.settings.steps:  # the next step's rows are drawn while this one runs
+                rows, drawn = drawn.result(), ahead.submit(self._rows, self.step + 1)
+                report = self._train_step(rows.to(self.model.device))
+                if self.accelerator.is_main_process:
+                    write_log(self.folder, asdict(report))
+                on_step(report)
+                if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
+                    self.save()
+                self._stop_if(interrupted())
+
+    def _stop_if(self, interrupted: bool) -> None:
+        """Save and raise where any process was interrupted: all have done the same steps then."""
+        flag = torch.tensor(float(interrupted), device=self.model.device)
+        if not self.accelerator.reduce(flag, "sum"):
+            return
+        self.save()
+        raise RetrofitInterrupted(
+            f"stopped after step {self.step} of {self.settings.steps}; "
+            f"{self.folder / CHECKPOINT} continues it with --resume"
+        )
 
     def _train_step(self, rows: Rows) -> StepReport:
         s, began = self.settings, time.perf_counter()
@@ -166,7 +184,7 @@ class Retrofit:
         sums = self.accelerator.reduce(sums, "sum")
         loss, (kl, mse, missing, evicted) = (sums @ weights).item(), sums.tolist()
         if not np.isfinite(loss):
-            raise RetrofitError(f"the loss is not finite at step {self.step}; lower lr and resume")
+            raise RetrofitError(f"the loss is not finite at step {self.step + 1}; {DIVERGED}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -287,21 +305,25 @@ class Retrofit:
         return {name: part for name, part in self._parts().items() if getattr(self.settings, name).lr > 0}
 
     def save(self) -> None:
-        """Write the checkpoint; only one process does."""
+        """Write the checkpoint; only one process does. Raises RetrofitError where weights are no longer finite."""
+        weights = (p for part in self._trained().values() for p in part.parameters())
+        if not all(torch.isfinite(p).all() for p in weights):
+            raise RetrofitError(f"weights are not finite after step {self.step}, nothing was saved; {DIVERGED}")
         if self.accelerator.is_main_process:
-            write_checkpoint(self.folder, self._parts(), self.optimizer, self.step, asdict(self.settings))
+            write_checkpoint(self.folder, self._parts(), self.optimizer, self.step, self._made_with())
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint. Raises RetrofitError where it is missing, broken or of other settings."""
-        self.step = read_checkpoint(self.folder, self._parts(), self.optimizer, asdict(self.settings))
-        if (self.folder / LOG).exists():  # lines past the checkpoint will be written again
-            lines = (self.folder / LOG).read_text().splitlines()[: self.step]
-            (self.folder / LOG).write_text("".join(line + "\n" for line in lines))
+        """Go on from the folder's checkpoint.
 
-    def _log(self, report: StepReport) -> None:
+        Raises RetrofitError where it or the log is missing or damaged, or where it was made with anything else.
+        """
+        self.step = read_checkpoint(self.folder, self._parts(), self.optimizer, self._made_with())
+        self.resumed = True
         if self.accelerator.is_main_process:
-            with (self.folder / LOG).open("w" if report.step == 1 else "a") as f:
-                f.write(json.dumps(asdict(report)) + "\n")
+            cut_log(self.folder, self.step)
+
+    def _made_with(self) -> dict[str, Any]:
+        return made_with(self.model, self.settings, self.sources, self.init)
 
     def adapters(self, name: str, gates_name: str | None = None) -> list[SwiftKVAdapter | Adapter]:
         """What was trained, as adapters for this model with the run's settings on their cards.
@@ -310,8 +332,7 @@ class Retrofit:
         rounded to what files hold.
         """
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
-        data = {source.name: source.share for source in self.sources}
-        card: dict[str, Any] = {"settings": settings, "init": self.init, "data": data}
+        card: dict[str, Any] = {"settings": settings, "data": shares_by_name(self.sources)}
         made_for, transform = fingerprint(self.model), None
         out: list[SwiftKVAdapter | Adapter] = []
         if self.swiftkv is not None:
@@ -320,11 +341,11 @@ class Retrofit:
                 values, scale = quantised(weight)
                 weight.copy_(values * scale[..., None])
             transform = swiftkv.fingerprint()
-            out.append(SwiftKVAdapter(name, swiftkv, made_for, dict(card)))
+            out.append(SwiftKVAdapter(name, swiftkv, made_for, {**card, "init": self.init["swiftkv"]}))
         if self.gates is not None and self.settings.gates is not None:
-            target = self.settings.gates.target
+            target, init = self.settings.gates.target, self.init["gates"]
             gates = Gates(self.gates.spec)
             gates.load_state_dict({k: v.cpu() for k, v in self.gates.folded_state().items()})
-            own = name if self.swiftkv is None else gates_name or f"dms-{target:g}x"
-            out.append(Adapter(own, gates, made_for, target, dict(card), transform))
+            own = name if self.swiftkv is None else gates_name or self.settings.gates.name
+            out.append(Adapter(own, gates, made_for, target, {**card, "init": init}, transform))
         return out

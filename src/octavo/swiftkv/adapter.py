@@ -91,7 +91,9 @@ def check_pair(gates: str, made_on: dict[str, Any] | None, adapter: SwiftKVAdapt
             "`octavo retrofit swiftkv+dms` makes gates for it"
         )
     if made_on is not None and adapter is None:
-        raise AdapterMismatchError(f"gates {gates} were distilled on a SwiftKV adapter; attach both, as a list")
+        raise AdapterMismatchError(
+            f"gates {gates} were distilled on a SwiftKV adapter; attach both, as a list or as 'swiftkv+{gates}'"
+        )
     assert made_on is not None
     assert adapter is not None
     ours = adapter.swiftkv.fingerprint()
