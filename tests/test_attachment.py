@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from octavo import KVCache, attach, detach
-from octavo.attachment import attachment_of, restore
+from octavo.attachment import attachment_of
 from octavo.errors import (
     AdapterMismatchError,
     CacheStateError,
@@ -30,6 +30,7 @@ from octavo.errors import (
     PromptError,
     UnsupportedModelError,
 )
+from octavo.joining import restore
 from tiny import FAMILIES, SHAPE, tiny_adapter, tiny_model, tokens
 
 

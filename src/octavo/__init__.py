@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from octavo.attachment import KVCache, attach, detach, set_swiftkv
+    from octavo.attachment import KVCache
     from octavo.dms.adapter import Adapter, save_adapter
     from octavo.finding import load_adapter
+    from octavo.joining import attach, detach, set_swiftkv
     from octavo.models import load, save_published
     from octavo.retrofit.evaluate import evaluate
     from octavo.swiftkv.adapter import SwiftKVAdapter, save_swiftkv_adapter
@@ -34,15 +35,15 @@ _HOMES = {
     "Adapter": "octavo.dms.adapter",
     "KVCache": "octavo.attachment",
     "SwiftKVAdapter": "octavo.swiftkv.adapter",
-    "attach": "octavo.attachment",
-    "detach": "octavo.attachment",
+    "attach": "octavo.joining",
+    "detach": "octavo.joining",
     "evaluate": "octavo.retrofit.evaluate",
     "load": "octavo.models",
     "load_adapter": "octavo.finding",
     "save_adapter": "octavo.dms.adapter",
     "save_published": "octavo.models",
     "save_swiftkv_adapter": "octavo.swiftkv.adapter",
-    "set_swiftkv": "octavo.attachment",
+    "set_swiftkv": "octavo.joining",
 }
 
 

@@ -19,8 +19,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment import attachment_of, detach, restore
+from octavo.attachment import attachment_of
 from octavo.chat import Conversation, Sampling
+from octavo.joining import detach, restore
 from octavo.plots import heat_map, heat_map_text
 
 TEXT = Path(__file__).parent / "texts" / "demo.txt"

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import logging as transformers_logging
 
 from octavo.adapter_file import check_fingerprint
-from octavo.attachment import attach
 from octavo.dms.adapter import Adapter
 from octavo.errors import ConfigError, ModelNotFoundError, OctavoError
 from octavo.finding import Named, is_hub_id, resolve
+from octavo.joining import attach
 from octavo.support import fingerprint
 from octavo.swiftkv.adapter import SwiftKVAdapter
 from octavo.swiftkv.checkpoint import CONFIG, base_config, base_tensors, is_published, read_config, write_published

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment import attach, attachment_of, require_attachment, restore
+from octavo.attachment import attachment_of, require_attachment
 from octavo.dms import HardGates
 from octavo.errors import ConfigError, TextFileError
+from octavo.joining import attach, restore
 from octavo.retrofit.data import encode
 from octavo.retrofit.entries import DENSE, Entry, Parts, attach_parts, parts_of
 

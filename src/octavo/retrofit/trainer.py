@@ -22,10 +22,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from octavo.attachment import attach, attachment_of, require_attachment, restore
+from octavo.attachment import attachment_of, require_attachment
 from octavo.dms import Adapter, Gates, SoftGates
 from octavo.dms.objective import eviction_loss, target_ratio
 from octavo.errors import ConfigError, OutputFileError, RetrofitError, RetrofitInterrupted
+from octavo.joining import attach, restore
 from octavo.retrofit.checkpoint import (
     CHECKPOINT,
     cut_log,
