@@ -185,10 +185,11 @@ class Attachment:
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return self._forward(**kwargs)  # transformers says what is missing
-        batch, columns = tokens.shape[:2]
+        columns = tokens.shape[1]
         if columns == 0:
             raise PromptError("the prompt is empty; give at least one token")
-        valid = padding(kwargs.get("attention_mask"), columns)
+        mask = kwargs.get("attention_mask")
+        valid = padding(mask, columns)
         past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         layers: Any = self.model.base_model.layers
         if self.model.training and getattr(layers[0], "gradient_checkpointing", False) and not _held(past):
@@ -200,10 +201,16 @@ class Attachment:
             return self._forward(**kwargs, octavo_step=step)
         cache = self._cache(past, mode)
         self._check_length(cache, columns)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and mask.shape[1] == cache.seen + columns and cache.seen:
+        if cache.seen and mask is not None and mask.ndim == 2 and mask.shape[1] == cache.seen + columns:
             cache.check_mask(mask)
         kwargs.update(past_key_values=cache, use_cache=True)
+        return self._chunks(cache, kwargs, tokens, valid, asked)
+
+    def _chunks(
+        self, cache: "KVCache", kwargs: dict[str, Any], tokens: Tensor, valid: Tensor | None, asked: int | None
+    ) -> Any:
+        """All of the input through the decoder; `asked`: how many of the last tokens' logits are wanted."""
+        batch, columns = tokens.shape[:2]
         # Pages are constants to autograd: where gradients are wanted, all of the input is one chunk.
         trains = torch.is_grad_enabled() and (
             tokens.requires_grad or any(p.requires_grad for p in self.model.parameters())
