@@ -20,12 +20,7 @@ from octavo.attention import Packed
 from octavo.chunks import chunk_bounds, join, padding, part_of
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
-from octavo.errors import (
-    CacheStateError,
-    ConfigError,
-    NotAttachedError,
-    PromptError,
-)
+from octavo.errors import CacheStateError, ConfigError, NotAttachedError, PromptError
 from octavo.kv import PagedCache
 from octavo.modes import Modes
 from octavo.seams import NAME, Step, ask_for_logits, remember_hidden, run_attention, run_layer

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli_retrofit import app as retrofit
-from octavo.errors import CacheBudgetError, ConfigError, OctavoError, OutputFileError, PromptError
+from octavo.errors import CacheBudgetError, ConfigError, OctavoError, PromptError
 from octavo.terminal import (
     AdapterName,
     Budget,
@@ -169,7 +169,7 @@ def evaluate(
     """Measure what adapters cost: NLL, needles found, bytes held; dense, adapters and training-free policies."""
     from octavo.models import find_adapters
     from octavo.retrofit.agreement import AgreementSettings, read_questions
-    from octavo.retrofit.command import run_evaluation
+    from octavo.retrofit.command import run_evaluation, write_text
     from octavo.retrofit.entries import together
     from octavo.retrofit.evaluate import EvaluationSettings, skip_points
 
@@ -192,10 +192,7 @@ def evaluate(
     if out is not None:
         from octavo import plots
 
-        try:
-            out.write_text(json.dumps(result.to_json(), indent=2) + "\n")
-        except OSError as e:
-            raise OutputFileError(f"cannot write {out}: {e.strerror}") from e
+        write_text(out, json.dumps(result.to_json(), indent=2) + "\n")
         made = [out, out.with_suffix(".png")]
         plots.evaluation(result, made[-1])
         points = skip_points(result, adapters)

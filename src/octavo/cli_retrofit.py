@@ -63,7 +63,7 @@ def dms(
     )  # fmt: skip
     start = adapters_of([init] if init else [])
     loaded, tokenizer = load_plain(model, dtype, device)
-    train(loaded, tokenizer, data, settings, out, name or out.resolve().name, start, resume, held_out, console)
+    train(loaded, tokenizer, data, settings, out, name, start, resume, held_out, console)
 
 
 @app.command()
@@ -115,7 +115,7 @@ def swiftkv(
         allowed = LIMIT if limit is None else limit
         find_skip(loaded, tokenizer, data, settings, tried, out, resume, held_out, allowed, console)
     else:
-        train(loaded, tokenizer, data, settings, out, name or out.resolve().name, adapters, resume, held_out, console)
+        train(loaded, tokenizer, data, settings, out, name, adapters, resume, held_out, console)
 
 
 @app.command("swiftkv+dms")
@@ -159,19 +159,7 @@ def swiftkv_and_dms(
         SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start),
         steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
     )  # fmt: skip
-    train(
-        loaded,
-        tokenizer,
-        data,
-        settings,
-        out,
-        name or out.resolve().name,
-        adapters,
-        resume,
-        held_out,
-        console,
-        gates_name,
-    )
+    train(loaded, tokenizer, data, settings, out, name, adapters, resume, held_out, console, gates_name)
 
 
 @app.command()

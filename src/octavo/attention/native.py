@@ -30,12 +30,10 @@ def available() -> bool:
 
 def supported(
     query: Tensor,  # [B, Hq, N, D]
-    key: Tensor,  # [B, H, N, D]
-    value: Tensor,  # [B, H, N, D]
     k_pages: Tensor,  # [P, S, D]
 ) -> bool:
-    """Whether `paged_attention` takes these: on the CPU, in dtypes it knows, all new tokens in the same."""
-    known = query.dtype in _CODE and k_pages.dtype in _CODE and query.dtype == key.dtype == value.dtype
+    """Whether `paged_attention` takes these: on the CPU, in dtypes it knows."""
+    known = query.dtype in _CODE and k_pages.dtype in _CODE
     return available() and known and query.is_cpu and k_pages.is_cpu
 
 

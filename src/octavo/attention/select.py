@@ -29,10 +29,12 @@ def paged_attention(
     """
     past = (k_pages, v_pages, slot_position, slot_expiry, page_table)
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    n, whole = query.shape[2], query.shape[2] == key.shape[2]
-    if not trains and whole and n <= NATIVE_MAX_TOKENS and native.supported(query, key, value, k_pages):
+    n = query.shape[2]
+    # The kernels in C know no gradients, want all new tokens' queries and, unlike autocast, one dtype.
+    plain = not trains and n == key.shape[2] and query.dtype == key.dtype == value.dtype
+    if plain and n <= NATIVE_MAX_TOKENS and native.supported(query, k_pages):
         return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
-    if not trains and whole and query.dtype == key.dtype == value.dtype and prefill.supported(query, k_pages):
+    if plain and prefill.supported(query, k_pages):
         return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
     if query.is_cuda:
         longest = max(max(row) for row in host_length)

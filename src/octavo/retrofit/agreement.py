@@ -23,7 +23,7 @@ from octavo.attachment import attachment_of, require_attachment
 from octavo.dms import HardGates
 from octavo.errors import ConfigError, TextFileError
 from octavo.joining import attach, restore
-from octavo.retrofit.data import encode
+from octavo.retrofit.data import encode, numbered_lines
 from octavo.retrofit.entries import DENSE, Entry, Parts, attach_parts, parts_of
 
 # A minus after a digit or a bracket subtracts.
@@ -68,12 +68,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 
     Raises TextFileError.
     """
-    try:
-        with path.open(encoding="utf-8") as f:
-            lines = ((number, line) for number, line in enumerate(f, 1) if line.strip())
-            questions = [_question(line, f"{path}:{number}") for number, line in islice(lines, limit)]
-    except (OSError, UnicodeDecodeError) as e:
-        raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+    questions = [_question(line, where) for line, where in islice(numbered_lines(path), limit)]
     if not questions:
         raise TextFileError(f"{path} holds no questions")
     return questions

@@ -6,6 +6,7 @@ answers covers both, without any labelled data.
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from octavo.errors import ConfigError, OutputFileError, TextFileError
+from octavo.retrofit.data import numbered_lines
 
 PROMPT_KEYS = ("prompt", "question", "instruction", "text")
 
@@ -24,16 +26,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, not {limit}")
-    prompts: list[str] = []
-    try:
-        with path.open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    prompts.append(_prompt(line, f"{path}:{number}"))
-                if len(prompts) == limit:
-                    break
-    except (OSError, UnicodeDecodeError) as e:
-        raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+    prompts = [_prompt(line, where) for line, where in islice(numbered_lines(path), limit)]
     if not prompts:
         raise TextFileError(f"{path} holds no prompts")
     return prompts

@@ -43,7 +43,7 @@ def train(
     data: list[str],
     settings: RetrofitSettings,
     folder: Path,
-    name: str,
+    name: str | None,
     init: Init,
     resume: bool,
     held_out: Path | None,
@@ -52,14 +52,15 @@ def train(
 ) -> Trained:
     """Train, draw the run, save the adapters into `folder`, and measure them on `held_out` where it is given.
 
-    Gates trained together with SwiftKV lie in `folder`/`gates_name`. Everything that can be checked is checked
-    before hours of training, not after. Where a resumed run was finished already, cards keep their evaluation.
+    The adapter is named as the folder where `name` is None; gates trained together with SwiftKV lie in
+    `folder`/`gates_name`. Everything that can be checked is checked before hours of training, not after. Where a
+    resumed run was finished already, cards keep their evaluation.
     """
     if settings.gates is not None and settings.swiftkv is not None:
         gates_name = gates_name or settings.gates.name
         _check_gates_name(gates_name, folder)
     tokens = None if held_out is None else _held_out(held_out, tokenizer, settings.length)
-    measure = None if tokens is None else card_settings(settings, len(tokens))
+    measure = None if tokens is None else card_settings(settings)
     run = Retrofit(model, tokenizer, _sources(data, tokenizer, settings, console), settings, folder, init)
     if resume:
         run.resume()
@@ -67,7 +68,7 @@ def train(
     with _progress(console) as bar:
         task = bar.add_task("", total=settings.steps, completed=run.step)
         run.run(lambda r: bar.update(task, completed=r.step, description=progress_text(r)))
-    adapters: Trained = run.adapters(name, gates_name)
+    adapters: Trained = run.adapters(name or folder.resolve().name, gates_name)
     if run.accelerator.is_main_process:
         plots.training(read_log(folder, settings.steps), folder / PLOT)
         if finished:
@@ -121,7 +122,7 @@ def save(adapters: Trained, folder: Path) -> Trained:
                 adapter = replace(adapter, swiftkv=saved[0].swiftkv.fingerprint())
             save_adapter(adapter, place)
             saved.append(adapter)
-        _write(place / CARD, card_text(adapter))
+        write_text(place / CARD, card_text(adapter))
     return saved
 
 
@@ -145,7 +146,7 @@ def find_skip(
     assert settings.swiftkv is not None
     kv_layers = candidates(model.config.num_hidden_layers, shares, settings.swiftkv.group)
     tokens = _held_out(held_out, tokenizer, settings.length)
-    measure = replace(card_settings(settings, len(tokens), 16), lengths=(), baselines=False)
+    measure = replace(card_settings(settings, 16), lengths=(), baselines=False)
     sources = _sources(data, tokenizer, settings, console)
     with _progress(console) as bar:
         tasks = {k: bar.add_task(f"K={k}", total=settings.steps) for k in kv_layers}
@@ -159,7 +160,7 @@ def find_skip(
     for adapter in adapters:
         adapter.card["search"] = {key: found[key] for key in ("settings", "limit", "base_nll", "evaluation", "rows")}
         save([adapter], folder / adapter.name)
-    _write(folder / "search.json", json.dumps(found, indent=2) + "\n")
+    write_text(folder / "search.json", json.dumps(found, indent=2) + "\n")
     plots.skip_curve([(row.skip, row.to_base, row.name) for row in result.rows], folder / "search.png", limit)
     console.print(search_table(result))
     best = result.recommended
@@ -182,16 +183,13 @@ def progress_text(r: StepReport) -> str:
     return "  ".join(parts)
 
 
-def card_settings(trained: RetrofitSettings, tokens: int, texts: int = 4) -> EvaluationSettings:
-    """How a run is measured at the length that it trained for; on fewer texts where `tokens` hold no more.
-
-    Raises ConfigError.
-    """
+def card_settings(trained: RetrofitSettings, texts: int = 4) -> EvaluationSettings:
+    """How a run is measured at the length that it trained for. Raises ConfigError."""
     n = trained.length
     return EvaluationSettings(
         nll_length=n,
         nll_from=max(1, min(1024, n // 2)),
-        texts=min(texts, tokens // n),
+        texts=texts,
         lengths=tuple(x for x in (n // 4, n // 2, n) if x >= 256),
         cases=20,
         batch=trained.micro_batch,
@@ -289,7 +287,8 @@ def _held_out(path: Path, tokenizer: Any, length: int) -> npt.NDArray[Any]:
     return tokens
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Raises OutputFileError."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as e:

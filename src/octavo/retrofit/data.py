@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -58,16 +59,23 @@ def read_documents(path: Path) -> Iterator[str | list[dict[str, str]]]:
     JSONL lines hold `text` or `messages`; `.xz` and `.gz` are read through. Raises TextFileError.
     """
     inner = path.with_suffix("") if path.suffix in (".xz", ".gz") else path
-    try:
-        with _open(path) as f:
-            if inner.suffix != ".jsonl":
-                yield f.read()
-                return
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield _document(line, f"{path}:{number}")
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError) as e:
-        raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+    if inner.suffix == ".jsonl":
+        for line, where in numbered_lines(path):
+            yield _document(line, where)
+    else:
+        with _opened(path) as f:
+            yield f.read()
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, each with its "path:number" for errors; `.xz` and `.gz` are read through.
+
+    Raises TextFileError.
+    """
+    with _opened(path) as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield line, f"{path}:{number}"
 
 
 def read_text(path: Path) -> str:
@@ -169,6 +177,15 @@ def shares_by_name(sources: Sequence[Source]) -> dict[str, float]:
             name = f"{source.name} ({count})"
         shares[name] = source.share
     return shares
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    try:
+        with _open(path) as f:
+            yield f
+    except (OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError) as e:
+        raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
 def _open(path: Path) -> IO[str]:
