@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import octavo
-from octavo.finding import load_adapter
+from octavo.attachment.adapters import load_adapter
 from octavo.models import load_plain
 from octavo.retrofit.data import read_text
 

@@ -25,10 +25,10 @@ from rich.table import Table
 
 import octavo
 from octavo.attachment import KVCache, attachment_of, fill
-from octavo.finding import resolve
+from octavo.attachment.adapters import resolve
+from octavo.attachment.supported import fingerprint
 from octavo.models import load_plain
 from octavo.retrofit.data import read_text
-from octavo.support import fingerprint
 from octavo.swiftkv import SwiftKVAdapter, initial
 
 MODES = ("swiftkv", "attached", "unattached")

@@ -19,7 +19,7 @@ from cpu import record
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from octavo.support import fingerprint
+from octavo.attachment.supported import fingerprint
 from octavo.swiftkv import SwiftKVAdapter, initial
 from swiftkv import held, held_table, measured, speed_tables, timed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from octavo.support import fingerprint
+from octavo.attachment.supported import fingerprint
 from octavo.swiftkv import SwiftKVAdapter, initial
 from tiny import tokens
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.finding import load_adapter
+from octavo.attachment.adapters import load_adapter
 from octavo.models import default_dtype
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from octavo.attachment import KVCache
+from octavo.attachment.supported import fingerprint
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
-from octavo.support import fingerprint
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

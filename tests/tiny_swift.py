@@ -2,9 +2,9 @@
 
 import torch
 
+from octavo.attachment.supported import fingerprint
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
-from octavo.support import fingerprint
 from octavo.swiftkv import SwiftKVAdapter, initial
 from tiny import tiny_model
 

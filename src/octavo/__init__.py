@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavo.attachment import KVCache
+    from octavo.attachment.adapters import load_adapter
+    from octavo.attachment.attach import attach, detach, set_swiftkv
     from octavo.dms.adapter import Adapter, save_adapter
-    from octavo.finding import load_adapter
-    from octavo.joining import attach, detach, set_swiftkv
     from octavo.models import load, save_published
     from octavo.retrofit.evaluate import evaluate
     from octavo.swiftkv.adapter import SwiftKVAdapter, save_swiftkv_adapter
@@ -35,15 +35,15 @@ _HOMES = {
     "Adapter": "octavo.dms.adapter",
     "KVCache": "octavo.attachment",
     "SwiftKVAdapter": "octavo.swiftkv.adapter",
-    "attach": "octavo.joining",
-    "detach": "octavo.joining",
+    "attach": "octavo.attachment.attach",
+    "detach": "octavo.attachment.attach",
     "evaluate": "octavo.retrofit.evaluate",
     "load": "octavo.models",
-    "load_adapter": "octavo.finding",
+    "load_adapter": "octavo.attachment.adapters",
     "save_adapter": "octavo.dms.adapter",
     "save_published": "octavo.models",
     "save_swiftkv_adapter": "octavo.swiftkv.adapter",
-    "set_swiftkv": "octavo.joining",
+    "set_swiftkv": "octavo.attachment.attach",
 }
 
 

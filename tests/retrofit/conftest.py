@@ -15,7 +15,8 @@ from octavo.retrofit.data import Source
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    from octavo.models import default_model, unpacked_gguf
+    from octavo.models import default_model
+    from octavo.models.gguf import unpacked_gguf
 
     return AutoTokenizer.from_pretrained(unpacked_gguf(Path(default_model())))
 

@@ -8,11 +8,11 @@ import torch
 
 from octavo import attach
 from octavo.attachment import KVCache, attachment_of, require_attachment
+from octavo.attachment.supported import fingerprint
 from octavo.dms import Adapter
 from octavo.errors import AdapterMismatchError, ConfigError, TextFileError
 from octavo.retrofit.agreement import AgreementSettings, Question, agreement, answered, last_number, read_questions
 from octavo.retrofit.entries import together
-from octavo.support import fingerprint
 from octavo.swiftkv import SwiftKVAdapter, initial
 from tiny import tiny_adapter, tiny_model
 

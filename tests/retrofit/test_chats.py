@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from octavo import cli
+from octavo.cli import main as cli
 from octavo.errors import ConfigError, OutputFileError, TextFileError
 from octavo.retrofit.chats import read_prompts, write_chats
 

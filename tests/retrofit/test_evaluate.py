@@ -13,18 +13,18 @@ from rich.console import Console
 
 from octavo import KVCache, attach, detach, evaluate
 from octavo.attachment import attachment_of
-from octavo.demo import show_heat_map
+from octavo.attachment.adapters import SHIPPED
+from octavo.attachment.supported import fingerprint
+from octavo.cli.demo import show_heat_map
+from octavo.cli.plots import evaluation as draw
+from octavo.cli.plots import heat_map, heat_map_text, skip_curve, training
+from octavo.cli.training import card_text, evaluation_table
 from octavo.dms import Adapter, load_adapter
 from octavo.errors import AdapterMismatchError, ConfigError, PromptError, TextFileError
-from octavo.finding import SHIPPED
-from octavo.plots import evaluation as draw
-from octavo.plots import heat_map, heat_map_text, skip_curve, training
 from octavo.retrofit.agreement import AgreementSettings, Question
 from octavo.retrofit.baselines import BASELINES
-from octavo.retrofit.command import card_text, evaluation_table
 from octavo.retrofit.data import Source
 from octavo.retrofit.evaluate import EvaluationSettings, Row, cells, needle_cases, skip_points
-from octavo.support import fingerprint
 from octavo.swiftkv import SwiftKVAdapter, initial
 from tiny import tiny_adapter, tiny_model
 

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from octavo import cli
+from octavo.cli import main as cli
+from octavo.cli.training import search_table
 from octavo.dms import load_adapter
 from octavo.errors import ConfigError, OctavoError, RetrofitError
 from octavo.retrofit.card import card_text
-from octavo.retrofit.command import search_table
 from octavo.retrofit.evaluate import EvaluationSettings
 from octavo.retrofit.search import Found, SearchResult, candidates
 from octavo.retrofit.settings import RetrofitSettings, SwiftSettings

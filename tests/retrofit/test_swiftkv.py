@@ -10,10 +10,10 @@ import torch
 
 from octavo import attach
 from octavo.attachment import attachment_of, require_attachment
+from octavo.cli.training import save
 from octavo.dms import Gates
 from octavo.errors import AdapterMismatchError, ConfigError, RetrofitError, RetrofitInterrupted
 from octavo.retrofit.checkpoint import LOG
-from octavo.retrofit.command import save
 from octavo.retrofit.data import Source
 from octavo.retrofit.packing import Packer, Rows
 from octavo.retrofit.regression import fit_gates, fit_keys_values

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from octavo.attachment import attachment_of
+from octavo.attachment.adapters import load_adapter, load_published
 from octavo.errors import (
     AdapterFileError,
     AdapterMismatchError,
@@ -17,7 +18,6 @@ from octavo.errors import (
     OutputFileError,
     UnsupportedModelError,
 )
-from octavo.finding import load_adapter, load_published
 from octavo.models import load_plain
 from octavo.swiftkv.checkpoint import is_published, read_published
 from published import K1, NORM, Q2, V2, by_hand, logits, publish, transformed
@@ -295,7 +295,7 @@ def test_broken_folders_are_refused(tmp_path, harm):
 def test_export_is_a_command(tmp_path, tokenizer):
     from typer.testing import CliRunner
 
-    from octavo import cli
+    from octavo.cli import main as cli
 
     model = tiny_model("qwen2")
     adapter = transformed(model)

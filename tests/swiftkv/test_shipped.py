@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from octavo import KVCache, attach, detach, set_swiftkv
-from octavo.demo import TEXT
+from octavo.attachment.adapters import resolve, shipped_adapters
+from octavo.cli.demo import TEXT
 from octavo.errors import AdapterMismatchError
-from octavo.finding import resolve, shipped_adapters
 
 
 @pytest.fixture(scope="module")

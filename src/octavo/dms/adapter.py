@@ -19,7 +19,7 @@ FORMAT, WITH_SWIFTKV = 1, 2  # gates distilled on a SwiftKV transform must not b
 class Adapter:
     """Gates for one model.
 
-    `fingerprint` names the model (see `octavo.support.fingerprint`); `target` is the compression trained for;
+    `fingerprint` names the model (see `attachment.supported.fingerprint`); `target` is the compression trained for;
     `card` holds the training settings and the measured results, JSON values only. `swiftkv` is the fingerprint
     of the transform that the gates were distilled on (`SwiftKV.fingerprint`), None for the base model; then
     there is one gate per store, and those from layer K on read what keys and values come from.

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.attachment import attachment_of, require_attachment
+from octavo.attachment.attach import attach, restore
 from octavo.dms import HardGates
 from octavo.errors import ConfigError, TextFileError
-from octavo.joining import attach, restore
 from octavo.retrofit.data import encode, numbered_lines
 from octavo.retrofit.entries import DENSE, Entry, Parts, attach_parts, parts_of
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from octavo.attachment.attach import attach
 from octavo.dms import Adapter, Gates
 from octavo.errors import ConfigError
-from octavo.joining import attach
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter
 
 Entry = Adapter | SwiftKVAdapter | tuple[SwiftKVAdapter, Adapter]

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.attachment import KVCache, attachment_of, require_attachment
+from octavo.attachment.attach import attach, restore
 from octavo.dms import HardGates, Policy
 from octavo.errors import ConfigError, PromptError, TextFileError
-from octavo.joining import attach, restore
 from octavo.retrofit.agreement import AgreementSettings, Question, agreement, prompt_ids
 from octavo.retrofit.baselines import BASELINES
 from octavo.retrofit.data import encode

@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.adapter_file import check_fingerprint
+from octavo.attachment.supported import fingerprint
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
 from octavo.errors import ConfigError
 from octavo.retrofit.data import Source
 from octavo.retrofit.settings import RetrofitSettings
-from octavo.support import fingerprint
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter, SwiftSpec, initial
 
 Init = Sequence[Adapter | SwiftKVAdapter]

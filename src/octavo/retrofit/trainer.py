@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from octavo.attachment import attachment_of, require_attachment
+from octavo.attachment.attach import attach, restore
+from octavo.attachment.supported import attention_modules, check_supported, fingerprint
 from octavo.dms import Adapter, Gates, SoftGates
 from octavo.dms.objective import eviction_loss, target_ratio
 from octavo.errors import ConfigError, OutputFileError, RetrofitError, RetrofitInterrupted
-from octavo.joining import attach, restore
 from octavo.retrofit.checkpoint import (
     CHECKPOINT,
     cut_log,
@@ -44,7 +45,6 @@ from octavo.retrofit.recall import recall_sequence
 from octavo.retrofit.regression import fit_gates, fit_keys_values
 from octavo.retrofit.settings import RetrofitSettings
 from octavo.retrofit.start import Init, check_sources, chosen, first_gates, first_swiftkv, made_with
-from octavo.support import attention_modules, check_supported, fingerprint
 from octavo.swiftkv import SwiftKVAdapter
 from octavo.swiftkv.adapter import quantised
 

@@ -25,7 +25,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class SwiftKVAdapter:
     """A transform for one model.
 
-    `fingerprint` names the model (see `octavo.support.fingerprint`); `card` holds the training settings and the
+    `fingerprint` names the model (see `attachment.supported.fingerprint`); `card` holds the training settings and the
     measured results, JSON values only.
     """
 

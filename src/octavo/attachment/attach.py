@@ -1,0 +1,95 @@
+"""Joining adapters to a Hugging Face model, and undoing it: what users call; `octavo.attachment` is what it makes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from octavo.adapter_file import check_fingerprint
+from octavo.attachment.attachment import Attachment, attachment_of, require_attachment
+from octavo.attachment.adapters import Named, resolve
+from octavo.attachment.chunks import default_chunk
+from octavo.attachment.forward import NAME
+from octavo.attachment.supported import check_supported, fingerprint
+from octavo.config import CacheSettings
+from octavo.dms import Adapter
+from octavo.errors import AdapterMismatchError, UnsupportedModelError
+from octavo.swiftkv import SwiftKVAdapter, check_pair, spec_for
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def attach(
+    model: Model,
+    adapter: Named | Sequence[Named] | None = None,
+    *,
+    chunk: int | None = None,
+    page_size: int = 16,
+    budget: int | None = None,
+) -> Model:
+    """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
+
+    `adapter`: an Adapter (gates), a SwiftKVAdapter, a folder, a shipped name, a list of gates and SwiftKV, or
+    None: same pages, nothing evicted, nothing skipped. `chunk`: tokens per prefill step, by default 512, on CUDA
+    8,192; a step holds its own keys and values of all layers beside the pages. `budget`: bytes that one cache's
+    pages may take. An attached model is detached first.
+
+    Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
+    it was.
+    """
+    check_supported(model)
+    if attachment_of(model) is None and model.config._attn_implementation == NAME:
+        raise UnsupportedModelError(
+            f"another attached model holds this {type(model).__name__} or shares its configuration; "
+            "attach that one alone, or give this one a configuration of its own"
+        )
+    settings = CacheSettings(default_chunk(model.device) if chunk is None else chunk, page_size, budget)
+    gates, swiftkv = _checked(model, resolve(adapter))
+    if attachment_of(model) is not None:
+        detach(model)
+    Attachment(model, gates, swiftkv, settings)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Undo `attach`: the model is exactly as it was before. Raises NotAttachedError when it was not attached."""
+    require_attachment(model).undo()
+    return model
+
+
+def restore(model: PreTrainedModel, before: Attachment | None) -> None:
+    """Leave the model as `attachment_of` found it earlier: unattached, or with the same adapters and settings."""
+    if attachment_of(model) is not None:
+        detach(model)
+    if before is not None:
+        attach(model, before.adapters, **asdict(before.settings))
+        require_attachment(model).switch(before.swiftkv_on)
+
+
+def set_swiftkv(model: Model, on: bool) -> Model:
+    """Switch SwiftKV on, or off: then the model is the exact base model, from the same weights. Returns the model.
+
+    Gates that were distilled on SwiftKV rest while it is off. Caches that were filled before keep their mode and
+    refuse the other. Raises NotAttachedError, and ConfigError where no SwiftKV adapter is attached.
+    """
+    require_attachment(model).switch(on)
+    return model
+
+
+def _checked(
+    model: PreTrainedModel, adapters: list[Adapter | SwiftKVAdapter]
+) -> tuple[Adapter | None, SwiftKVAdapter | None]:
+    """(gates, SwiftKV) from a list of at most one of each; raises AdapterMismatchError unless they fit this model."""
+    ours = fingerprint(model)
+    for each in adapters:
+        check_fingerprint(each, ours)
+    gates = next((a for a in adapters if isinstance(a, Adapter)), None)
+    swiftkv = next((a for a in adapters if isinstance(a, SwiftKVAdapter)), None)
+    if swiftkv is not None:
+        spec = swiftkv.swiftkv.spec
+        if spec != spec_for(model, spec.kv_layers, spec.group):
+            raise AdapterMismatchError(f"adapter {swiftkv.name} has other shapes than this model: {spec}")
+    if gates is not None:
+        check_pair(gates.name, gates.swiftkv, swiftkv)
+    return gates, swiftkv

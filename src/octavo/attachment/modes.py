@@ -1,0 +1,66 @@
+"""What applies with SwiftKV on and what applies with it off: gates, stores, weights where the model lies now."""
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from octavo.attachment.supported import head_dim
+from octavo.config import Eviction
+from octavo.dms import Adapter, FoldedGates, HardGates, Policy
+from octavo.kv import CacheShape
+from octavo.swiftkv import SwiftKV, SwiftKVAdapter
+
+
+class Modes:
+    """The adapters of one model, `swiftkv` True or False being the mode that is asked about."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter | None, swiftkv: SwiftKVAdapter | None) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.swiftkv = swiftkv
+        self._cast: SwiftKV | None = None  # what `transform` gave last
+        self._folded: FoldedGates | None = None
+
+    def gates(self, swiftkv: bool) -> Adapter | None:
+        """The gates that apply in a mode: those distilled on SwiftKV rest without it."""
+        adapter = self.adapter
+        return adapter if adapter is not None and (adapter.swiftkv is not None) == swiftkv else None
+
+    def eviction(self, swiftkv: bool) -> Eviction | None:
+        """When a cache of this mode forgets."""
+        adapter = self.gates(swiftkv)
+        return adapter.gates.spec.eviction if adapter else None
+
+    def shape(self, swiftkv: bool) -> CacheShape:
+        """What a cache of this mode must look like, where the model lies now."""
+        config = self.model.config
+        layers = config.num_hidden_layers
+        stores = self.swiftkv.swiftkv.spec.stores if self.swiftkv and swiftkv else layers
+        heads = config.num_key_value_heads
+        return CacheShape(layers, stores, heads, head_dim(config), self.model.dtype, self.model.device)
+
+    def oracle(self, swiftkv: bool) -> tuple[Policy | None, SwiftKV | None]:
+        """What a forward without a cache must run under to equal one with a cache of this mode."""
+        adapter = self.gates(swiftkv)
+        policy = HardGates(adapter.gates.to(self.model.device)) if adapter else None
+        return policy, self.transform() if swiftkv else None
+
+    def folded(self, swiftkv: bool) -> FoldedGates | None:
+        """The gates of a mode as caches use them."""
+        adapter = self.gates(swiftkv)
+        if adapter is None:
+            return None
+        if self._folded is None or self._folded.weight.device != self.model.device:
+            with torch.inference_mode(False), torch.no_grad():  # it outlives this forward and its mode
+                self._folded = adapter.gates.folded(self.model.device)
+        return self._folded
+
+    def transform(self) -> SwiftKV:
+        """The SwiftKV weights where the model lies now and in its dtype."""
+        assert self.swiftkv is not None
+        if self._cast is None or (self._cast.q.device, self._cast.q.dtype) != (self.model.device, self.model.dtype):
+            with torch.inference_mode(False), torch.no_grad():
+                cast = copy.deepcopy(self.swiftkv.swiftkv).requires_grad_(False)
+                self._cast = cast.to(self.model.device, self.model.dtype)
+        return self._cast

