@@ -5,7 +5,7 @@ BIN = .venv/bin
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard src/octavo/attention/*.[ch] src/octavo/vdb/*.[ch])
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard src/octavo/attention/cpu/*.[ch] src/octavo/vdb/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
@@ -29,4 +29,4 @@ bench: install
 	$(BIN)/python bench/swiftkv.py --out bench/results-swiftkv.json
 
 clean:
-	rm -rf .venv build dist src/*.egg-info src/octavo/attention/*.so src/octavo/vdb/*.so
+	rm -rf .venv build dist src/*.egg-info src/octavo/attention/cpu/*.so src/octavo/vdb/*.so

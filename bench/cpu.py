@@ -23,6 +23,7 @@ from rich.table import Table
 
 import octavo
 from octavo.attachment.adapters import load_adapter
+from octavo.cli.demo import TEXT
 from octavo.models import load_plain
 from octavo.retrofit.data import read_text
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--adapter", default="dms-8x")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--text", type=Path, default=Path(octavo.__file__).parent / "texts" / "demo.txt")
+    parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []

@@ -27,6 +27,7 @@ import octavo
 from octavo.attachment import KVCache, attachment_of, fill
 from octavo.attachment.adapters import resolve
 from octavo.attachment.supported import fingerprint
+from octavo.cli.demo import TEXT
 from octavo.models import load_plain
 from octavo.retrofit.data import read_text
 from octavo.swiftkv import SwiftKVAdapter, initial
@@ -114,12 +115,13 @@ def measured(
 def held(model: Any, group: int, ids: torch.Tensor, kv_layers: int, **settings: Any) -> dict[str, Any]:
     """Bytes of a real cache with layers from `kv_layers` on in groups, and those of their pages alone."""
     with ids.device:
-        swiftkv = initial(model, kv_layers, group)
-    octavo.attach(model, SwiftKVAdapter(f"group {group}", swiftkv, fingerprint(model)), **settings)
+        transform = initial(model, kv_layers, group)
+    octavo.attach(model, SwiftKVAdapter(f"group {group}", transform, fingerprint(model)), **settings)
     cache = KVCache(model)
     fill(model, ids, cache)
-    pages = (cache.rows.length[kv_layers:] + cache.rows.pool.page_size - 1) // cache.rows.pool.page_size
-    upper = int(pages.sum()) * cache.rows.pool.page_nbytes
+    tables, pool = cache.tables, cache.tables.pool
+    slots = tables.length[tables.index(cache.rows)][:, kv_layers:]
+    upper = int(((slots + pool.layout.page_size - 1) // pool.layout.page_size).sum()) * pool.page_nbytes
     octavo.detach(model)
     return {
         "group": group,
@@ -144,7 +146,7 @@ def main() -> None:
         "--runs", type=int, default=5, help="rounds; prompts under 1,000 tokens take four times as many"
     )
     parser.add_argument("--steps", type=int, default=24, help="decoded tokens per round, from 1,000 tokens on")
-    parser.add_argument("--text", type=Path, default=Path(octavo.__file__).parent / "texts" / "demo.txt")
+    parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
@@ -153,7 +155,7 @@ def main() -> None:
         stream = tokenizer(read_text(args.text), return_tensors="pt", verbose=False)["input_ids"]
         stream = stream.repeat(1, -(-max(args.tokens) // stream.shape[1]))
         adapters = resolve(args.adapter) if args.adapter else [half(model)]
-        spec = next((a.swiftkv.spec for a in adapters if isinstance(a, SwiftKVAdapter)), None)
+        spec = next((a.transform.spec for a in adapters if isinstance(a, SwiftKVAdapter)), None)
         if spec is None:
             parser.error(f"{args.adapter} holds no SwiftKV transform")
         for tokens in args.tokens:

@@ -19,17 +19,17 @@ V1, V2 = "model.layers.1.self_attn.v_proj_swiftkv", "model.layers.2.self_attn.v_
 
 def transformed(model, group=1, kv_layers=1):
     """An adapter whose transform does something, biases included."""
-    swiftkv = initial(model, kv_layers, group)
+    transform = initial(model, kv_layers, group)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in swiftkv.parameters():
+        for parameter in transform.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return SwiftKVAdapter("ours", swiftkv, fingerprint(model))
+    return SwiftKVAdapter("ours", transform, fingerprint(model))
 
 
 def by_hand(adapter) -> dict[str, torch.Tensor]:
     """The transform's tensors under their published names, for three layers, K = 1, groups of 1 or 2."""
-    transform = adapter.swiftkv
+    transform = adapter.transform
     state = {NORM: transform.norm, f"{Q1}.weight": transform.q[0], f"{Q2}.weight": transform.q[1]}
     state |= {f"{K1}.weight": transform.kv[0, 0], f"{V1}.weight": transform.kv[1, 0]}
     if transform.spec.bias:
@@ -55,13 +55,13 @@ def publish(folder: Path, model, adapter, *, shards=1, **settings) -> Path:
     config |= {
         "architectures": [f"{family.capitalize()}SwiftKVForCausalLM"],
         "model_type": f"{family}_swiftkv",
-        "num_key_value_layers": adapter.swiftkv.spec.kv_layers,
+        "num_key_value_layers": adapter.transform.spec.kv_layers,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None,
         "torch_dtype": "float32",
     }
-    if adapter.swiftkv.spec.group > 1:
-        config["key_value_group_size"] = adapter.swiftkv.spec.group
+    if adapter.transform.spec.group > 1:
+        config["key_value_group_size"] = adapter.transform.spec.group
     config |= settings
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
     if shards == 1:

@@ -5,6 +5,8 @@ import torch
 
 from octavo import KVCache, attach
 from octavo.attachment import require_attachment
+from octavo.attention import Chunk, PageLayout, banded, reference
+from octavo.config import NEVER
 from octavo.dms import SoftGates
 from tiny import feed, tiny_adapter, tiny_model, tokens
 from tiny_swift import LAYERS, full, model_of, pair, swiftkv_for
@@ -29,7 +31,7 @@ def test_eviction_on_the_gpu_is_the_mask_and_the_cpu(chunk, shift):
     paged, cache = feed(model, ids.cuda(), 280)
     torch.testing.assert_close(masked, on_cpu, rtol=0, atol=2e-3)
     torch.testing.assert_close(paged.cpu(), on_cpu, rtol=0, atol=2e-3)
-    assert cache.rows.pool.k.is_cuda
+    assert cache.memory.pool.pages.key.is_cuda
 
 
 @pytest.mark.parametrize("evict", [False, True])
@@ -47,14 +49,14 @@ def test_skipping_prefill_on_the_gpu_is_the_full_forward(chunk, evict):
 
 def test_packed_documents_on_the_gpu_are_those_of_the_cpu():
     model, ids = model_of(), tokens(2, 128)
-    swiftkv = swiftkv_for(model).swiftkv
+    transform = swiftkv_for(model).transform
     document = torch.arange(128).expand(2, -1).div(torch.tensor([[50], [37]]), rounding_mode="floor").int()
     positions = torch.arange(128).expand(2, -1) % torch.tensor([[50], [37]])
     out = []
     for device in ("cpu", "cuda"):
         attach(model.to(device))
         run = require_attachment(model).run_layers
-        options = {"swiftkv": swiftkv.to(device), "document": document.to(device)}
+        options = {"transform": transform.to(device), "document": document.to(device)}
         with torch.no_grad():
             embedded = model.model.embed_tokens(ids.to(device))
             out.append(run(embedded, 0, LAYERS, positions.to(device), **options)[-1].cpu())
@@ -87,3 +89,105 @@ def test_gradients_through_flex_are_those_of_the_cpu():
         (out * direction.to(device)).sum().backward()
         grads.append(gates.weight.grad.cpu().clone())
     torch.testing.assert_close(grads[1], grads[0], rtol=2e-2, atol=2e-2 * grads[0].abs().max().item())
+
+
+def prefilled(model, ids, copies):
+    """As many equal caches that have read all of `ids` but the last token, and the logits of no more."""
+    caches = [KVCache(model) for _ in range(copies)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    return caches
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize(("evict", "shift"), [(False, 0), (True, 0), (True, 1)])
+def test_a_decode_step_never_waits_for_the_device(evict, shift):
+    model, ids = tiny_model().cuda(), tokens(2, 90).cuda()
+    attach(model, tiny_adapter(model, shift=shift) if evict else None)
+    (cache,) = prefilled(model, ids, 1)
+    token = ids[:, -1:]
+    with torch.no_grad():
+        try:
+            for i in range(60):
+                if i == 4:  # the first steps load kernels, which waits
+                    torch.cuda.set_sync_debug_mode("error")
+                position = torch.full_like(token, 89 + i)
+                token = model(token, position_ids=position, past_key_values=cache).logits[:, -1:].argmax(-1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert cache.seen == 149
+
+
+@pytest.mark.parametrize(("evict", "shift"), [(False, 0), (True, 0), (True, 1)])
+def test_a_decode_step_in_a_cuda_graph_replayed_500_times_is_eager(evict, shift):
+    model, ids = tiny_model().cuda(), tokens(2, 90).cuda()
+    attach(model, tiny_adapter(model, shift=shift) if evict else None)
+    eager, captured = prefilled(model, ids, 2)
+    token, position = ids[:, -1:].clone(), torch.full((2, 1), 89, device="cuda")
+    out = torch.zeros(2, 1, model.config.vocab_size, device="cuda")
+    found, expected = [], []
+    with torch.no_grad():
+
+        def step(cache):
+            out.copy_(model(token, position_ids=position, past_key_values=cache).logits)
+            token.copy_(out.argmax(-1))
+            position.add_(1)
+
+        captured.reserve(600)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(captured)
+                found.append((token.clone(), out.clone()))
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(captured)
+        for _ in range(500):
+            graph.replay()
+            found.append((token.clone(), out.clone()))
+        captured.replayed(500)
+        for _ in range(10):  # and eager again
+            step(captured)
+            found.append((token.clone(), out.clone()))
+        token.copy_(ids[:, -1:])
+        position.fill_(89)
+        for _ in range(513):
+            step(eager)
+            expected.append((token.clone(), out.clone()))
+    for (a, x), (b, y) in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-3)
+    assert captured.seen == eager.seen == 602
+    assert torch.equal(captured.kept, eager.kept)
+    assert captured.nbytes <= eager.nbytes * 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "H", "G", "N", "D", "window"), [(1, 3, 3, 2000, 64, 256), (2, 2, 1, 300, 128, 100), (3, 1, 4, 65, 64, 8)]
+)
+def test_a_first_chunk_in_bands_is_the_rule(B, H, G, N, D, window, dtype):
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(B, n, N, D, generator=g).to("cuda", dtype) for n in (H * G, H, H))
+    position = torch.arange(N, device="cuda", dtype=torch.int32).expand(B, -1).contiguous()
+    marked = torch.rand(B, H, N, generator=g).cuda() < 0.8
+    expiry = torch.where(marked, position[:, None] + window, NEVER).int().contiguous()
+    assert banded.suits(query, key)
+    buffers = banded.bands(query, H, window)
+    banded.attend(buffers, query + 1, value, key, ~marked, D**-0.5)  # leaves nothing behind
+    got = banded.attend(buffers, query, key, value, marked, D**-0.5)
+    pages = PageLayout(16, D, dtype).views(torch.zeros(2**16, dtype=torch.uint8, device="cuda"))
+    nothing = torch.zeros(B, H, 1, dtype=torch.int32, device="cuda")
+    expected = reference.attend(
+        query.float(),
+        position,
+        pages,
+        nothing,
+        nothing[..., 0],
+        D**-0.5,
+        Chunk(key.float(), value.float(), position, expiry),
+    )
+    torch.testing.assert_close(got.float(), expected, rtol=2e-2, atol=2e-2)

@@ -74,8 +74,22 @@ def test_only_three_modules_lie_beside_the_rooms() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == {"__init__", *FLAT}
 
 
+def test_files_and_functions_are_short() -> None:
+    long = []
+    for path in ROOT.rglob("*.py"):
+        text, name = path.read_text(), str(path.relative_to(ROOT))
+        if (lines := len(text.splitlines())) > 350:
+            long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 60:
+                    long.append(f"{name}: {node.name} has {lines} lines")
+    assert not long, "files of more than 350 lines or functions of more than 60; split them by topic"
+
+
 def test_attention_knows_tensors_only() -> None:
-    for path in (ROOT / "attention").glob("*.py"):
+    for path in (ROOT / "attention").rglob("*.py"):
         outside = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
         assert outside <= {"torch", "octavo"}, f"{path.name} imports {outside}"
 

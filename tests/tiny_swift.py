@@ -17,30 +17,31 @@ def model_of(family="llama", **changes):
 
 def swiftkv_for(model, kv_layers=2, group=1, name="swift", seed=11):
     """Random weights, far from the base model's."""
-    swiftkv = initial(model, kv_layers, group)
+    transform = initial(model, kv_layers, group)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name_, parameter in swiftkv.named_parameters():
+        for name_, parameter in transform.named_parameters():
             if name_ == "norm":
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0, 0.15, generator=generator)
-    return SwiftKVAdapter(name, swiftkv, fingerprint(model))
+    return SwiftKVAdapter(name, transform, fingerprint(model))
 
 
-def gates_for(model, swiftkv, window=20, shift=0, rate=0.5):
-    spec = GateSpec(swiftkv.spec.stores, swiftkv.spec.hidden, swiftkv.spec.kv_heads, Eviction(window, shift))
+def gates_for(model, transform, window=20, shift=0, rate=0.5):
+    made_on = transform.spec
+    spec = GateSpec(made_on.cached_layers, made_on.hidden, made_on.kv_heads, Eviction(window, shift))
     gates = Gates(spec)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         gates.weight.normal_(0, 0.1, generator=generator)
         gates.bias.fill_(spec.offset / spec.scale + (rate - 0.5))
-    return Adapter("gates", gates, fingerprint(model), 2.0, swiftkv=swiftkv.fingerprint())
+    return Adapter("gates", gates, fingerprint(model), 2.0, made_on=transform.fingerprint())
 
 
 def pair(model, group, evict, **options):
     swift = swiftkv_for(model, group=group)
-    return [swift, gates_for(model, swift.swiftkv, **options)] if evict else [swift]
+    return [swift, gates_for(model, swift.transform, **options)] if evict else [swift]
 
 
 def full(model, ids, **kwargs):

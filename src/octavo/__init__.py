@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from octavo.attachment import KVCache
+    from octavo.attachment import KVCache, Snapshot
     from octavo.attachment.adapters import load_adapter
     from octavo.attachment.attach import attach, detach, set_swiftkv
     from octavo.dms.adapter import Adapter, save_adapter
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "KVCache",
+    "Snapshot",
     "SwiftKVAdapter",
     "attach",
     "detach",
@@ -34,6 +35,7 @@ __all__ = [
 _HOMES = {
     "Adapter": "octavo.dms.adapter",
     "KVCache": "octavo.attachment",
+    "Snapshot": "octavo.attachment",
     "SwiftKVAdapter": "octavo.swiftkv.adapter",
     "attach": "octavo.attachment.attach",
     "detach": "octavo.attachment.attach",

@@ -1,7 +1,7 @@
-"""Adapter folders: `adapter.safetensors` and `adapter.json`, whole or refused. Both kinds of adapter use them.
+"""Adapter folders: `adapter.safetensors` and `adapter.json`, which both kinds of adapter use.
 
-The JSON holds a SHA-256 over both files, so that a truncated or altered adapter is refused. Nothing in it is
-ever executed. docs/formats.md specifies both files.
+The JSON holds a SHA-256 over both files, so that a truncated or altered adapter is refused. Nothing in the files is
+ever executed. docs/formats.md specifies both.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from octavo.errors import AdapterFileError, AdapterMismatchError, OutputFileErro
 
 TENSORS = "adapter.safetensors"
 SETTINGS = "adapter.json"
-TOLERANCE = 0.05  # of a sample of weights: they pass through bf16, int8 and quantised files
+TOLERANCE = 0.05  # relative distance of two samples of one model's weights, which bf16 and quantised files round
 
 
 def write_adapter(folder: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write both files into `folder` (made when missing), aside and renamed, so never half there.
+    """Write `settings` (JSON values) and `tensors` into `folder`, which is made when missing. Raises OutputFileError.
 
-    Raises OutputFileError.
+    Each file is written aside and renamed, so an interrupted write leaves no half of one.
     """
     folder = Path(folder)
     data = save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
@@ -72,7 +72,7 @@ def read_adapter(folder: str | Path, kind: str, formats: tuple[int, ...]) -> tup
 
 
 class Made(Protocol):
-    """Anything made for one model."""
+    """An adapter of either kind: what was made for the model with this fingerprint."""
 
     @property
     def name(self) -> str: ...
@@ -83,7 +83,8 @@ class Made(Protocol):
 def check_fingerprint(adapter: Made, model: dict[str, Any]) -> None:
     """Raise AdapterMismatchError unless the adapter was made for the model with this fingerprint.
 
-    Shapes must be equal; the sample of norm weights may differ by `TOLERANCE`.
+    `model`: as `attachment.supported.fingerprint` gives it. Shapes must be equal; the sample of norm weights may differ
+    by `TOLERANCE`.
     """
     name, made_for = adapter.name, adapter.fingerprint
     for key, value in made_for.items():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from octavo.errors import ConfigError
 
+KV_DTYPES = ("int8", "fp8")  # quantised forms that pages may have
 NEVER = 2**31 - 1  # the expiry of a slot that is kept for ever (int32 max)
 
 
@@ -33,16 +34,20 @@ class Eviction:
 class CacheSettings:
     """How an attached model keeps its keys and values.
 
-    `chunk`: tokens per prefill step. `page_size`: slots per page. `budget`: bytes that the page pool may
-    take, None for no limit.
+    `chunk`: tokens per prefill step. `page_size`: slots per page. `budget`: bytes that the pages of all caches
+    may take, None for no limit. `kv_dtype`: how slots are stored, "int8" or "fp8" with a scale each, or None for
+    the model's dtype.
     """
 
     chunk: int
     page_size: int = 16
     budget: int | None = None
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _positive("chunk", self.chunk)
         _positive("page_size", self.page_size)
         if self.budget is not None:
             _positive("budget", self.budget)
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise ConfigError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, or None for the model's dtype")

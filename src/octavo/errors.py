@@ -15,7 +15,8 @@ OctavoError
 │   └── OutputFileError        a file or folder that cannot be written
 ├── CacheError
 │   ├── CacheBudgetError       the byte budget cannot hold the next tokens; nothing was written
-│   └── CacheStateError        what was asked for needs tokens that are already evicted, or another model's cache
+│   ├── CacheStateError        what was asked for needs tokens that are already evicted, or another model's cache
+│   └── SnapshotFileError      a snapshot is missing, damaged or of an unknown format
 ├── RetrofitError              training cannot start or go on
 │   └── RetrofitInterrupted    stopped by the user; a checkpoint was written
 └── VectorDatabaseError        something is wrong with a vector database or what it was asked
@@ -90,6 +91,10 @@ class CacheBudgetError(CacheError):
 
 class CacheStateError(CacheError):
     """The cache cannot do this in its present state; it is as it was."""
+
+
+class SnapshotFileError(CacheError):
+    """A snapshot is missing, damaged or of an unknown format."""
 
 
 class RetrofitError(OctavoError):

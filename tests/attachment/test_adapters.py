@@ -1,6 +1,7 @@
 """Finding adapters: by name, folder and hub id, alone and together; without a network."""
 
 import shutil
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def test_a_failing_download_is_one_clear_line(monkeypatch):
         raise OSError("We couldn't connect\nto anything at all")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
-    monkeypatch.setattr("octavo.models.load.hf_hub_download", fails)
+    monkeypatch.setattr(sys.modules["octavo.models.load"], "hf_hub_download", fails)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(AdapterFileError, match=r"some/Llama-SwiftKV.*We couldn't connect") as caught:
         octavo.attach(tiny_model(), "some/Llama-SwiftKV")

@@ -13,20 +13,25 @@ from transformers import (
 )
 
 from octavo import KVCache, attach, detach
-from octavo.attachment import fill, require_attachment
+from octavo.attachment import fill
 from octavo.errors import CacheBudgetError, CacheStateError, NotAttachedError, UnsupportedModelError
 from tiny import SHAPE, tiny_adapter, tiny_model, tokens
 from tiny_swift import model_of, pair
 
 
-def test_a_dynamic_cache_is_not_forgotten_without_a_word():
-    model, ids = attach(tiny_model()), tokens(1, 30)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        first = model(ids[:, :20], past_key_values=cache)
-        assert isinstance(first.past_key_values, KVCache)
-        with pytest.raises(CacheStateError, match=r"octavo\.KVCache"):
-            model(ids[:, 20:], past_key_values=cache)
+def test_a_dynamic_cache_handed_over_turn_after_turn_goes_on():
+    model, ids = attach(tiny_model()), tokens(1, 50)
+    cache, kept = DynamicCache(config=model.config), KVCache(model)
+    options = {"do_sample": False, "max_new_tokens": 5}
+    for past in (cache, kept):
+        first = model.generate(ids[:, :20], past_key_values=past, **options)
+        turn = torch.cat([first, ids[:, 20:]], 1)
+        second = model.generate(turn, past_key_values=past, **options)
+        assert past.get_seq_length() == second.shape[1] - 1
+        if past is cache:
+            expected = second
+    assert torch.equal(second, expected)
+    assert torch.equal(second, detach(model).generate(turn, **options))
 
 
 @pytest.mark.parametrize("swift", [False, True])
@@ -219,7 +224,7 @@ def test_forwards_over_the_budget_change_no_expiry():
     with torch.no_grad():
         for cache in (free, bound):
             model(ids[:, :40], past_key_values=cache)
-        bound.rows.pool.budget = bound.rows.pool.nbytes
+        bound.sequences.quota.budget = bound.nbytes
         failed = 0
         for start in range(30):
             try:
@@ -228,7 +233,7 @@ def test_forwards_over_the_budget_change_no_expiry():
                 failed += 1
             else:
                 pytest.fail("the budget held three more tokens")
-        bound.rows.pool.budget = None
+        bound.sequences.quota.budget = None
         expected = model(ids[:, 40:], past_key_values=free).logits
         torch.testing.assert_close(model(ids[:, 40:], past_key_values=bound).logits, expected, rtol=0, atol=1e-4)
     assert failed == 30
@@ -236,11 +241,10 @@ def test_forwards_over_the_budget_change_no_expiry():
 
 def test_a_prompt_over_the_budget_leaves_no_part_of_it():
     model, ids = attach(tiny_model(), chunk=16), tokens(1, 200)
-    room = require_attachment(model).settings.page_size
     one = KVCache(model)
     with torch.no_grad():
-        model(ids[:, :room], past_key_values=one)
-        cache = KVCache(model, budget=one.rows.pool.page_nbytes * 3 * 2 * 8)
+        model(ids[:, :128], past_key_values=one)
+        cache = KVCache(model, budget=one.nbytes)
         model(ids[:, :20], past_key_values=cache)
         with pytest.raises(CacheBudgetError):
             model(ids[:, 20:], past_key_values=cache)

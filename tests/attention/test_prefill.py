@@ -1,4 +1,16 @@
-"""The AMX prefill kernel against the reference on random shapes and several thread counts."""
+"""The AMX prefill kernel against the reference on random shapes and several thread counts.
+
+Where the processor lacks nothing but AMX, the kernel is compiled for these tests with its tile instructions in plain C.
+"""
+
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -6,73 +18,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_case import Case
-from octavo.attention import prefill, reference
+from attention.case import CODES, Case, misuses
+from attention.case import make_case as any_case
+from octavo.attention import reference
+from octavo.attention.cpu import kernels
 
-NEVER = 2**31 - 1
-
-needs_amx = pytest.mark.skipif(
-    not prefill.available(torch.bfloat16), reason="needs the extension, and a processor and system with AMX"
-)
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
 
 
-def make_case(
-    lengths: list[list[int]],  # [B][H]
-    *,
-    N: int = 40,
-    G: int = 1,
-    D: int = 64,
-    S: int = 16,
-    pad: tuple[int, int] = (0, 0),
-    window: int | None = None,
-    marked: float = 0.8,
-    disorder: float = 0.0,
-    seed: int = 0,
-) -> Case:
-    """Ragged rows on shuffled pages, NaN where unused: `marked` tokens expire after `window` more.
+@pytest.fixture(scope="module", autouse=True)
+def _kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if kernels.AMX:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_kernels", emulated(tmp_path_factory.mktemp("tiles")), raising=False)
+        patch.setattr(kernels, "AMX", True)
+        yield
 
-    `pad` tokens are padding on the left and right. A share `disorder` of the cached slots gets any position
-    and expiry, in the future or expired long ago too.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    B, H = len(lengths), len(lengths[0])
-    used = torch.tensor(lengths, dtype=torch.int32)
-    M = max(1, -(-int(used.max()) // S))
-    P = B * H * M + 1
-    table = torch.randperm(P, generator=rng)[: B * H * M].int().view(B, H, M)
-    first = 2 * int(used.max()) + 3
-    flat = torch.arange(M * S)
-    inside = flat < used[..., None]  # [B, H, M * S]
-    where = (table[:, :, flat // S] * S + flat % S)[inside].long()  # the slots in use
 
-    positions = torch.randint(0, first, (B, H, M * S), generator=rng)
-    expiries = torch.full_like(positions, NEVER)
-    chunk = first + torch.arange(N).expand(B, H, N)
-    chunk_expiry = torch.full_like(chunk, NEVER)
-    if window is not None:
-        expiries[torch.rand(expiries.shape, generator=rng) < marked] = 0
-        expiries = torch.where(expiries == 0, positions + window, expiries)
-        chunk_expiry = torch.where(torch.rand(B, H, N, generator=rng) < marked, chunk + window, chunk_expiry)
-    strange = torch.rand(positions.shape, generator=rng) < disorder
-    anywhere = torch.randint(-1, first + N + 9, (2, *positions.shape), generator=rng)
-    positions, expiries = torch.where(strange, anywhere[0], positions), torch.where(strange, anywhere[1], expiries)
+def emulated(folder: Path) -> ModuleType:
+    """The extension with AMX's tiles emulated. Skips the tests where that is not possible either."""
+    about, include = Path("/proc/cpuinfo"), Path(sysconfig.get_path("include"))
+    features = set(about.read_text().split()) if about.exists() else set()
+    if not features >= NEEDED or shutil.which("cc") is None or not (include / "Python.h").exists():
+        pytest.skip("needs AMX, or AVX-512 with bfloat16, a C compiler and Python's headers")
+    kernel, library = Path(kernels.__file__).parent, folder / "_kernels.so"
+    flags = ["-std=c11", "-O2", "-w", "-pthread", "-shared", "-fPIC", f"-I{include}", f"-I{kernel}", "-o", str(library)]
+    sources = [kernel / "module.c", kernel / "decode.c", Path(__file__).parent / "tiles.c"]
+    subprocess.run(["cc", *flags, *map(str, sources), "-lm", "-ldl"], check=True)
+    spec = spec_from_file_location("_kernels", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    slots = torch.full((2, P * S), -7, dtype=torch.int32)
-    slots[:, where] = torch.stack([positions[inside], expiries[inside]]).int()
-    pages = torch.full((2, P * S, D), torch.nan)
-    pages[:, where] = torch.randn(2, len(where), D, generator=rng)
-    k_pages, v_pages = pages.bfloat16().view(2, P, S, D)
-    slot_position, slot_expiry = slots.view(2, P, S)
-    position = chunk[:, 0].int().contiguous()
-    position[:, : pad[0]] = -1
-    position[:, N - pad[1] :] = -1
-    q, k, v = (torch.randn(B, N, heads, D, generator=rng).bfloat16().transpose(1, 2) for heads in (G * H, H, H))
-    at = (k_pages, v_pages, slot_position, slot_expiry, table, used)
-    return Case(q, k, v, position, chunk_expiry.int().contiguous(), *at, D**-0.5)
+
+def make_case(lengths: list[list[int]], *, N: int = 40, stored: torch.dtype = torch.bfloat16, **options: Any) -> Case:
+    return any_case(lengths, N=N, dtype=torch.bfloat16, stored=stored, **options)
 
 
 def assert_matches(case: Case, out: Tensor) -> None:
-    expected = reference.paged_attention(*case.widened())
+    expected = reference.attend(*case.widened())
     assert out.shape == expected.shape
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()
@@ -85,9 +73,10 @@ def cases(draw: st.DrawFn) -> Case:
     B, H = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     row = st.lists(st.one_of(st.just(0), st.integers(1, 400)), min_size=H, max_size=H)
     N = draw(st.one_of(st.just(1), st.integers(2, 200)))
-    return make_case(
+    case = make_case(
         draw(st.lists(row, min_size=B, max_size=B)),
         N=N,
+        stored=draw(st.sampled_from([torch.bfloat16, torch.bfloat16, *CODES])),
         G=draw(st.integers(1, 8)),
         D=draw(st.sampled_from([32, 64, 96, 128])),
         S=draw(st.one_of(st.just(16), st.integers(1, 70))),
@@ -96,99 +85,89 @@ def cases(draw: st.DrawFn) -> Case:
         disorder=draw(st.sampled_from([0.0, 0.0, 0.5])),
         seed=draw(st.integers(0, 2**32)),
     )
+    return case.last(draw(st.one_of(st.just(N), st.integers(1, N))))  # SwiftKV asks for a few queries at the end
 
 
-@needs_amx
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_matches_the_reference(case: Case) -> None:
-    out = prefill.paged_attention(*case, threads=1)
+    out = kernels.prefill(*case, threads=1)
     assert_matches(case, out)
     for threads in (2, 3):
-        assert torch.equal(out, prefill.paged_attention(*case, threads=threads))
+        assert torch.equal(out, kernels.prefill(*case, threads=threads))
 
 
-@needs_amx
 @pytest.mark.parametrize("D", [32, 64, 160, 256])
 def test_long_rows(D: int) -> None:
     case = make_case([[2100, 0, 700]], N=512, G=3, D=D, window=256)
-    assert_matches(case, prefill.paged_attention(*case))
+    assert_matches(case, kernels.prefill(*case))
 
 
-@needs_amx
 @pytest.mark.parametrize("scale", [3.0, -0.5, 0.0, 1e-9])
 def test_any_scale(scale: float) -> None:
     case = make_case([[300, 40]], N=70, G=2, window=50)._replace(scale=scale)
-    assert_matches(case, prefill.paged_attention(*case))
+    assert_matches(case, kernels.prefill(*case))
 
 
-@needs_amx
 def test_scores_far_apart() -> None:
     case = make_case([[700, 200]], N=70, G=2)
-    rising = torch.linspace(0, 60, case.k_pages[..., 0].numel()).view(*case.k_pages.shape[:2], 1)
-    case = case._replace(k_pages=(case.k_pages * rising).bfloat16())  # the largest score rises all the time
-    assert_matches(case, prefill.paged_attention(*case))
+    rising = torch.linspace(0, 60, case.pages.position.numel()).view(*case.pages.position.shape, 1)
+    case.pages.key.mul_(rising.bfloat16())  # the largest score rises all the time
+    assert_matches(case, kernels.prefill(*case))
 
 
-@needs_amx
 def test_strided_inputs() -> None:
     case = make_case([[40, 9], [0, 70]], N=33, G=2, D=96)
     B, Hq, N, D = case.query.shape
     fused = torch.randn(N, B, 8 * D).bfloat16()  # queries, keys and values of one projection
     heads = fused.view(N, B, 8, D).permute(1, 2, 0, 3)
     q, k, v = heads[:, :Hq], heads[:, 4:6], heads[:, 6:8]
-    expanded = case.position[:1].expand(B, N)
-    case = case._replace(query=q, key=k, value=v, position=expanded)
-    assert_matches(case, prefill.paged_attention(*case))
+    expanded = case.at[:1].expand(B, N)
+    case = case._replace(query=q, at=expanded, chunk=case.chunk._replace(key=k, value=v, position=expanded))
+    assert_matches(case, kernels.prefill(*case))
 
 
-@needs_amx
 def test_empty_past_and_empty_batch() -> None:
     case = make_case([[0, 0]], N=50, G=2)
-    case = case._replace(page_table=torch.zeros(1, 2, 0, dtype=torch.int32))
-    assert_matches(case, prefill.paged_attention(*case))
+    case = case._replace(table=torch.zeros(1, 2, 0, dtype=torch.int32))
+    assert_matches(case, kernels.prefill(*case))
     none = make_case([[0, 0]], N=0)
-    assert prefill.paged_attention(*none).shape == (1, 0, 2, 64)
+    assert kernels.prefill(*none).shape == (1, 0, 2, 64)
 
 
-@needs_amx
 def test_past_of_which_all_has_expired() -> None:
     case = make_case([[90, 130]], G=2)
-    case.slot_expiry[case.page_table.long()] = case.position[0, 0] - 1
-    case.k_pages.fill_(torch.nan)  # what no query sees is never read
-    case.v_pages.fill_(torch.nan)
-    out = prefill.paged_attention(*case)
-    torch.testing.assert_close(out[0, 0, ::2], case.value[0, :, 0])
+    case.pages.expiry[case.table.long()] = case.at[0, 0] - 1
+    case.pages.key.fill_(torch.nan)  # what no query sees is never read
+    case.pages.value.fill_(torch.nan)
+    out = kernels.prefill(*case)
+    torch.testing.assert_close(out[0, 0, ::2], case.chunk.value[0, :, 0])
     assert out.isfinite().all()
-    case.expiry.copy_(case.position[:, None] - 1)  # nor do the new tokens see anything
-    assert not prefill.paged_attention(*case).any()
+    case.chunk.expiry.copy_(case.at[:, None] - 1)  # nor do the new tokens see anything
+    assert not kernels.prefill(*case).any()
 
 
-@needs_amx
 def test_misuse_is_refused() -> None:
     case = make_case([[20, 20]], G=2)
     for change in (
+        *misuses(case),
         {"query": case.query.float()},
-        {"key": case.key.double()},
-        {"v_pages": case.v_pages.half()},
-        {"length": case.length.long()},
-        {"position": case.position[:, :0]},
-        {"k_pages": case.k_pages.transpose(0, 1).contiguous().transpose(0, 1)},
-        {"value": case.value.transpose(2, 3).contiguous().transpose(2, 3)},
         {"query": case.query[..., :40]},
-        {"key": case.key.to("meta")},
         {"scale": float("nan")},
     ):
-        with pytest.raises(ValueError, match="paged_attention"):
-            prefill.paged_attention(*case._replace(**change))
+        with pytest.raises(ValueError, match="attention"):
+            kernels.prefill(*case._replace(**change))
 
 
-def test_what_is_supported() -> None:
+def test_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([[20]])
-    assert prefill.supported(case.query, case.k_pages) == prefill.available(torch.bfloat16)
+    assert kernels.has_prefill(case.query, case.pages)
     for dtype in (torch.float32, torch.float16):
-        assert not prefill.available(dtype)
-        assert not prefill.supported(case.query.to(dtype), case.k_pages)
-        assert not prefill.supported(case.query, case.k_pages.to(dtype))
-    assert not prefill.supported(case.query[..., :48], case.k_pages[..., :48])
-    assert not prefill.supported(case.query.to("meta"), case.k_pages)
+        assert not kernels.has_prefill(case.query.to(dtype), case.pages)
+        assert not kernels.has_prefill(case.query, make_case([[20]], stored=dtype).pages)
+    assert not kernels.has_prefill(case.query[..., :48], case.pages)
+    assert not kernels.has_prefill(case.query.to("meta"), case.pages)
+    monkeypatch.setattr(kernels, "AMX", False)
+    assert not kernels.has_prefill(case.query, case.pages)
+    with pytest.raises(ValueError, match="AMX"):
+        kernels.prefill(*case)

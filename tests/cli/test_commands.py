@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from octavo.cli import main as cli
 from octavo.errors import OctavoError, OutputFileError, PromptError
-from octavo.retrofit.evaluate import Evaluation, EvaluationSettings
+from octavo.retrofit.results import Evaluation, EvaluationSettings
 from published import publish, transformed
 from tiny import tiny_model
 
@@ -50,7 +50,7 @@ def test_chat_keeps_its_cache_between_turns(monkeypatch):
     assert counts[1] > counts[0]
 
 
-@pytest.mark.parametrize("options", [[], ["--swiftkv"]])
+@pytest.mark.parametrize("options", [[], ["--swiftkv"], ["--kv-dtype", "int8"]])
 def test_demo_reads_the_user_s_own_text(tmp_path, options):
     (tmp_path / "t.txt").write_text(TEXT + "The harbour master is called Ottilie Brandt. " + TEXT)
     png = tmp_path / "map.png"
@@ -59,7 +59,8 @@ def test_demo_reads_the_user_s_own_text(tmp_path, options):
         "--png", str(png), "--device", "cpu", *options,
     )  # fmt: skip
     assert out.exit_code == 0, out.exception
-    assert ("prompt tokens skip 11 of 30 layers" in out.stdout) == bool(options)
+    assert ("prompt tokens skip 11 of 30 layers" in out.stdout) == ("--swiftkv" in options)
+    assert ("int8 pages" in out.stdout) == ("int8" in options)
     assert "with Octavo" in out.stdout
     assert "Ottilie" in out.stdout
     assert "head 2 |" in out.stdout
@@ -77,6 +78,19 @@ def test_evaluate_writes_table_json_and_plot(tmp_path):
     assert [row["policy"] for row in rows] == ["dense", "dms-8x", "sinks + recent", "key norm", "random"]
     assert f"{rows[1]['nll']:.4f}" in out.stdout
     assert (tmp_path / "e.png").exists()
+
+
+def test_evaluate_measures_quantised_pages(tmp_path, tiny_folder):
+    (tmp_path / "t.txt").write_text(TEXT)
+    out = run(
+        "evaluate", str(tmp_path / "t.txt"), "--model", str(tiny_folder), "--lengths", "400", "--cases", "2",
+        "--nll-length", "500", "--nll-from", "300", "--kv-dtype", "int8", "--chunk", "64", "--dtype", "fp32",
+        "--out", str(tmp_path / "e.json"), "--device", "cpu",
+    )  # fmt: skip
+    assert out.exit_code == 0, out.exception
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["dense fp32", "dense int8"]
+    assert rows[1]["nbytes"] < 0.5 * rows[0]["nbytes"]
 
 
 @pytest.fixture
@@ -132,7 +146,8 @@ MISTAKES = {
     "the prompt is empty": ["generate", "   ", "--device", "cpu"],
     "dtype must be": ["generate", "x", "--dtype", "int3"],
     "budget must be": ["generate", "x", "--budget", "0"],
-    "bytes and its budget": ["generate", "x", "--budget", "5000"],
+    "holds no page": ["generate", "x", "--budget", "5000"],
+    "and its budget is": ["generate", "word " * 500, "--budget", "600000"],
     "8,192 positions": ["generate", "word " * 9000],
     "--question": ["demo", "--file", __file__],
     "cannot read": ["demo", "--file", "/no/such/file.txt", "--question", "x"],
@@ -147,6 +162,8 @@ MISTAKES = {
     "empty adapter name": ["generate", "x", "--adapter", "dms-8x+"],
     "are needed": ["evaluate", __file__, "--nll-length", "200000"],
     "nll_from": ["evaluate", __file__, "--nll-from", "0"],
+    "kv_dtype must be int8": ["evaluate", __file__, "--kv-dtype", "int4"],
+    "kv_dtype must be": ["demo", "--kv-dtype", "bf16"],
     "steps must be": ["retrofit", "dms", "run", "--data", __file__, "--steps", "0"],
     "need at least as many": ["retrofit", "dms", "run", "--data", __file__],
     "cannot read /no/such.txt": ["retrofit", "dms", "run", "--data", __file__, "--held-out", "/no/such.txt"],

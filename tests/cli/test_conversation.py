@@ -81,6 +81,23 @@ def test_bad_turns_are_refused_and_the_conversation_goes_on(smollm):
     assert "".join(conversation.ask("Again."))
 
 
+LAST = "<user>{{ messages[-1]['content'] }}<answer>"  # earlier turns are left out
+NONE = "<user>{{ messages[-1]['role'] }}<answer>"
+
+
+@pytest.mark.parametrize("template", [LAST, NONE])
+def test_a_template_that_leaves_turns_out_is_refused_and_the_conversation_stays(smollm, monkeypatch, template):
+    model, tokenizer = smollm
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    conversation = Conversation(model, tokenizer, Sampling(max_new_tokens=4))
+    if template is LAST:
+        assert "".join(conversation.ask("Hello."))  # nothing is earlier than the first turn
+    before = list(conversation.ids)
+    with pytest.raises(PromptError, match="leaves turns out"):
+        conversation.ask("Again.")
+    assert conversation.ids == before
+
+
 def test_sampling_follows_its_seed_and_its_mass():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
 

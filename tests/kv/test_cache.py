@@ -97,7 +97,9 @@ def test_prompts_about_as_long_as_the_window(prompt, shift):
     ids = tokens(2, 60)
     got, cache = feed(model, ids, prompt)
     torch.testing.assert_close(got, oracle(model, ids), rtol=0, atol=1e-4)
-    assert torch.equal(cache.rows.length.long(), cache.kept.transpose(0, 1)), "no slot is wasted"
+    wasted = cache.tables.length[list(cache.rows)] - cache.kept
+    assert wasted.min() >= 0
+    assert wasted.max() <= 1, "the token that expired last has a slot until the next one takes it"
 
 
 def test_multi_turn_continuation_in_uneven_pieces():
@@ -123,10 +125,13 @@ def test_memory_really_shrinks():
     assert dense.nbytes >= dense.dense_nbytes
     share = sparse.kept.float().mean().item() / 600
     assert sparse.nbytes < dense.nbytes * (share + 0.1)
-    rows = sparse.rows
-    held = [rows.pool.k, rows.pool.v, rows.pool.position, rows.pool.expiry, rows.pool.free, rows.table]
-    held += [rows.length, rows.lost, sparse.position]
-    assert sparse.nbytes == sum(t.untyped_storage().nbytes() for t in held)
+    tables, memory = sparse.tables, sparse.memory
+    pages = tables.held()
+    assert len(pages) == len(pages.unique()) == memory.pool.held()
+    assert sparse.nbytes == len(pages) * (memory.layout.nbytes + 8) + tables.row_nbytes
+    row = [tables.table, tables.length, tables.lost, tables.newest, tables.position, tables.marks]
+    assert tables.row_nbytes == sum(t[:1].numel() * t.element_size() for t in row)
+    assert memory.nbytes >= sparse.nbytes
 
 
 def test_dense_nbytes_is_what_a_dynamic_cache_holds():
@@ -154,7 +159,7 @@ def test_budget_too_small_is_refused_and_the_cache_still_works():
     attach(model)
     ids = tokens(1, 100)
     _, full = feed(model, ids[:, :60], 60)
-    cache = KVCache(model, budget=full.rows.pool.nbytes)
+    cache = KVCache(model, budget=full.nbytes)
     got, _ = feed(model, ids[:, :40], 40, cache)
     with pytest.raises(CacheBudgetError, match="raise the budget"), torch.no_grad():
         model(input_ids=ids[:, 40:], past_key_values=cache)
@@ -282,13 +287,31 @@ def test_a_cache_is_refused_where_it_does_not_belong():
         model(input_ids=tokens(1, 5), past_key_values=cache)
 
 
-def test_the_pool_is_reused_between_prompts():
+def test_decoding_reuses_the_slots_of_expired_tokens():
     model = tiny_model()
     attach(model, tiny_adapter(model, window=8, rate=0.9))
     _, cache = feed(model, tokens(1, 200), 200)
-    pages = cache.rows.pool.pages
+    before = cache.memory.pool.held()
     with torch.no_grad():
         for i in range(40):
             model(input_ids=tokens(1, 1, seed=i), past_key_values=cache)
     # 40 tokens a row, of which about 4 are kept: a page more for each of the 6 rows, two at the worst
-    assert pages <= cache.rows.pool.pages <= pages + 12
+    assert before <= cache.memory.pool.held() <= before + 12
+
+
+def test_caches_of_one_model_share_one_memory_that_is_empty_when_they_are_gone():
+    model = tiny_model()
+    attach(model, tiny_adapter(model))
+    _, one = feed(model, tokens(2, 60), 60)
+    _, two = feed(model, tokens(1, 90), 90)
+    memory = one.memory
+    assert two.memory is memory
+    assert memory.sequences == 3
+    pages = memory.pool.held()
+    assert one.nbytes + two.nbytes == pages * memory.pool.page_nbytes + 3 * one.tables.row_nbytes
+    del one
+    memory.reclaim()
+    assert memory.pool.held() * memory.pool.page_nbytes == two.nbytes - two.tables.row_nbytes
+    two.reset()
+    assert (memory.sequences, memory.pool.held()) == (0, 0)
+    assert not memory.pool.raw[2 : memory.pool.size].any(), "pages that nobody holds are zero"

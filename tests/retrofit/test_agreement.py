@@ -52,7 +52,7 @@ def swiftkv_adapter(model, kv_layers=1, group=1, noise=0.05):
 
 def gates_on(adapter, model):
     gates = tiny_adapter(model, window=16, rate=0.6)
-    return Adapter("gates", gates.gates, gates.fingerprint, 2.0, swiftkv=adapter.swiftkv.fingerprint())
+    return Adapter("gates", gates.gates, gates.fingerprint, 2.0, made_on=adapter.transform.fingerprint())
 
 
 @pytest.mark.parametrize(

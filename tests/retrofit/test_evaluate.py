@@ -20,11 +20,13 @@ from octavo.cli.plots import evaluation as draw
 from octavo.cli.plots import heat_map, heat_map_text, skip_curve, training
 from octavo.cli.training import card_text, evaluation_table
 from octavo.dms import Adapter, load_adapter
-from octavo.errors import AdapterMismatchError, ConfigError, PromptError, TextFileError
+from octavo.errors import AdapterMismatchError, ConfigError, PromptError, TextFileError, UnsupportedModelError
 from octavo.retrofit.agreement import AgreementSettings, Question
 from octavo.retrofit.baselines import BASELINES
 from octavo.retrofit.data import Source
-from octavo.retrofit.evaluate import EvaluationSettings, Row, cells, needle_cases, skip_points
+from octavo.retrofit.measuring import Bench
+from octavo.retrofit.needles import needle_cases
+from octavo.retrofit.results import EvaluationSettings, Row, cells, skip_points
 from octavo.swiftkv import SwiftKVAdapter, initial
 from tiny import tiny_adapter, tiny_model
 
@@ -61,7 +63,7 @@ def swiftkv_adapter(student, name="swiftkv"):
 
 def gates_on(swiftkv, student):
     plain = tiny_adapter(student, window=16, rate=0.8)
-    return Adapter("gates", plain.gates, plain.fingerprint, 2.0, swiftkv=swiftkv.swiftkv.fingerprint())
+    return Adapter("gates", plain.gates, plain.fingerprint, 2.0, made_on=swiftkv.transform.fingerprint())
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +115,12 @@ def test_answers_are_in_the_rows_the_table_and_the_json(skipping):
 
 def test_weights_are_rounded_for_the_measurement_and_not_in_the_adapter(student, tokenizer, source):
     adapter = swiftkv_adapter(student)
-    before = adapter.swiftkv.kv.clone()
+    before = adapter.transform.kv.clone()
     evaluate(
         copy.deepcopy(student).bfloat16(), tokenizer, source.tokens, [adapter], replace(SETTINGS, lengths=(), texts=1)
     )
-    assert adapter.swiftkv.kv.dtype == torch.float32
-    assert torch.equal(adapter.swiftkv.kv, before)
+    assert adapter.transform.kv.dtype == torch.float32
+    assert torch.equal(adapter.transform.kv, before)
 
 
 def test_gates_of_the_base_model_are_refused_on_a_transform(student, tokenizer, source):
@@ -183,7 +185,7 @@ def test_adapter_bytes_are_a_real_cache_s(result, student, source):
 
 
 def test_needles_are_where_they_should_be(tokenizer, source):
-    cases, answers = needle_cases(tokenizer, source.tokens, 320, SETTINGS, np.random.default_rng(0))
+    cases, answers = needle_cases(tokenizer, source.tokens, 320, 12, SETTINGS.depths, np.random.default_rng(0))
     assert cases.shape == (12, 320)
     for i, (row, n) in enumerate(zip(cases, answers, strict=True)):
         text, answer = tokenizer.decode(row), tokenizer.decode(row[-n:])
@@ -195,15 +197,12 @@ def test_needles_are_where_they_should_be(tokenizer, source):
 
 def test_a_model_that_knows_finds_every_needle(student, tokenizer, source):
     """Feed gold hidden states: `found` is an exact match of every answer token."""
-    from octavo.retrofit.evaluate import _Bench
-
-    student = attach(copy.deepcopy(student))
-    bench = _Bench(student, tokenizer, source.tokens, SETTINGS)
+    student = copy.deepcopy(student)
+    bench = Bench(student, tokenizer, source.tokens, SETTINGS)
     student.get_output_embeddings = lambda: lambda hidden: hidden
-    bench.hidden = lambda ids, policy, swiftkv: F.one_hot(ids.roll(-1, 1), 49152).float()
-    assert all(bench.found(None, 320))
-    bench.hidden = lambda ids, policy, swiftkv: F.one_hot(ids.roll(-1, 1) + (torch.arange(320) == 317), 49152).float()
-    assert not any(bench.found(None, 320))
+    assert all(bench.found(lambda ids: F.one_hot(ids.roll(-1, 1), 49152).float(), 320))
+    wrong = torch.arange(320) == 317
+    assert not any(bench.found(lambda ids: F.one_hot(ids.roll(-1, 1) + wrong, 49152).float(), 320))
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -309,10 +308,83 @@ def test_cards_speak_of_needles_only_where_some_were_looked_for(result, lengths,
     assert ("needles per length" in card_text(replace(adapter, card=card))) is said
 
 
-@pytest.mark.parametrize("stores", [1, 34, 100])
-def test_the_demo_s_heat_map_shows_every_cell(tmp_path, stores):
+@pytest.mark.parametrize("layers", [1, 34, 100])
+def test_the_demo_s_heat_map_shows_every_cell(tmp_path, layers):
     console = Console(width=80, record=True, file=io.StringIO())
-    show_heat_map(torch.ones(stores, 2), console, tmp_path / "h.png")
+    show_heat_map(torch.ones(layers, 2), console, tmp_path / "h.png")
     lines = [line for line in console.export_text().splitlines() if line.startswith("head 1 |")]
-    assert sum(line.count("█") for line in lines) == 2 * stores
+    assert sum(line.count("█") for line in lines) == 2 * layers
     assert max(map(len, lines)) <= 80
+
+
+CACHED = replace(SETTINGS, kv_dtype="int8", chunk=32, cases=4)
+
+
+@pytest.fixture(scope="module")
+def through_caches(student, tokenizer, source):
+    """An evaluation through caches of the model alone, of gates, and of gates on a transform; and these entries."""
+    swiftkv = swiftkv_adapter(student)
+    entries = [tiny_adapter(student, window=16, rate=0.8), (swiftkv, gates_on(swiftkv, student))]
+    return evaluate(student, tokenizer, source.tokens, entries, CACHED), entries
+
+
+def test_quantised_pages_are_measured_beside_the_model_s_own(through_caches, student, tokenizer, source):
+    """In the model's dtype a cache is the same function as a forward without one; int8 pages change it a little."""
+    out, entries = through_caches
+    names = ["dense", "tiny", "swiftkv + gates"]
+    assert [row.policy for row in out.rows] == [f"{name} {pages}" for name in names for pages in ("fp32", "int8")]
+    assert attachment_of(student) is None
+    without = evaluate(student, tokenizer, source.tokens, entries, replace(CACHED, kv_dtype=None, baselines=False))
+    for expected, own, int8 in zip(without.rows, out.rows[::2], out.rows[1::2], strict=True):
+        assert own.nll == pytest.approx(expected.nll, abs=1e-4)
+        assert (own.needle, own.skipped) == (expected.needle, expected.skipped)
+        assert 1e-6 < abs(int8.nll - own.nll) < 0.05
+        assert int8.nbytes < own.nbytes
+        assert int8.dense_nbytes == own.dense_nbytes
+        assert int8.skipped == own.skipped
+    json.dumps(out.to_json())
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_bytes_of_quantised_pages_are_those_of_the_first_text_s_cache(through_caches, student, source, index):
+    out, entries = through_caches
+    entry = [None, *entries][index]
+    attach(student, list(entry) if isinstance(entry, tuple) else entry, chunk=32, kv_dtype="int8")
+    cache = KVCache(student)
+    with torch.no_grad():
+        student.model(torch.from_numpy(source.tokens[:400].astype(np.int64))[None], past_key_values=cache)
+    detach(student)
+    row = out.rows[2 * index + 1]
+    assert (row.nbytes, row.dense_nbytes) == (cache.nbytes, cache.dense_nbytes)
+    assert row.kept == pytest.approx(cache.kept.float().mean().item())
+
+
+def test_short_chunks_read_more_quantised_pages(student, tokenizer, source):
+    """What lies in a token's own chunk is not quantised, so one chunk for all measures nothing."""
+    costs = []
+    for chunk in (8, 400):
+        settings = replace(CACHED, lengths=(), chunk=chunk, kv_dtype="fp8")
+        own, quantised = evaluate(student, tokenizer, source.tokens, [], settings).rows
+        costs.append(abs(quantised.nll - own.nll))
+    assert costs[0] > 1e-5
+    assert costs[1] < 1e-6
+
+
+def test_what_has_no_quantised_form_is_refused(student, tokenizer, source):
+    with pytest.raises(ConfigError, match="questions or kv_dtype"):
+        evaluate(student, tokenizer, source.tokens, [], CACHED, questions=[Question("1?", "1")])
+    whole = tiny_model(vocab_size=49152)
+    whole.config.rope_parameters = {**whole.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(UnsupportedModelError, match="in one chunk"):
+        evaluate(whole, tokenizer, source.tokens, [], CACHED)
+    assert attachment_of(whole) is None
+    for change in ({"kv_dtype": "int4"}, {"chunk": 0}):
+        with pytest.raises(ConfigError):
+            replace(CACHED, **change)
+
+
+def test_skip_curve_of_two_page_dtypes_is_the_model_s_own(through_caches, student, tokenizer, source):
+    swiftkv = swiftkv_adapter(student)
+    out = evaluate(student, tokenizer, source.tokens, [swiftkv], replace(CACHED, lengths=(), texts=1))
+    assert skip_points(out, [swiftkv]) == [(0.5, out.rows[2].nll - out.rows[0].nll, "swiftkv fp32")]
+    assert "caches read in chunks of 32" in evaluation_table(out).title

@@ -12,7 +12,7 @@ from octavo.cli.training import search_table
 from octavo.dms import load_adapter
 from octavo.errors import ConfigError, OctavoError, RetrofitError
 from octavo.retrofit.card import card_text
-from octavo.retrofit.evaluate import EvaluationSettings
+from octavo.retrofit.results import EvaluationSettings
 from octavo.retrofit.search import Found, SearchResult, candidates
 from octavo.retrofit.settings import RetrofitSettings, SwiftSettings
 from octavo.swiftkv import load_swiftkv_adapter
@@ -51,7 +51,7 @@ def test_swiftkv_is_trained_measured_resumed_and_extended_with_gates(place, tmp_
     for name in ("adapter.json", "README.md", "log.jsonl", "training.png", "checkpoint.safetensors"):
         assert (folder / name).exists(), name
     adapter = load_swiftkv_adapter(folder)
-    assert (adapter.name, adapter.swiftkv.spec.kv_layers) == ("swift", 1)
+    assert (adapter.name, adapter.transform.spec.kv_layers) == ("swift", 1)
     rows = adapter.card["evaluation"]["rows"]
     assert [row["policy"] for row in rows] == ["dense", "swift"]
     assert f"{rows[1]['nll']:.4f}" in (folder / "README.md").read_text()
@@ -68,12 +68,12 @@ def test_swiftkv_is_trained_measured_resumed_and_extended_with_gates(place, tmp_
         "--held-out", str(place / "t.txt"),
     )  # fmt: skip
     swiftkv, gates = load_swiftkv_adapter(joint), load_adapter(joint / "dms-2x")
-    assert swiftkv.swiftkv.spec.kv_layers == 1, "as the adapter to start from"
-    assert gates.swiftkv == swiftkv.swiftkv.fingerprint()
+    assert swiftkv.transform.spec.kv_layers == 1, "as the adapter to start from"
+    assert gates.made_on == swiftkv.transform.fingerprint()
     assert [row["policy"] for row in gates.card["evaluation"]["rows"]] == ["dense", "[/b] joint", "[/b] joint + dms-2x"]
     assert "[/b] joint and dms-2x in " in out.stdout
     assert (swiftkv.card["init"], gates.card["init"]) == ("swift", None)
-    assert "stores of keys and values, made on SwiftKV with K=1" in (joint / "dms-2x" / "README.md").read_text()
+    assert "KV layers, made on SwiftKV with K=1" in (joint / "dms-2x" / "README.md").read_text()
 
 
 def test_search_measures_every_share_and_recommends(place, tmp_path):
@@ -90,7 +90,7 @@ def test_search_measures_every_share_and_recommends(place, tmp_path):
         assert row["to_base"] == pytest.approx(row["nll"] - found["base_nll"])
         assert f"{row['nll']:.4f}" in out.stdout
         adapter = load_swiftkv_adapter(folder / row["name"])
-        assert adapter.swiftkv.spec.kv_layers == row["kv_layers"]
+        assert adapter.transform.spec.kv_layers == row["kv_layers"]
         assert (folder / row["name"] / "README.md").read_text() == card_text(adapter)
         assert f"{row['to_base']:+.4f}" in card_text(adapter)
     assert (folder / "search.png").read_bytes().startswith(b"\x89PNG")

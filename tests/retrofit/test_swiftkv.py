@@ -86,18 +86,18 @@ def test_the_upper_student_is_the_whole_student(model, sources):
     """What starts at layer K equals a forward of everything, and packed documents equal each on its own."""
     attach(model)
     attachment, base = require_attachment(model), model.base_model
-    swiftkv = initial(model, 2, 2).requires_grad_(False)
+    transform = initial(model, 2, 2).requires_grad_(False)
     rows = Packer(sources, None, 0.0, 64).rows(np.random.default_rng(0), 3)
     embedded = base.embed_tokens(rows.tokens)
     with torch.no_grad():
         lower = attachment.run_layers(embedded, 0, 2, rows.positions, document=rows.document)[-1]
-        upper = attachment.run_layers(lower, 2, 4, rows.positions, swiftkv=swiftkv, document=rows.document)[-1]
-        whole = attachment.run_layers(embedded, 0, 4, rows.positions, swiftkv=swiftkv, document=rows.document)[-1]
+        upper = attachment.run_layers(lower, 2, 4, rows.positions, transform=transform, document=rows.document)[-1]
+        whole = attachment.run_layers(embedded, 0, 4, rows.positions, transform=transform, document=rows.document)[-1]
         torch.testing.assert_close(upper, whole, rtol=0, atol=1e-5)
         for row in range(3):
             for d in range(int(rows.document[row].max()) + 1):
                 at = rows.document[row] == d
-                with attachment.using(None, swiftkv=swiftkv):
+                with attachment.using(None, transform=transform):
                     alone = base(input_ids=rows.tokens[row][at][None], use_cache=False).last_hidden_state[0]
                 torch.testing.assert_close(base.norm(whole[row][at]), alone, rtol=0, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_micro_batches_only_split_the_work(model, sources, tmp_path, settings):
             with torch.no_grad():
                 part.gates.bias.fill_(0.05)
         part.run(reports.append)
-        weights.append(part.swiftkv.q.detach().clone())
+        weights.append(part.transform.q.detach().clone())
     assert reports[0].loss == pytest.approx(reports[1].loss, rel=1e-5)
     assert reports[0].tokens == reports[1].tokens
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
@@ -169,9 +169,9 @@ def test_gates_and_swiftkv_train_together_and_go_together(model, sources, tmp_pa
     expected = log[-1]["kl"] + log[-1]["mse"] + log[-1]["missing"]
     assert log[-1]["loss"] == pytest.approx(expected, rel=1e-5)
     swiftkv, gates = trained.adapters("both", "dms-3x")
-    assert gates.gates.spec.layers == swiftkv.swiftkv.spec.stores == 3
+    assert gates.gates.spec.layers == swiftkv.transform.spec.cached_layers == 3
     swiftkv, gates = save([swiftkv, gates], tmp_path / "run")
-    assert gates.swiftkv == load_swiftkv_adapter(tmp_path / "run").swiftkv.fingerprint()
+    assert gates.made_on == load_swiftkv_adapter(tmp_path / "run").transform.fingerprint()
     attach(model, [tmp_path / "run", "dms-3x"])
     attached = require_attachment(model)
     assert (attached.adapter.name, attached.swiftkv.name) == ("dms-3x", "both")
@@ -180,7 +180,7 @@ def test_gates_and_swiftkv_train_together_and_go_together(model, sources, tmp_pa
 def test_saved_is_what_was_returned(model, sources, tmp_path):
     (adapter,) = run(model, sources, tmp_path).adapters("mine")
     (saved,) = save([adapter], tmp_path)
-    for a, b in zip(adapter.swiftkv.parameters(), saved.swiftkv.parameters(), strict=True):
+    for a, b in zip(adapter.transform.parameters(), saved.transform.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     text = (tmp_path / "README.md").read_text()
     assert "skip 2 of 4 layers (50%; K=2)" in text
@@ -191,9 +191,9 @@ def test_joint_training_starts_from_adapters(model, sources, tmp_path):
     (first,) = run(model, sources, tmp_path / "a").adapters("first")
     plain = tiny_adapter(model, window=8)
     joint = Retrofit(model, None, sources, JOINT, tmp_path / "b", init=[first, plain])
-    assert torch.equal(joint.swiftkv.q, first.swiftkv.q)
+    assert torch.equal(joint.transform.q, first.transform.q)
     assert torch.equal(joint.gates.weight[:2], plain.gates.weight[:2])
-    assert not joint.gates.weight[2:].any(), "stores from K on read something else than before"
+    assert not joint.gates.weight[2:].any(), "KV layers from K on read something else than before"
     assert joint.start == plain.target
     joint.run()
     swiftkv, gates = joint.adapters("second")
@@ -223,7 +223,7 @@ def test_frozen_transforms_take_gates(model, sources, tmp_path):
     settings = replace(JOINT, swiftkv=replace(SWIFT, lr=0.0))
     joint = run(model, sources, tmp_path / "b", settings, init=[first])
     swiftkv, gates = joint.adapters("second")
-    torch.testing.assert_close(swiftkv.swiftkv.kv, first.swiftkv.kv, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(swiftkv.transform.kv, first.transform.kv, rtol=1e-5, atol=1e-6)
     assert gates.gates.weight.any()
     with pytest.raises(ConfigError, match="lr must be positive"):
         replace(settings, gates=None)
@@ -284,14 +284,14 @@ def test_gates_of_the_base_model_are_carried_over_to_n(sources):
     rows = Packer(sources, None, 0.0, 256).rows(np.random.default_rng(0), 16)
     taught_by = tiny_adapter(model, window=8).gates
     taught_by.weight.data.mul_(0.01)  # within the range of logits that counts
-    swiftkv = initial(model, 2, 2)
+    transform = initial(model, 2, 2)
     gates = Gates(replace(taught_by.spec, layers=3))
-    fit_gates(attachment, swiftkv, gates, taught_by, rows.split(4))
+    fit_gates(attachment, transform, gates, taught_by, rows.split(4))
     with torch.no_grad():
         stream = attachment.run_layers(base.embed_tokens(rows.tokens), 0, 2, rows.positions, document=rows.document)[-1]
         inputs = [layer.input_layernorm(stream) for layer in base.layers[2:]]
         wanted = torch.stack([taught_by.logits(j, x) for j, x in zip((2, 3), inputs, strict=True)]).mean(0)
-        error = (gates.logits(2, swiftkv.normalised(stream)) - wanted).square().mean()
+        error = (gates.logits(2, transform.normalised(stream)) - wanted).square().mean()
     assert error < 0.01 * wanted.var()
     assert not gates.weight[:2].any()
 
@@ -353,7 +353,7 @@ def test_adapters_that_do_not_fit_the_run_are_refused(model, sources, tmp_path):
     other = SwiftKVAdapter("other", spec, swiftkv.fingerprint)
     assert shape_for(4, None, None, None, [other]) == (2, 2)
     gates = tiny_adapter(model, window=8)
-    on_other = replace(gates, swiftkv=spec.fingerprint())
+    on_other = replace(gates, made_on=spec.fingerprint())
     with pytest.raises(ConfigError, match="K=2 and groups of 2"):
         Retrofit(model, None, sources, SETTINGS, tmp_path, init=[other])
     with pytest.raises(ConfigError, match="does not train"):

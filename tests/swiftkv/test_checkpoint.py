@@ -44,10 +44,10 @@ def test_a_published_folder_is_read(tmp_path, family, group, shards):
     assert is_published(folder)
     published = load_published(folder)
     assert published.name == "p"
-    assert published.swiftkv.spec == adapter.swiftkv.spec
+    assert published.transform.spec == adapter.transform.spec
     assert published.fingerprint == adapter.fingerprint
-    ours = dict(adapter.swiftkv.named_parameters())
-    theirs = dict(published.swiftkv.named_parameters())
+    ours = dict(adapter.transform.named_parameters())
+    theirs = dict(published.transform.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -138,7 +138,7 @@ def test_the_writer_uses_the_published_names_and_no_others(tmp_path):
     assert written.keys() == model.state_dict().keys() | by_hand(adapter).keys()
     assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in by_hand(adapter).items())
     again = load_published(tmp_path / "out")
-    assert again.swiftkv.norm.dtype == torch.float32
+    assert again.transform.norm.dtype == torch.float32
 
 
 def test_scaled_rope_is_written_as_others_read_it(tmp_path, tokenizer):

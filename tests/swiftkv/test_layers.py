@@ -19,18 +19,18 @@ def logits_of(model, streams):
 def test_layers_one_by_one_are_the_forward(family, evict):
     model, ids = model_of(family), tokens(2, 90)
     swift = swiftkv_for(model, group=2)
-    gates = gates_for(model, swift.swiftkv)
+    gates = gates_for(model, swift.transform)
     attach(model, [swift, gates] if evict else swift)
     expected, positions = full(model, ids), torch.arange(90).expand(2, -1)
     attach(model)
     attachment = require_attachment(model)
-    options = {"swiftkv": swift.swiftkv, "policy": HardGates(gates.gates) if evict else None}
+    options = {"transform": swift.transform, "policy": HardGates(gates.gates) if evict else None}
     with torch.no_grad():
         streams = attachment.run_layers(model.model.embed_tokens(ids), 0, LAYERS, positions, **options)
         assert len(streams) == LAYERS
         torch.testing.assert_close(logits_of(model, streams), expected, rtol=0, atol=1e-5)
         if not evict:
-            upper = attachment.run_layers(streams[1], 2, LAYERS, positions, swiftkv=swift.swiftkv)
+            upper = attachment.run_layers(streams[1], 2, LAYERS, positions, transform=swift.transform)
             torch.testing.assert_close(logits_of(model, upper), expected, rtol=0, atol=1e-5)
 
 
@@ -38,7 +38,7 @@ def test_layers_one_by_one_are_the_forward(family, evict):
 def test_packed_documents_are_each_alone(transform, evict):
     model = model_of()
     swift = swiftkv_for(model, group=4)
-    gates = gates_for(model, swift.swiftkv)
+    gates = gates_for(model, swift.transform)
     attach(model)
     sizes = [[70, 1, 40], [33, 60, 12]]  # the rest of each row is padding
     ids = tokens(2, 120)
@@ -52,7 +52,7 @@ def test_packed_documents_are_each_alone(transform, evict):
             positions[row, at : at + length] = torch.arange(length)
             places.append((row, slice(at, at + length)))
             at += length
-    options = {"swiftkv": swift.swiftkv if transform else None, "policy": HardGates(gates.gates) if evict else None}
+    options = {"transform": swift.transform if transform else None, "policy": HardGates(gates.gates) if evict else None}
     run = require_attachment(model).run_layers
     with torch.no_grad():
         embedded = model.model.embed_tokens(ids)
@@ -67,11 +67,11 @@ def test_packed_documents_are_each_alone(transform, evict):
 def test_gradients_reach_the_transform_and_nothing_else():
     model, ids = model_of(), tokens(1, 40)
     model.requires_grad_(False)
-    swiftkv = swiftkv_for(model).swiftkv
+    transform = swiftkv_for(model).transform
     attach(model)
     streams = require_attachment(model).run_layers(
-        model.model.embed_tokens(ids), 0, LAYERS, torch.arange(40)[None], swiftkv=swiftkv
+        model.model.embed_tokens(ids), 0, LAYERS, torch.arange(40)[None], transform=transform
     )
     streams[-1].square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in swiftkv.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in transform.parameters())
     assert all(p.grad is None for p in model.parameters())

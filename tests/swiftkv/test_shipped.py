@@ -24,7 +24,7 @@ def test_pairs_skip_exactly_and_switch_off_exactly(smollm, ids, name, skipped):
     model = smollm[0]
     base = logits(model, ids)
     swiftkv, gates = resolve(f"{name}+dms-8x")
-    assert (swiftkv.name, swiftkv.swiftkv.spec.upper, gates.name) == (name, skipped, "dms-8x")
+    assert (swiftkv.name, swiftkv.transform.spec.upper, gates.name) == (name, skipped, "dms-8x")
     try:
         attach(model, [name, "dms-8x"], chunk=256)
         expected, cache = logits(model, ids), KVCache(model)

@@ -52,11 +52,11 @@ def test_every_family_skips_exactly(family, shift):
 def test_qwen2_biases_count():
     model, ids = model_of("qwen2"), tokens(1, 90)
     swift = swiftkv_for(model)
-    assert swift.swiftkv.q_bias is not None
+    assert swift.transform.q_bias is not None
     attach(model, swift)
     first = full(model, ids)
     with torch.no_grad():
-        swift.swiftkv.kv_bias.add_(1.0)
+        swift.transform.kv_bias.add_(1.0)
     attach(model, swift)
     assert (full(model, ids) - first).abs().max() > 1e-3
 
@@ -144,8 +144,8 @@ def test_layers_of_a_group_share_their_bytes(group):
         cache = KVCache(model)
         with torch.no_grad():
             fill(model, ids, cache)
-        pages = cache.rows.table.shape[1:3].numel() * 320 // 16  # of one store
-        held[g] = cache.rows.pool.pages - 2 * pages  # of the grouped layers
+        pages = 2 * 320 // 16  # of one KV layer: two heads
+        held[g] = cache.memory.pool.held() - 2 * pages  # of the grouped layers
         assert cache.kept.sum() == 320 * 2 * (2 + 4 // g)
     assert held[1] == held[group] * group
 
@@ -214,7 +214,7 @@ def test_the_transform_follows_a_model_that_is_cast():
             assert (got - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
-def test_beam_search_and_batches_run_with_shared_stores():
+def test_beam_search_and_batches_run_with_shared_kv_layers():
     model, ids = model_of(), tokens(2, 120)
     attach(model, pair(model, 4, True))
     got = model.generate(ids, num_beams=3, max_new_tokens=6, do_sample=False)
@@ -229,7 +229,7 @@ def test_beam_search_and_batches_run_with_shared_stores():
 def test_what_cannot_be_joined_is_refused_and_nothing_changes():
     model = model_of()
     swift = swiftkv_for(model)
-    gates = gates_for(model, swift.swiftkv)
+    gates = gates_for(model, swift.transform)
     attach(model)
     mine = attachment_of(model)
     with pytest.raises(AdapterMismatchError, match="distilled without SwiftKV"):

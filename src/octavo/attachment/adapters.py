@@ -69,7 +69,7 @@ def load_published(folder: str | Path, name: str | None = None) -> SwiftKVAdapte
     published = read_published(folder)
     fingerprint = fingerprint_of(published.config, published.norm)
     card = {"published": published.model_type}
-    return SwiftKVAdapter(name or Path(folder).resolve().name, published.swiftkv, fingerprint, card)
+    return SwiftKVAdapter(name or Path(folder).resolve().name, published.transform, fingerprint, card)
 
 
 def shipped_adapters() -> list[str]:

@@ -1,14 +1,13 @@
 """Joining adapters to a Hugging Face model, and undoing it: what users call; `octavo.attachment` is what it makes."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from octavo.adapter_file import check_fingerprint
-from octavo.attachment.attachment import Attachment, attachment_of, require_attachment
 from octavo.attachment.adapters import Named, resolve
+from octavo.attachment.attachment import Attachment, attachment_of, require_attachment
 from octavo.attachment.chunks import default_chunk
 from octavo.attachment.forward import NAME
 from octavo.attachment.supported import check_supported, fingerprint
@@ -27,13 +26,15 @@ def attach(
     chunk: int | None = None,
     page_size: int = 16,
     budget: int | None = None,
+    kv_dtype: str | None = None,
 ) -> Model:
     """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
 
     `adapter`: an Adapter (gates), a SwiftKVAdapter, a folder, a shipped name, a list of gates and SwiftKV, or
     None: same pages, nothing evicted, nothing skipped. `chunk`: tokens per prefill step, by default 512, on CUDA
-    8,192; a step holds its own keys and values of all layers beside the pages. `budget`: bytes that one cache's
-    pages may take. An attached model is detached first.
+    8,192. `budget`: bytes that the pages of all caches may take. `kv_dtype`: "int8" or "fp8" stores keys and values
+    as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype. An attached
+    model is detached first.
 
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
@@ -44,11 +45,17 @@ def attach(
             f"another attached model holds this {type(model).__name__} or shares its configuration; "
             "attach that one alone, or give this one a configuration of its own"
         )
-    settings = CacheSettings(default_chunk(model.device) if chunk is None else chunk, page_size, budget)
+    settings = CacheSettings(default_chunk(model.device) if chunk is None else chunk, page_size, budget, kv_dtype)
     gates, swiftkv = _checked(model, resolve(adapter))
-    if attachment_of(model) is not None:
-        detach(model)
-    Attachment(model, gates, swiftkv, settings)
+    joined = Attachment(model, gates, swiftkv, settings)
+    before = attachment_of(model)
+    if before is not None:
+        before.undo()
+    try:
+        joined.join()
+    except BaseException:
+        restore(model, before)
+        raise
     return model
 
 
@@ -59,12 +66,14 @@ def detach(model: Model) -> Model:
 
 
 def restore(model: PreTrainedModel, before: Attachment | None) -> None:
-    """Leave the model as `attachment_of` found it earlier: unattached, or with the same adapters and settings."""
-    if attachment_of(model) is not None:
-        detach(model)
+    """Leave the model as `attachment_of` found it earlier: unattached, or joined as before, so that caches live on."""
+    now = attachment_of(model)
+    if now is before:
+        return
+    if now is not None:
+        now.undo()
     if before is not None:
-        attach(model, before.adapters, **asdict(before.settings))
-        require_attachment(model).switch(before.swiftkv_on)
+        before.join()
 
 
 def set_swiftkv(model: Model, on: bool) -> Model:
@@ -87,9 +96,9 @@ def _checked(
     gates = next((a for a in adapters if isinstance(a, Adapter)), None)
     swiftkv = next((a for a in adapters if isinstance(a, SwiftKVAdapter)), None)
     if swiftkv is not None:
-        spec = swiftkv.swiftkv.spec
+        spec = swiftkv.transform.spec
         if spec != spec_for(model, spec.kv_layers, spec.group):
             raise AdapterMismatchError(f"adapter {swiftkv.name} has other shapes than this model: {spec}")
     if gates is not None:
-        check_pair(gates.name, gates.swiftkv, swiftkv)
+        check_pair(gates.name, gates.made_on, swiftkv)
     return gates, swiftkv

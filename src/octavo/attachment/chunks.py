@@ -1,37 +1,52 @@
 """How a long forward is cut into chunks, and how many tokens of each SwiftKV's later layers must run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WHOLE = 16  # chunks of up to so many tokens run all layers: kernels for few tokens gain more than skipping saves
+from octavo.attention import FEW
 
 
 def default_chunk(device: torch.device) -> int:
-    """Tokens per prefill step: a GPU waits for launches where chunks are small, a CPU leaves its caches where not."""
+    """Tokens per prefill step.
+
+    On a GPU every step costs kernel launches, so few long steps are fastest. On a CPU a chunk's keys, values and
+    masks should stay in the processor's caches, so steps are short.
+    """
     return 8192 if device.type == "cuda" else 512
 
 
-def chunk_bounds(columns: int, chunk: int, wanted: int) -> Iterator[tuple[int, int, int]]:
+def chunk_bounds(
+    before: int, columns: int, chunk: int, wanted: int, kept: Collection[int] = ()
+) -> Iterator[tuple[int, int, int]]:
     """(first, last, keep) of each chunk, in order; `keep`: how many of its last tokens' logits may be asked for.
 
-    `wanted`: how many of the last columns' logits are asked for. What is kept are always the last columns of all.
+    `before`: tokens read already. Chunks end at multiples of `chunk` from the sequence's first token, so that a text
+    is cut in the same places whether it comes in one call or in several. `wanted`: how many of the last columns'
+    logits are asked for; these are always the last columns of all. A chunk so short that it runs as a decode step
+    (`FEW`) keeps all: there the kernels for few tokens gain more than skipping layers saves. `kept`: columns of the
+    whole sequence where a chunk must end as well.
     """
-    for first in range(0, columns, chunk):
-        last = min(first + chunk, columns)
+    first = 0
+    while first < columns:
+        last = min(columns, first + chunk - (before + first) % chunk)
+        last = min([last, *(p - before for p in kept if p - before > first)])
         keep = max(0, last - max(first, columns - wanted))
-        yield first, last, last - first if keep and last - first <= WHOLE else keep
+        yield first, last, last - first if keep and last - first <= FEW else keep
+        first = last
 
 
 def part_of(kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
-    """The arguments of tokens first..last of a long forward; its 2-D mask is with the step already."""
+    """The arguments of tokens first..last of a long forward; its 2-D mask is with the forward already."""
     part = dict(kwargs)
-    for name in ("input_ids", "inputs_embeds", "position_ids", "cache_position"):
-        value = part.get(name)
-        if value is not None:
-            part[name] = value[first:last] if name == "cache_position" else value[:, first:last]
+    for name in ("input_ids", "inputs_embeds"):
+        if part.get(name) is not None:
+            part[name] = part[name][:, first:last]
+    for name in ("position_ids", "cache_position"):  # [N], [B, N] or, where pictures have several axes, [axes, B, N]
+        if part.get(name) is not None:
+            part[name] = part[name][..., first:last]
     mask = part.get("attention_mask")
     if mask is not None and mask.ndim == 2:
         part["attention_mask"] = None
@@ -63,7 +78,13 @@ def _joined(values: Sequence[Any], batch: int) -> Any:
 
 
 def padding(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Which of the new tokens are real, [B, columns] bool, from a 2-D mask that ends with them; None: all are."""
-    if mask is None or mask.ndim != 2 or bool(mask[:, -columns:].all()):
+    """Which of the new tokens are real, [B, columns] bool, from a 2-D mask that ends with them; None: all are.
+
+    On a GPU a single column is not looked at, since the host would have to wait for the answer in every decode step.
+    """
+    if mask is None or mask.ndim != 2:
         return None
-    return mask[:, -columns:].bool()
+    new = mask[:, -columns:].bool()
+    if mask.is_cuda and columns == 1:
+        return new
+    return None if bool(new.all()) else new

@@ -1,9 +1,9 @@
 """What runs inside a model's forward: the attention function, and the layers that SwiftKV transforms.
 
-Nothing is global: all that they need travels down with the call, as the keyword argument `octavo_step`.
+Nothing is global: all that they need travels down with the call, as the keyword argument `octavo_forward`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,53 +22,82 @@ NAME = "octavo"
 
 
 @dataclass
-class Step:
-    """What one forward of the decoder hands down to its layers.
+class Forward:
+    """One forward of the decoder, as its layers see it.
 
     With a cache, `gates` decide what it forgets; without one, `policy` does, and `valid` marks real tokens or
     `packed` tells documents apart.
     """
 
     attention: list[nn.Module]  # the model's attention modules
-    cache: PagedCache | None = None
+    cache: PagedCache | None = None  # on which a step has begun
     gates: FoldedGates | None = None
     policy: Policy | None = None
     valid: Tensor | None = None  # [B, N] bool
     packed: Packed | None = None
-    swiftkv: SwiftKV | None = None
+    transform: SwiftKV | None = None
     keep: int | None = None  # SwiftKV's later layers run for so many of the last tokens; None: for all
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # by store: what keys are projected from, [B, N, hidden]
+    entering: Tensor | None = None  # what the keys of the layer that runs now come from, [B, N, hidden]
+    undecided: list[Tensor] = field(default_factory=list)  # the same of all layers so far, where marks can wait
     shared: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)  # see `enter`
 
     def transforms(self, layer: int) -> bool:
         """Whether SwiftKV runs this layer."""
-        return self.swiftkv is not None and layer >= self.swiftkv.spec.kv_layers
+        return self.transform is not None and layer >= self.transform.spec.kv_layers
 
-    @property
-    def deciding(self) -> FoldedGates | None:
-        """The gates, where the cache wants their marks now: not where they may come with `commit`."""
-        return self.gates if self.cache is not None and not self.cache.late else None
+    def store(self, first: int, hidden: list[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Give the cache the new keys and values [B, H, N, D] of KV layers `first`..., and what it forgets of them.
+
+        `hidden`: what each layer's keys come from, [B, N, hidden]. A chunk must know its marks before it attends, and
+        nothing keeps its hidden states. The few tokens of a decode step all outlive the step, so their marks wait for
+        `commit`, which decides for all layers in one operation.
+        """
+        assert self.cache is not None
+        step = self.cache.step
+        if step.late:
+            self.undecided += hidden
+        marked = None if step.late else self._decided(first, hidden)
+        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+            step.update(first + i, key, value, None if marked is None else marked[i])
+
+    def commit(self) -> None:
+        """End a forward on a cache that went well. Raises NotAttachedError where layers are missing."""
+        assert self.cache is not None
+        self.cache.commit(self._decided(0, self.undecided) if self.undecided else None)
+
+    def _decided(self, first: int, hidden: list[Tensor]) -> Tensor | None:
+        """What the gates forget of KV layers `first`...: marks [l, B, H, N] bool; None: they forget nothing."""
+        return None if self.gates is None else self.gates.marked(first, hidden)
+
+    def attend(self, layer: int, query: Tensor, scale: float, last_reader: bool) -> Tensor:
+        """Attention over one KV layer of the cache, [B, n, Hq, D]; after its last reader nothing of it is held back."""
+        assert self.cache is not None
+        out = self.cache.step.attend(layer, query, scale)
+        if last_reader:
+            self.cache.step.settle(layer)
+        return out
 
     def enter(self, residual: Tensor, rotary: Rotary) -> None:
-        """Make the keys and values of all stores from layer K on, from the residual stream [B, N, hidden] before it.
+        """Make the keys and values of all KV layers from K on, from the residual stream [B, N, hidden] before layer K.
 
         They go to the cache, or without one to `shared` (key, value, log_keep), since a group's layers share them.
         """
-        assert self.swiftkv is not None
-        spec = self.swiftkv.spec
-        n = self.swiftkv.normalised(residual)
-        keys, values = self.swiftkv.keys_values(n, self.attention, rotary)
-        gates = self.deciding
-        marked = gates.marked_from(spec.kv_layers, n) if gates else None
-        for i in range(spec.upper_stores):
-            store = spec.kv_layers + i
-            self.hidden[store] = n
-            if self.cache is None:
-                log_keep = self.policy.log_keep(store, n, keys[i]) if self.policy else None
-                self.shared[store] = (keys[i], values[i], log_keep)
-            else:
-                self.cache.update(keys[i], values[i], store)
-                self.cache.mark(store, None if marked is None else marked[i])
+        assert self.transform is not None
+        spec = self.transform.spec
+        n = self.transform.normalised(residual)
+        keys, values = self.transform.keys_values(n, self.attention, rotary)
+        if self.cache is None:
+            for i, layer in enumerate(range(spec.kv_layers, spec.cached_layers)):
+                log_keep = self.policy.log_keep(layer, n, keys[i]) if self.policy else None
+                self.shared[layer] = (keys[i], values[i], log_keep)
+            return
+        upper = range(spec.kv_layers, self.cache.shape.cached_layers)  # fewer than all where generation exits early
+        for i, layer in enumerate(upper):
+            self.cache.update(keys[i], values[i], layer)
+        self.store(spec.kv_layers, [n] * len(upper), keys[: len(upper)].unbind(), values[: len(upper)].unbind())
+        if self.keep == 0:  # no layer reads what was stored
+            for layer in upper:
+                self.cache.step.settle(layer)
 
     def masked(self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float) -> Tensor:
         """Attention of a forward without a cache, [B, N, Hq, D]."""
@@ -84,61 +113,61 @@ def ask_for_logits(
     if not isinstance(keep, int) or keep < 1 or kwargs.get("labels") is not None:
         return None
     config: Any = module.config
-    for name in ("output_hidden_states", "output_attentions"):
-        value = kwargs.get(name)
-        if getattr(config, name, False) if value is None else value:
-            return None
+    value = kwargs.get("output_hidden_states")
+    if getattr(config, "output_hidden_states", False) if value is None else value:
+        return None
     return args, {**kwargs, "octavo_keep": keep}
 
 
 def remember_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Hook on attention modules: the gate reads what keys and values are projected from."""
-    step: Step | None = kwargs.get("octavo_step")
-    if step is None:
+    forward: Forward | None = kwargs.get("octavo_forward")
+    if forward is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} was called without its decoder, which hands down the step"
+            f"{type(module).__name__} was called without its decoder, which hands down the forward"
         )
     layer: Any = module.layer_idx
-    if not step.transforms(layer):
-        step.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+    if not forward.transforms(layer):
+        forward.entering = args[0] if args else kwargs["hidden_states"]
 
 
-def run_layer(layer: int, forward: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A decoder layer's forward that SwiftKV may enter or skip; anything else goes to its own, `forward`."""
-    step: Step | None = kwargs.get("octavo_step")
-    if step is None or step.swiftkv is None or not step.transforms(layer):
-        return forward(hidden_states, *args, **kwargs)
+def run_layer(layer: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A decoder layer's forward that SwiftKV may enter or skip; anything else goes to its own, `original`."""
+    forward: Forward | None = kwargs.get("octavo_forward")
+    if forward is None or forward.transform is None or not forward.transforms(layer):
+        return original(hidden_states, *args, **kwargs)
     rotary: Rotary = kwargs["position_embeddings"]
-    if layer == step.swiftkv.spec.kv_layers:
-        step.enter(hidden_states, rotary)
-    if step.keep is not None and step.keep < rotary[0].shape[1]:  # the others are done: keys and values are held
-        first = rotary[0].shape[1] - step.keep
-        if layer == step.swiftkv.spec.kv_layers:
+    if layer == forward.transform.spec.kv_layers:
+        forward.enter(hidden_states, rotary)
+    if forward.keep is not None and forward.keep < rotary[0].shape[1]:  # the others are done: their KV is held
+        first = rotary[0].shape[1] - forward.keep
+        if layer == forward.transform.spec.kv_layers:
             hidden_states = hidden_states[:, first:]
-        if step.keep == 0:
+        if forward.keep == 0:
             return hidden_states
         kwargs["position_embeddings"] = (rotary[0][:, first:], rotary[1][:, first:])
-    return forward(hidden_states, *args, **kwargs)
+    return original(hidden_states, *args, **kwargs)
 
 
 def run_attention(
-    module: nn.Module, forward: Callable[..., Any], *args: Any, octavo_step: Step | None = None, **kwargs: Any
+    module: nn.Module, original: Callable[..., Any], *args: Any, octavo_forward: Forward | None = None, **kwargs: Any
 ) -> Any:
     """An attention module's forward: its own, or from layer K on queries alone, over keys and values made before."""
     layer: Any = module.layer_idx
-    if octavo_step is None or not octavo_step.transforms(layer):
-        return forward(*args, octavo_step=octavo_step, **kwargs)
-    step, swiftkv = octavo_step, octavo_step.swiftkv
-    assert swiftkv is not None
+    if octavo_forward is None or not octavo_forward.transforms(layer):
+        return original(*args, octavo_forward=octavo_forward, **kwargs)
+    forward, transform = octavo_forward, octavo_forward.transform
+    assert transform is not None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     rotary: Rotary = kwargs["position_embeddings"]
     _refuse(module, kwargs.get("attention_mask"), 0.0, kwargs)
-    query = swiftkv.query(layer, hidden, module, rotary)
-    store, scale = swiftkv.spec.store(layer), float(module.scaling)  # type: ignore[arg-type]
-    if step.cache is not None:
-        out = step.cache.attend(store, query, scale)
+    query = transform.query(layer, hidden, module, rotary)
+    kv_layer, scale = transform.spec.kv_layer_of(layer), float(module.scaling)  # type: ignore[arg-type]
+    if forward.cache is not None:
+        last = layer + 1 == forward.cache.shape.layers or transform.spec.kv_layer_of(layer + 1) != kv_layer
+        out = forward.attend(kv_layer, query, scale, last)
     else:
-        out = step.masked(query, *step.shared[store], scale)
+        out = forward.masked(query, *forward.shared[kv_layer], scale)
     return module.o_proj(out.reshape(*hidden.shape[:2], -1)), None  # type: ignore[operator]
 
 
@@ -150,11 +179,11 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    octavo_step: Step | None = None,
+    octavo_forward: Forward | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: [B, N, Hq, D]."""
-    if octavo_step is None:
+    if octavo_forward is None:
         raise NotAttachedError(
             f"attention '{NAME}' needs a model prepared by octavo.attach, "
             "and a model that shares its configuration with an attached one needs one of its own"
@@ -162,13 +191,17 @@ def _attention(
     _refuse(module, attention_mask, dropout, kwargs)
     layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    step, hidden = octavo_step, octavo_step.hidden[layer]
-    if step.cache is not None:
-        gates = step.deciding
-        step.cache.mark(layer, gates.marked(layer, hidden) if gates else None)
-        return step.cache.attend(layer, query, scale), None
-    log_keep = step.policy.log_keep(layer, hidden, key) if step.policy else None
-    return step.masked(query, key, value, log_keep, scale), None
+    forward, hidden = octavo_forward, octavo_forward.entering
+    if hidden is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends more than once in a layer, and Octavo keeps one set of keys per layer"
+        )
+    forward.entering = None  # else the forward would keep it alive
+    if forward.cache is not None:
+        forward.store(layer, [hidden], [key], [value])
+        return forward.attend(layer, query, scale, last_reader=True), None
+    log_keep = forward.policy.log_keep(layer, hidden, key) if forward.policy else None
+    return forward.masked(query, key, value, log_keep, scale), None
 
 
 def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -183,7 +216,7 @@ def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kw
 
 
 def _mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> None:
-    """Padding travels with the step, and causality is the visibility rule; anything else is refused."""
+    """Padding travels with the forward, and causality is the visibility rule; anything else is refused."""
     if mask_function is not causal_mask_function:
         raise UnsupportedModelError("packed sequences and mask overlays are not supported; pad instead")
 

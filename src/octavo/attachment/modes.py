@@ -1,4 +1,4 @@
-"""What applies with SwiftKV on and what applies with it off: gates, stores, weights where the model lies now."""
+"""What applies with SwiftKV on and what applies with it off: gates, KV layers, weights where the model lies now."""
 
 import copy
 
@@ -13,7 +13,7 @@ from octavo.swiftkv import SwiftKV, SwiftKVAdapter
 
 
 class Modes:
-    """The adapters of one model, `swiftkv` True or False being the mode that is asked about."""
+    """The adapters of one model, `skips` True or False being the mode that is asked about, with SwiftKV or without."""
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter | None, swiftkv: SwiftKVAdapter | None) -> None:
         self.model = model
@@ -22,33 +22,33 @@ class Modes:
         self._cast: SwiftKV | None = None  # what `transform` gave last
         self._folded: FoldedGates | None = None
 
-    def gates(self, swiftkv: bool) -> Adapter | None:
+    def gates(self, skips: bool) -> Adapter | None:
         """The gates that apply in a mode: those distilled on SwiftKV rest without it."""
         adapter = self.adapter
-        return adapter if adapter is not None and (adapter.swiftkv is not None) == swiftkv else None
+        return adapter if adapter is not None and (adapter.made_on is not None) == skips else None
 
-    def eviction(self, swiftkv: bool) -> Eviction | None:
+    def eviction(self, skips: bool) -> Eviction | None:
         """When a cache of this mode forgets."""
-        adapter = self.gates(swiftkv)
+        adapter = self.gates(skips)
         return adapter.gates.spec.eviction if adapter else None
 
-    def shape(self, swiftkv: bool) -> CacheShape:
+    def shape(self, skips: bool) -> CacheShape:
         """What a cache of this mode must look like, where the model lies now."""
         config = self.model.config
-        layers = config.num_hidden_layers
-        stores = self.swiftkv.swiftkv.spec.stores if self.swiftkv and swiftkv else layers
+        layers = config.num_hidden_layers  # fewer than the model has while generation drafts with an early exit
+        cached = self.swiftkv.transform.spec.kv_layer_of(layers - 1) + 1 if self.swiftkv and skips else layers
         heads = config.num_key_value_heads
-        return CacheShape(layers, stores, heads, head_dim(config), self.model.dtype, self.model.device)
+        return CacheShape(layers, cached, heads, head_dim(config), self.model.dtype, self.model.device)
 
-    def oracle(self, swiftkv: bool) -> tuple[Policy | None, SwiftKV | None]:
+    def oracle(self, skips: bool) -> tuple[Policy | None, SwiftKV | None]:
         """What a forward without a cache must run under to equal one with a cache of this mode."""
-        adapter = self.gates(swiftkv)
+        adapter = self.gates(skips)
         policy = HardGates(adapter.gates.to(self.model.device)) if adapter else None
-        return policy, self.transform() if swiftkv else None
+        return policy, self.transform() if skips else None
 
-    def folded(self, swiftkv: bool) -> FoldedGates | None:
+    def folded(self, skips: bool) -> FoldedGates | None:
         """The gates of a mode as caches use them."""
-        adapter = self.gates(swiftkv)
+        adapter = self.gates(skips)
         if adapter is None:
             return None
         if self._folded is None or self._folded.weight.device != self.model.device:
@@ -61,6 +61,6 @@ class Modes:
         assert self.swiftkv is not None
         if self._cast is None or (self._cast.q.device, self._cast.q.dtype) != (self.model.device, self.model.dtype):
             with torch.inference_mode(False), torch.no_grad():
-                cast = copy.deepcopy(self.swiftkv.swiftkv).requires_grad_(False)
+                cast = copy.deepcopy(self.swiftkv.transform).requires_grad_(False)
                 self._cast = cast.to(self.model.device, self.model.dtype)
         return self._cast

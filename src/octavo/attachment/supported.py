@@ -37,6 +37,10 @@ def check_supported(model: object) -> None:
     for module in attention_modules(model):
         if getattr(module, "sinks", None) is not None:
             raise UnsupportedModelError(f"{name} has attention sinks, which Octavo's attention does not compute")
+        if hasattr(module, "lambda_init"):
+            raise UnsupportedModelError(
+                f"{name} has differential attention, which attends twice in a layer; Octavo's attention does so once"
+            )
     devices = {p.device for p in model.base_model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} lies on {len(devices)} devices; put it on one")
@@ -47,6 +51,11 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     layers = getattr(model.base_model, "layers", None)
     modules = [getattr(layer, "self_attn", None) for layer in layers] if layers is not None else []
     needed = ("layer_idx", "num_key_value_groups", "head_dim")
+    if layers is None and isinstance(getattr(model.base_model, "language_model", None), PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} wraps its decoder in a model of several kinds of input; attach the decoder alone, "
+            "as in octavo.attach(model.base_model.language_model), and go on using the whole model"
+        )
     if not modules or not all(m is not None and all(hasattr(m, a) for a in needed) for m in modules):
         raise UnsupportedModelError(
             f"{type(model).__name__} lacks decoder layers with a self_attn that has {', '.join(needed)}"

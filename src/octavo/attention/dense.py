@@ -14,17 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 512  # queries whose mask is made at once
+COMPILATIONS = 64  # of FlexAttention that are kept: one per sequence length, batch and gradient mode
 
 
 class Packed:
-    """Which document each token of packed rows belongs to; made once for all layers of a forward."""
+    """Which document each token of packed rows belongs to; made once for all layers of a forward.
+
+    `document` [B, T] int32 on the device of the queries; -1 is padding, which is a document of its own.
+    """
 
     def __init__(self, document: Tensor) -> None:
-        self.document = document  # [B, T] int32; -1 is padding, which is a document of its own
+        self.document = document
 
     @cached_property
     def blocks(self) -> Any:
-        """FlexAttention's form of it."""
+        """The same as FlexAttention's `BlockMask`, causality in it."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         document, (B, T) = self.document, self.document.shape
@@ -45,8 +49,13 @@ def dense_attention(
 ) -> Tensor:  # [B, T, Hq, D]
     """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere.
 
-    With padding, positions are counted over the valid tokens, as the cache counts them. Packed rows take no `valid`.
+    `window` and ages are in tokens. With padding, positions are counted over the valid tokens, as the cache counts
+    them, and what a padded query gets has no meaning. Packed rows take no `valid`: together they raise ValueError.
+    Query, key and value share one dtype; gradients reach them and `log_keep`. The soft mask is the training rule of
+    DMS ("Inference-Time Hyper-Scaling with KV Cache Compression", Lancucki et al., NeurIPS 2025).
     """
+    if valid is not None and packed is not None:
+        raise ValueError("attention: packed rows are padded by their documents (-1), they take no `valid`")
     grouped = query.shape[1] != key.shape[1]
     if log_keep is None and valid is None and packed is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -95,15 +104,16 @@ def _mask(
     query: Tensor,
     first: int,
     last: int,
-) -> Tensor:
+) -> Tensor:  # [B, 1 or H, last - first, last] float32
+    """What is added to the scores of queries first..last on the keys before `last`."""
     B = query.shape[0]
     ones = torch.ones(B, last, dtype=torch.bool, device=query.device) if valid is None else valid[:, :last]
     position = ones.cumsum(1) - 1  # [B, last]
     age = position[:, first:, None] - position[:, None, :]  # [B, N, last]
     columns = torch.arange(last, device=query.device)
     rows = columns[first:, None]
-    # A padded query must see something: itself.
-    seen = (columns <= rows) & ones[:, None, :] | (columns == rows)  # [B, N, last]
+    seen = (columns <= rows) & ones[:, None, :]  # [B, N, last]
+    seen |= (columns == rows) & ~seen.any(-1, keepdim=True)  # a query before all tokens must see something: itself
     if packed is not None:
         seen &= packed.document[:, first:last, None] == packed.document[:, None, :last]
     mask = torch.zeros(B, 1, last - first, last, device=query.device).masked_fill(~seen[:, None], float("-inf"))
@@ -116,9 +126,6 @@ def _mask(
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # One compilation per sequence length, batch and gradient mode; past dynamo's limit of 8 it would fall
-    # back to materialised scores without a word.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -141,7 +148,11 @@ def _flex(
     group = query.shape[1] // key.shape[1]
     blocks = _causal_blocks(query.shape[2], query.device) if packed is None else packed.blocks
     score = None if log_keep is None else _forgetting(log_keep, window, group)
-    out = _compiled()(query, key, value, score_mod=score, block_mask=blocks, enable_gqa=group > 1, scale=scale)
+    # Past dynamo's limit, 8 by default, it would fall back to materialised scores without a word. Dynamo looks at it
+    # when a call compiles, so it is raised for each call: set once, it is undone by whoever restores what was before.
+    limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        out = _compiled()(query, key, value, score_mod=score, block_mask=blocks, enable_gqa=group > 1, scale=scale)
     return out.transpose(1, 2)  # type: ignore[no-any-return]
 
 

@@ -1,42 +1,39 @@
-"""Which kernel computes the one operation, by device and chunk length."""
+"""Which kernel computes the one operation, by device, dtype and number of queries."""
 
 import torch
 from torch import Tensor
 
-from octavo.attention import native, padded, prefill, ragged
+from octavo.attention.cpu import kernels
+from octavo.attention.pages import Chunk, Pages
+from octavo.attention.torch import padded, ragged
 
-NATIVE_MAX_TOKENS = 16  # above it matrix products beat the streaming kernel
+FEW = 16  # queries up to which the streaming kernel is faster than matrix products
 
 
-def paged_attention(
-    query: Tensor,  # [B, Hq, n, D] of the last n <= N new tokens
-    key: Tensor,  # [B, H, N, D]
-    value: Tensor,  # [B, H, N, D]
-    position: Tensor,  # [B, N]      int32, -1 is padding
-    expiry: Tensor,  # [B, H, N]     int32
-    k_pages: Tensor,  # [P, S, D]
-    v_pages: Tensor,  # [P, S, D]
-    slot_position: Tensor,  # [P, S] int32
-    slot_expiry: Tensor,  # [P, S]   int32
-    page_table: Tensor,  # [B, H, M] int32
-    length: Tensor,  # [B, H]        int32
-    host_length: list[list[int]],  # the same on the host
+def attend(
+    query: Tensor,  # [B, Hq, n, D]
+    at: Tensor,  # [B, n]         int32, positions of the queries, -1 is padding
+    pages: Pages,
+    table: Tensor,  # [B, H, M]   int32
+    length: Tensor,  # [B, H]     int32
     scale: float,
+    chunk: Chunk | None = None,
 ) -> Tensor:  # [B, n, Hq, D]
-    """Attention of the last n of N new tokens over their cached past and themselves; see `reference.paged_attention`.
+    """Attention of n queries over the slots of their rows and a chunk; see `reference.attend`.
 
-    Gradients reach `query`, `key` and `value` (through the torch path); the pages are constants.
+    Queries and chunk are float32, bfloat16 or float16, pages may be stored otherwise. Gradients reach `query` and the
+    chunk (through the torch paths); pages are constants. Slots in use must be finite, and on a GPU all of the pages.
+    Raises ValueError where shapes or memory layouts do not fit each other (C trusts them after that).
     """
-    past = (k_pages, v_pages, slot_position, slot_expiry, page_table)
-    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     n = query.shape[2]
-    # The kernels in C know no gradients, want all new tokens' queries and, unlike autocast, one dtype.
-    plain = not trains and n == key.shape[2] and query.dtype == key.dtype == value.dtype
-    if plain and n <= NATIVE_MAX_TOKENS and native.supported(query, k_pages):
-        return native.paged_attention(query, key, value, position, expiry, *past, length, scale)
-    if plain and prefill.supported(query, k_pages):
-        return prefill.paged_attention(query, key, value, position, expiry, *past, length, scale)
+    new = () if chunk is None else (chunk.key, chunk.value)
+    trains = torch.is_grad_enabled() and (query.requires_grad or any(t.requires_grad for t in new))
+    # The kernels in C know no gradients and, unlike autocast, one dtype.
+    if not trains and all(t.dtype == query.dtype for t in new):
+        if n <= FEW and kernels.has_decode(query, pages):
+            return kernels.decode(query, at, pages, table, length, scale, chunk)
+        if kernels.has_prefill(query, pages):
+            return kernels.prefill(query, at, pages, table, length, scale, chunk)
     if query.is_cuda:
-        longest = max(max(row) for row in host_length)
-        return padded.paged_attention(query, key, value, position, expiry, *past, length, longest, scale)
-    return ragged.paged_attention(query, key, value, position, expiry, *past, host_length, scale)
+        return padded.attend(query, at, pages, table, length, scale, chunk)
+    return ragged.attend(query, at, pages, table, length, scale, chunk)

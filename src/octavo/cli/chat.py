@@ -6,14 +6,15 @@ what the model is asked to continue.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from octavo.attachment import KVCache, attachment_of, fill
-from octavo.errors import CacheStateError, ConfigError, PromptError
+from octavo.attachment import KVCache, Snapshot, attachment_of, fill
+from octavo.errors import CacheStateError, ConfigError, NotAttachedError, PromptError, SnapshotFileError
 
 MARK = "\x00"  # stands for a turn's content while the chat template is taken apart
 
@@ -52,8 +53,9 @@ class Conversation:
     def ask(self, text: str, on_prefill: Callable[[int, int], None] = lambda done, total: None) -> Iterator[str]:
         """Answer a user turn, piece by piece as it is decoded; `on_prefill(done, total)` counts prompt tokens.
 
-        Raises PromptError for an empty turn or one that the model's positions cannot hold; the conversation
-        is then as it was. Raises CacheBudgetError, and CacheStateError after a turn that could not be taken back.
+        Raises PromptError for an empty turn, for one that the model's positions cannot hold, and for a second one where
+        the chat template leaves earlier turns out; the conversation is then as it was. Raises CacheBudgetError, and
+        CacheStateError after a turn that could not be taken back.
         """
         self._check(text, not text.strip())
         turn = self._turn(text)
@@ -66,6 +68,36 @@ class Conversation:
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         self._check_room(len(ids))
         return self._decode(self._read(ids, on_prefill))
+
+    def save(self, path: str | Path) -> None:
+        """Write all tokens and the cache into a file, from which `resume` goes on, in another process too.
+
+        Raises NotAttachedError, OutputFileError, and CacheStateError where there are no turns yet, or after one that
+        could not be taken back.
+        """
+        if not isinstance(self.cache, KVCache):
+            raise NotAttachedError("only conversations with an attached model can be saved; call octavo.attach(model)")
+        if self._broken:
+            raise CacheStateError(
+                "the conversation was not saved: a turn failed halfway and what was evicted for it cannot come back"
+            )
+        self.cache.snapshot(tokens=torch.tensor(self.ids)).save(path)
+
+    @classmethod
+    def resume(
+        cls, model: PreTrainedModel, tokenizer: Any, snapshot: Snapshot, sampling: Sampling | None = None
+    ) -> "Conversation":
+        """The conversation that was saved as this snapshot, as if it had never stopped; sampling begins at its seed.
+
+        Raises NotAttachedError, CacheBudgetError, SnapshotFileError for a snapshot that is of no conversation, and
+        CacheStateError for one made with another model, adapter or page type.
+        """
+        if snapshot.tokens is None:
+            raise SnapshotFileError("this snapshot holds no token ids, so no conversation can go on from it")
+        conversation = cls(model, tokenizer, sampling)
+        conversation.cache = KVCache.restore(model, snapshot)
+        conversation.ids = snapshot.tokens.tolist()
+        return conversation
 
     def _check(self, text: str, empty: bool) -> None:
         if self._broken:
@@ -95,7 +127,12 @@ class Conversation:
         chat = [user] if not self.ids else [user, {"role": "assistant", "content": MARK}, user]
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         parts = rendered.split(MARK)
-        before, after = (parts[0], parts[1]) if not self.ids else (parts[2], parts[3])
+        if len(parts) != len(chat) + 1:
+            raise PromptError(
+                f"this model's chat template renders {len(parts) - 1} contents of {len(chat)} turns (it leaves turns "
+                "out or repeats them), so this conversation cannot go on from what the model has read; start a new one"
+            )
+        before, after = parts[-2:]
         ids: list[int] = tokenizer(before + text + after, add_special_tokens=False, verbose=False)["input_ids"]
         if self.ids and ids[0] == self.ids[-1]:  # the answer already ended with its end token
             ids = ids[1:]

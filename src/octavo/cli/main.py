@@ -11,7 +11,7 @@ import typer
 from octavo.cli.measure import app as measure
 from octavo.cli.retrofit import app as retrofit
 from octavo.cli.talk import app as talk
-from octavo.cli.terminal import AdapterName, Budget, Device, Dtype, Model, check_writable, console, load
+from octavo.cli.terminal import AdapterName, Budget, Device, Dtype, KvDtype, Model, check_writable, console, load
 from octavo.errors import ConfigError, OctavoError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ def demo(
     question: Annotated[list[str] | None, typer.Option(help="Question about the text; may be repeated.")] = None,
     png: Annotated[Path, typer.Option(help="Where the heat map goes.")] = Path("octavo-demo.png"),
     budget: Budget = None,
+    kv_dtype: KvDtype = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -50,7 +51,7 @@ def demo(
     text = read_text(file or demonstration.TEXT)
     if file is not None and not question:
         raise ConfigError("give at least one --question about your --file")
-    loaded, tokenizer = load(model, "swiftkv+dms-8x" if swiftkv else adapter, dtype, device, budget)
+    loaded, tokenizer = load(model, "swiftkv+dms-8x" if swiftkv else adapter, dtype, device, budget, kv_dtype)
     demonstration.run(loaded, tokenizer, text, question or demonstration.QUESTIONS, console, png)
 
 

@@ -1,13 +1,18 @@
 """`octavo evaluate` and `octavo export`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from octavo.cli.terminal import Device, Dtype, Model, check_writable, console, dtype_of, load_plain, numbers
 from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.retrofit.entries import Entry
+    from octavo.retrofit.results import Evaluation
 
 app = typer.Typer()
 
@@ -27,6 +32,11 @@ def evaluate(
     nll_from: int = 1024,
     batch: int = 1,
     baselines: Annotated[bool, typer.Option(help="Measure the training-free policies too.")] = True,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="Measure on real caches with int8 or fp8 pages, and with pages in the model's dtype."),
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens that these caches read at a time.")] = 256,
     questions: Annotated[
         Path | None, typer.Option(help="JSONL of 'question' and 'answer': how far answers agree with the base model's.")
     ] = None,
@@ -36,16 +46,16 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Measure what adapters cost: NLL, needles found, bytes held; dense, adapters and training-free policies."""
-    from octavo.cli.training import run_evaluation, write_text
+    from octavo.cli.training import run_evaluation
     from octavo.models import find_adapters
     from octavo.retrofit.agreement import AgreementSettings, read_questions
     from octavo.retrofit.entries import together
-    from octavo.retrofit.evaluate import EvaluationSettings, skip_points
+    from octavo.retrofit.results import EvaluationSettings
 
     sizes = numbers("--lengths", lengths, int)
     settings = EvaluationSettings(
         nll_length=nll_length, nll_from=nll_from, texts=texts, lengths=sizes, cases=cases, batch=batch,
-        baselines=baselines, answers=AgreementSettings(question_cases),
+        baselines=baselines, answers=AgreementSettings(question_cases), kv_dtype=kv_dtype, chunk=chunk,
     )  # fmt: skip
     if out is not None:
         if out.suffix.lower() == ".png":
@@ -59,16 +69,23 @@ def evaluate(
     loaded, tokenizer = load_plain(model, dtype, device)
     result = run_evaluation(loaded, tokenizer, text, adapters, settings, console, asked)
     if out is not None:
-        from octavo.cli import plots
+        _write(result, adapters, out)
 
-        write_text(out, json.dumps(result.to_json(), indent=2) + "\n")
-        made = [out, out.with_suffix(".png")]
-        plots.evaluation(result, made[-1])
-        points = skip_points(result, adapters)
-        if len(points) > 1:
-            made.append(out.with_name(f"{out.stem}-skip.png"))
-            plots.skip_curve(points, made[-1])
-        console.print(f"wrote {', '.join(map(str, made))}")
+
+def _write(result: "Evaluation", adapters: "Sequence[Entry]", out: Path) -> None:
+    """The JSON file, the plot beside it and, for several SwiftKV adapters, what skipping costs."""
+    from octavo.cli import plots
+    from octavo.cli.training import write_text
+    from octavo.retrofit.results import skip_points
+
+    write_text(out, json.dumps(result.to_json(), indent=2) + "\n")
+    made = [out, out.with_suffix(".png")]
+    plots.evaluation(result, made[-1])
+    points = skip_points(result, adapters)
+    if len(points) > 1:
+        made.append(out.with_name(f"{out.stem}-skip.png"))
+        plots.skip_curve(points, made[-1])
+    console.print(f"wrote {', '.join(map(str, made))}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from octavo.errors import OutputFileError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from octavo.retrofit.evaluate import Evaluation
+    from octavo.retrofit.results import Evaluation
 
 SHADES = " ░▒▓█"
 
@@ -27,7 +27,7 @@ def heat_map_text(share: Tensor) -> list[str]:
 
 
 def heat_map(share: Tensor, path: Path, title: str) -> None:
-    """Write the kept share [layers, kv_heads] as a PNG."""
+    """Write the kept share [layers, kv_heads] in 0..1 as a PNG. Raises OutputFileError, as all plots do."""
     figure, axis = _figure(10, 2.2)
     image = axis.imshow(share.T.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axis.set(xlabel="layer", ylabel="KV head", title=title, yticks=range(share.shape[1]))

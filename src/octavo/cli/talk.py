@@ -2,12 +2,26 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.terminal import AdapterName, Budget, Device, Dtype, Model, console, load, reading_input
+from octavo.cli.terminal import (
+    AdapterName,
+    Budget,
+    Device,
+    Dtype,
+    KvDtype,
+    Model,
+    check_writable,
+    console,
+    load,
+    reading_input,
+)
 from octavo.errors import CacheBudgetError, PromptError
+
+if TYPE_CHECKING:
+    from octavo.cli.chat import Conversation
 
 app = typer.Typer()
 
@@ -20,19 +34,43 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    save: Annotated[Path | None, typer.Option(help="File for the conversation when it ends, to resume it.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with a conversation that --save wrote.")] = None,
     budget: Budget = None,
+    kv_dtype: KvDtype = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Talk to a model; the cache lives on between turns. An empty line or Ctrl-D ends the chat.
+    """Talk to a model; the cache lives on between turns. An empty line, Ctrl-D or Ctrl-C ends the chat.
 
-    A turn that is too long is refused, and the chat goes on.
+    A turn that is too long is refused, and the chat goes on. A resumed chat needs the model, the adapter and the types
+    that it was saved with; nothing of it is read again.
     """
+    from octavo.attachment import Snapshot
     from octavo.cli.chat import Conversation, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    loaded, tokenizer = load(model, adapter, dtype, device, budget)
-    conversation = Conversation(loaded, tokenizer, sampling)
+    if save is not None:
+        check_writable(save, replaced=True)
+    snapshot = None if resume is None else Snapshot.load(resume)
+    loaded, tokenizer = load(model, adapter, dtype, device, budget, kv_dtype)
+    if snapshot is None:
+        conversation = Conversation(loaded, tokenizer, sampling)
+    else:
+        conversation = Conversation.resume(loaded, tokenizer, snapshot, sampling)
+        console.print(f"[dim]going on after {len(conversation.ids):,} tokens[/dim]")
+    try:
+        _talk(conversation)
+    finally:
+        if save is not None and conversation.ids:
+            conversation.save(save)
+            console.print(
+                f"\nsaved {len(conversation.ids):,} tokens to {save}", markup=False, highlight=False, soft_wrap=True
+            )
+
+
+def _talk(conversation: "Conversation") -> None:
+    """Turn after turn until the user ends it."""
     while True:
         try:
             with reading_input():
@@ -64,6 +102,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     budget: Budget = None,
+    kv_dtype: KvDtype = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -76,7 +115,7 @@ def generate(
     if file is not None:
         text = f"{read_text(file)}\n\n{text}"
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    loaded, tokenizer = load(model, adapter, dtype, device, budget)
+    loaded, tokenizer = load(model, adapter, dtype, device, budget, kv_dtype)
     conversation = Conversation(loaded, tokenizer, sampling)
     for piece in conversation.complete(text) if raw else conversation.ask(text):
         print(piece, end="", flush=True)

@@ -24,23 +24,35 @@ AdapterName = Annotated[
     ),
 ]
 Budget = Annotated[int | None, typer.Option(help="Bytes that the KV cache may take.")]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(help="int8 or fp8 keeps keys and values in half of bf16's bytes; the model's dtype if left out."),
+]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default what the device computes in.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; CUDA where there is one.")]
 
 
-def load(model: str | None, adapter: str, dtype: str | None, device: str | None, budget: int | None) -> tuple[Any, Any]:
-    """(model, tokenizer) with its adapters attached, as the options say."""
+def load(
+    model: str | None,
+    adapter: str,
+    dtype: str | None,
+    device: str | None,
+    budget: int | None,
+    kv_dtype: str | None = None,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) with its adapters attached, as the options say. Raises what `octavo.load` raises."""
     from octavo import models
 
     _quiet()
     with console.status("loading the model"):
         return models.load(
-            model, None if adapter == "none" else adapter, dtype=dtype_of(dtype), device=device, budget=budget
-        )
+            model, None if adapter == "none" else adapter, dtype=dtype_of(dtype), device=device, budget=budget,
+            kv_dtype=kv_dtype,
+        )  # fmt: skip
 
 
 def load_plain(model: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer), unattached."""
+    """(model, tokenizer), unattached. Raises what `octavo.models.load_plain` raises."""
     from octavo import models
 
     _quiet()
@@ -49,7 +61,7 @@ def load_plain(model: str | None, dtype: str | None, device: str | None) -> tupl
 
 
 def adapters_of(names: list[str]) -> list[Any]:
-    """Adapters by their names, at most one of each kind."""
+    """Adapters by their names, at most one of each kind. Raises AdapterFileError and ConfigError."""
     from octavo.models import find_adapters
 
     return find_adapters(names)
@@ -74,7 +86,7 @@ def dtype_of(name: str | None) -> Any:
 
 
 def _quiet() -> None:
-    """Leave the terminal to our own progress bars."""
+    """Turn off the progress bars and messages of transformers, which would break into ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -91,7 +103,7 @@ def reading_input() -> Iterator[None]:
 
 
 def check_writable(path: Path, *, make_folder: bool = True, replaced: bool = False) -> None:
-    """Raise OutputFileError now rather than after minutes of work.
+    """Raise OutputFileError where `path` cannot be written, before minutes of work whose result would be lost.
 
     `make_folder`: folders on the way are made. `replaced`: the file will be written aside and renamed, into a folder
     that must be there already.

@@ -26,7 +26,8 @@ from octavo.retrofit.card import card_text, needles_phrase
 from octavo.retrofit.checkpoint import CHECKPOINT, LOG, read_log
 from octavo.retrofit.data import Source, encode, load_source, parse_mix, read_text, source_names
 from octavo.retrofit.entries import Entry
-from octavo.retrofit.evaluate import Evaluation, EvaluationSettings, Row, cells, evaluate
+from octavo.retrofit.evaluate import evaluate
+from octavo.retrofit.results import Evaluation, EvaluationSettings, Row, cells
 from octavo.retrofit.search import SearchResult, candidates, search
 from octavo.retrofit.settings import RetrofitSettings
 from octavo.retrofit.start import Init
@@ -106,7 +107,7 @@ def _keep_evaluation(adapters: Trained, folder: Path) -> None:
 
 def _place(adapter: SwiftKVAdapter | Adapter, folder: Path) -> Path:
     """Gates made on a transform lie in a folder inside the transform's."""
-    return folder if isinstance(adapter, SwiftKVAdapter) or adapter.swiftkv is None else folder / adapter.name
+    return folder if isinstance(adapter, SwiftKVAdapter) or adapter.made_on is None else folder / adapter.name
 
 
 def save(adapters: Trained, folder: Path) -> Trained:
@@ -119,7 +120,7 @@ def save(adapters: Trained, folder: Path) -> Trained:
             saved.append(load_swiftkv_adapter(folder))
         else:
             if saved and isinstance(saved[0], SwiftKVAdapter):
-                adapter = replace(adapter, swiftkv=saved[0].swiftkv.fingerprint())
+                adapter = replace(adapter, made_on=saved[0].transform.fingerprint())
             save_adapter(adapter, place)
             saved.append(adapter)
         write_text(place / CARD, card_text(adapter))
@@ -138,7 +139,10 @@ def find_skip(
     limit: float,
     console: Console,
 ) -> SearchResult:
-    """Distil and measure every share of skipped layers; a table, search.json and search.png, adapters in k<K>/."""
+    """Distil and measure every share of skipped layers; a table, search.json and search.png, adapters in k<K>/.
+
+    `limit`: the loss of NLL, in nats per token, that is allowed. Raises ConfigError and what `search` raises.
+    """
     if held_out is None:
         raise ConfigError("a search measures on text that was not trained on; give --held-out")
     if not math.isfinite(limit):
@@ -204,7 +208,7 @@ def evaluate_for_card(
     settings: EvaluationSettings,
     console: Console,
 ) -> Evaluation:
-    """An evaluation of the first adapter, and of all together."""
+    """An evaluation of the first adapter, and of all together. Raises as `evaluate` does."""
     entries: list[Entry] = [adapters[0]]
     if len(adapters) > 1:
         entries.append((adapters[0], adapters[1]))  # type: ignore[arg-type]
@@ -248,7 +252,9 @@ def evaluation_table(result: Evaluation) -> Table:
     """One column per policy, so that a few of them fit into 80 characters."""
     s = result.settings
     asked = f", {result.questions} questions" if result.questions else ""
-    title = f"{result.model}: NLL past token {s.nll_from} of {s.nll_length}{needles_phrase(s.lengths, s.cases)}{asked}"
+    cached = "" if s.kv_dtype is None else f", caches read in chunks of {s.chunk}"
+    needles = needles_phrase(s.lengths, s.cases)
+    title = f"{result.model}: NLL past token {s.nll_from} of {s.nll_length}{needles}{asked}{cached}"
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     heads, *rows = zip(*([escape(cell) for cell in line] for line in cells(s.lengths, result.rows)), strict=True)
     table.add_column(heads[0], no_wrap=True)
@@ -288,7 +294,7 @@ def _held_out(path: Path, tokenizer: Any, length: int) -> npt.NDArray[Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises OutputFileError."""
+    """Write a text file in UTF-8. Raises OutputFileError."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as e:

@@ -20,9 +20,9 @@ class Adapter:
     """Gates for one model.
 
     `fingerprint` names the model (see `attachment.supported.fingerprint`); `target` is the compression trained for;
-    `card` holds the training settings and the measured results, JSON values only. `swiftkv` is the fingerprint
-    of the transform that the gates were distilled on (`SwiftKV.fingerprint`), None for the base model; then
-    there is one gate per store, and those from layer K on read what keys and values come from.
+    `card` holds the training settings and the measured results, JSON values only. `made_on` is the fingerprint
+    of the SwiftKV transform that the gates were distilled on (`SwiftKV.fingerprint`), None for the base model. On a
+    transform there is one gate per KV layer, and those from layer K on read what keys and values come from.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Adapter:
     fingerprint: dict[str, Any]
     target: float
     card: dict[str, Any] = field(default_factory=dict)
-    swiftkv: dict[str, Any] | None = None
+    made_on: dict[str, Any] | None = None
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:
@@ -41,7 +41,7 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
     spec = adapter.gates.spec
     state = adapter.gates.folded_state()
     settings: dict[str, Any] = {
-        "format": FORMAT if adapter.swiftkv is None else WITH_SWIFTKV,
+        "format": FORMAT if adapter.made_on is None else WITH_SWIFTKV,
         "kind": KIND,
         "name": adapter.name,
         "model": adapter.fingerprint,
@@ -53,9 +53,9 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
         "target": adapter.target,
         "card": adapter.card,
     }
-    if adapter.swiftkv is not None:
-        settings["swiftkv"] = adapter.swiftkv
-        settings["stores"] = spec.layers
+    if adapter.made_on is not None:
+        settings["swiftkv"] = adapter.made_on
+        settings["stores"] = spec.layers  # the file's name for KV layers
     write_adapter(folder, settings, {name: state[name] for name in ("weight", "bias")})
 
 
@@ -64,8 +64,8 @@ def load_adapter(folder: str | Path) -> Adapter:
     settings, tensors = read_adapter(folder, KIND, (FORMAT, WITH_SWIFTKV))
     try:
         gates = _gates(settings, tensors)
-        swiftkv = settings["swiftkv"] if settings["format"] == WITH_SWIFTKV else None
-        return Adapter(settings["name"], gates, settings["model"], settings["target"], settings["card"], swiftkv)
+        made_on = settings["swiftkv"] if settings["format"] == WITH_SWIFTKV else None
+        return Adapter(settings["name"], gates, settings["model"], settings["target"], settings["card"], made_on)
     except (KeyError, TypeError, ConfigError) as e:
         raise AdapterFileError(f"adapter {folder} is incomplete: {e}") from e
 

@@ -22,7 +22,8 @@ Granularity = Literal["head", "layer"]
 class GateSpec:
     """What the gates of one model look like and when a marked token is forgotten.
 
-    `granularity` "head": one decision per KV head; "layer": one for all heads of a layer.
+    `layers`: how many gates, one per KV layer (a set of cached keys and values, which several layers of a model may
+    share). `granularity` "head": one decision per KV head; "layer": one for all heads of a layer. Raises ConfigError.
     """
 
     layers: int
@@ -88,21 +89,16 @@ class FoldedGates:
     weight: Tensor  # [L, outputs, hidden] float32
     bias: Tensor  # [L, outputs] float32
 
-    def marked(self, layer: int, hidden: Tensor) -> Tensor:
-        """Decisions of one layer [B, kv_heads, N] bool from what its keys are projected from, [B, N, hidden]."""
-        logits: Tensor = nn.functional.linear(hidden.float(), self.weight[layer], self.bias[layer])
-        return (logits > 0).transpose(1, 2).expand(-1, self.spec.kv_heads, -1)
+    def marked(self, first: int, hidden: Sequence[Tensor]) -> Tensor:
+        """Decisions of layers first, first + 1..., [len(hidden), B, kv_heads, N] bool.
 
-    def marked_from(self, first: int, hidden: Tensor) -> Tensor:
-        """Decisions of layers `first` to the last, which all read one `hidden`: [L - first, B, kv_heads, N] bool."""
-        weight, bias = self.weight[first:], self.bias[first:]
-        logits: Tensor = nn.functional.linear(hidden.float(), weight.flatten(0, 1), bias.flatten())
-        marked = (logits > 0).view(*hidden.shape[:2], *bias.shape).permute(2, 0, 3, 1)  # [l, B, outputs, N]
-        return marked.expand(-1, -1, self.spec.kv_heads, -1)
-
-    def marked_everywhere(self, hidden: Sequence[Tensor]) -> Tensor:
-        """Decisions of all layers at once, [L, B, kv_heads, N] bool, from one `hidden` [B, N, hidden] per layer."""
-        inputs = torch.stack(list(hidden)).float().flatten(1, 2)  # [L, B*N, hidden]
-        marked = torch.baddbmm(self.bias[:, None], inputs, self.weight.transpose(1, 2)) > 0  # [L, B*N, outputs]
+        `hidden`: what the keys of each are projected from, [B, N, hidden]; one tensor may stand for several layers.
+        """
+        weight, bias = self.weight[first : first + len(hidden)], self.bias[first : first + len(hidden)]
+        if all(h is hidden[0] for h in hidden):
+            inputs = hidden[0].float().flatten(0, 1).expand(len(hidden), -1, -1)  # [l, B*N, hidden]
+        else:
+            inputs = torch.stack(list(hidden)).float().flatten(1, 2)
+        marked = torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2)) > 0  # [l, B*N, outputs]
         marked = marked.view(len(hidden), *hidden[0].shape[:2], -1).transpose(2, 3)
         return marked.expand(-1, -1, self.spec.kv_heads, -1)

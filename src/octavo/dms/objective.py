@@ -1,4 +1,5 @@
-"""What gate training minimises beside the KL to the same model without eviction: the eviction still missing.
+"""What gate training minimises beside the KL to the same model without eviction: the eviction still missing
+(Lancucki et al., NeurIPS 2025).
 
 It is taken of each micro-batch on its own, not of the whole step: a hinge of the step's fraction would need the
 decisions of all its micro-batches before the first gradient. A step is thus pushed by the micro-batches that evict
@@ -12,7 +13,10 @@ from torch import Tensor
 
 
 def target_ratio(step: int, steps: int, final: float, ramp: float, start: float = 1.0) -> float:
-    """The compression asked for at `step`: linear from `start` to `final`, there after the share `ramp`."""
+    """The compression asked for at `step` of `steps`, in tokens per kept token.
+
+    It rises linearly from `start` and stays at `final` after the share `ramp` of the steps.
+    """
     return start + (final - start) * min(1.0, step / max(1.0, steps * ramp))
 
 

@@ -1,7 +1,7 @@
 """What a forward without a cache adds to scores past the window: `log_keep` [B, H, T] per layer.
 
-Soft gates train, hard gates are the oracle of eviction at inference. Both share one law: at temperature zero
-and without noise the soft form is the hard one.
+Soft gates are for training. Hard gates say what eviction at inference does; caches are tested against them. At
+temperature zero and without noise the soft form equals the hard one.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from octavo.dms.gate import Gates
 
 
 class Policy(Protocol):
-    """Decides, layer by layer, what is forgotten past the window."""
+    """Decides, layer by layer, which tokens are forgotten once they are `window` tokens back."""
 
     window: int
 

@@ -1,6 +1,17 @@
-"""Typed pages of one (sequence, layer, KV head), and the transformers `Cache` that fills and frees them."""
+"""Page memory for keys and values, and the transformers `Cache` over it.
 
-from octavo.kv.cache import CacheShape, PagedCache
-from octavo.kv.pool import PagePool
+`space` reserves addresses, `pool` hands out pages, `tables` say which pages each sequence holds, `plan` chooses slots
+for new tokens, `decode_step` and `chunk_step` run one forward, `rewind` takes tokens back, `snapshot` and `capture`
+keep a sequence apart from its pages, `sequences` is a batch that joins all of these, `memory` is what all caches of a
+model share, `hf_cache` is the face that transformers sees.
+"""
 
-__all__ = ["CacheShape", "PagePool", "PagedCache"]
+from octavo.kv.chunk_step import ChunkStep
+from octavo.kv.decode_step import DecodeStep
+from octavo.kv.hf_cache import PagedCache
+from octavo.kv.memory import Memory
+from octavo.kv.sequences import Sequences
+from octavo.kv.shape import CacheShape
+from octavo.kv.snapshot import Snapshot
+
+__all__ = ["CacheShape", "ChunkStep", "DecodeStep", "Memory", "PagedCache", "Sequences", "Snapshot"]

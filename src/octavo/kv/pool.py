@@ -1,112 +1,269 @@
-"""The page pool: fixed-size pages of key/value slots, a free list, growth up to a byte budget.
+"""The page pool: pages on slabs that never move, a stack of free ones, a reference count each, one byte budget.
 
-A page holds `page_size` slots of one (sequence, layer, KV head); a slot is a key, a value, a position and an
-expiry. Free page ids lie on a stack that is a tensor, so that taking pages needs no host; only `reserve`,
-called once per forward, looks at the count. The pool grows by little more than what is asked for and gives
-memory back on `repack`, because what it holds is what the user pays.
+Pages are taken, shared, copied and given back by tensor operations on the device, so that a decode step needs no answer
+from it. The host only sees to it that enough pages are backed by memory before a step takes some: it knows an upper
+bound of the pages in use, and the true number, which is read without waiting, one step late.
 """
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from octavo.attention import PageLayout
 from octavo.errors import CacheBudgetError
+from octavo.kv.late import Late, capturing
+from octavo.kv.space import reserve, slab_of, spare_of
 
-GROWTH = 32  # spare room on growth: 1/32 of the pool, so that decoding rarely copies
+if TYPE_CHECKING:
+    from octavo.kv.tables import Tables
+
+NOWHERE = 0  # the page that stays zero: what tables name past a row's length
+WASTE = 1  # the page that takes what nobody will read, so that writing needs no selection
+GROWTH = 32  # spare room on growth: 1/32 of the pool, so that decoding rarely grows it
 
 
 class PagePool:
-    """Pages `k`, `v` [P, S, D] and `position`, `expiry` [P, S] int32 on one device.
+    """Pages of one layout on one device.
 
-    `budget` bounds `nbytes` (bytes of all four and the free list); None is no bound. `dtype` is how slots are
-    stored, which need not be what the model computes in.
+    `pages`: views of all of them (`octavo.attention.Pages`). `references` [P] int32: rows that name each page.
+    `free` [P] int32: a stack of free page ids, of which the first `free_count` (int64 scalar on the device) are valid.
+    `budget` bounds `nbytes`; None is no bound. A page that is not in use is zero.
     """
 
-    def __init__(
-        self, head_dim: int, dtype: torch.dtype, device: torch.device, page_size: int, budget: int | None
-    ) -> None:
-        self.page_size = page_size
+    def __init__(self, layout: PageLayout, device: torch.device, budget: int | None) -> None:
+        self.layout = layout
+        self.device = device
         self.budget = budget
-        self.k = torch.empty(0, page_size, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty(0, page_size, head_dim, dtype=dtype, device=device)
-        self.position = torch.empty(0, page_size, dtype=torch.int32, device=device)
-        self.expiry = torch.empty(0, page_size, dtype=torch.int32, device=device)
-        self.free = torch.empty(0, dtype=torch.int32, device=device)  # [P] stack of free page ids
+        self.lock = threading.RLock()
+        self.tables: weakref.WeakSet[Tables] = weakref.WeakSet()  # whose rows name pages of this pool
+        self._memory = reserve(device, self._room(budget), layout.nbytes)
+        most = len(self._memory.memory) // layout.nbytes
+        self.raw = self._memory.memory[: most * layout.nbytes].view(torch.int64).view(most, -1)  # [P, bytes / 8]
+        self.pages = layout.views(self._memory.memory)
+        self._counts = [reserve(device, 4 * most) for _ in range(2)]
+        self.references, self.free = (r.memory[: 4 * most].view(torch.int32) for r in self._counts)
         self.free_count = torch.zeros((), dtype=torch.int64, device=device)
+        self._usable = torch.zeros(0, dtype=torch.bool)  # [p] pages that have memory, on the host
+        self.size = 0  # how many
+        self._claimed = 0  # pages that steps may have taken, added up for ever
+        self._late = Late(device)
+        self._in_use = 0, 0  # pages in use, and `_claimed` when that was so
+        self._grow(2)
+        self.references[: WASTE + 1] = 1
+        self.free_count -= 2
+        self._in_use = 2, 0
 
-    @property
-    def pages(self) -> int:
-        """Pages that exist, free or in use."""
-        return self.k.shape[0]
-
-    @property
-    def page_nbytes(self) -> int:
-        """Bytes of one page, its positions, expiries and place on the free list included."""
-        return self.page_size * (2 * self.k.shape[2] * self.k.element_size() + 8) + 4
+    def _room(self, budget: int | None) -> int | None:
+        """Bytes of pages that a budget leaves when counts and the stack have theirs, all in whole slabs."""
+        if budget is None:
+            return None
+        slab = slab_of(self.device, budget)
+        slabs = (budget // slab - 2) * self.layout.nbytes // (self.layout.nbytes + 8)
+        slabs -= slabs % -(-self.layout.nbytes // slab)  # a slab holds at least one page
+        if slabs * slab < 2 * self.layout.nbytes:
+            raise CacheBudgetError(f"a budget of {budget:,} bytes holds no page; at least {8 * slab:,} are needed")
+        return slabs * slab
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.pages * self.page_nbytes
+        """Bytes of device memory held: pages, free or in use, reference counts and the stack."""
+        return self._memory.nbytes + sum(r.nbytes for r in self._counts)
 
-    def reserve(self, count: int) -> None:
-        """Make at least `count` pages free. Raises CacheBudgetError, with nothing changed, past the budget."""
-        free = int(self.free_count)
-        missing = count - free
-        if missing <= 0:
-            return
-        self.check_budget(self.pages + missing)
-        grow = max(missing, self.pages // GROWTH)
-        if self.budget is not None:
-            grow = min(grow, self.budget // self.page_nbytes - self.pages)
-        first = self.pages
-        self._resize(first + grow)
-        # Descending, so that the top of the stack hands out ascending ids.
-        self.free[free : free + grow] = torch.arange(
-            first + grow - 1, first - 1, -1, dtype=torch.int32, device=self.free.device
-        )
-        self.free_count += grow
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page, its reference count and its place on the stack included."""
+        return self.layout.nbytes + 8
 
-    def check_budget(self, pages: int) -> None:
-        """Raise CacheBudgetError when `pages` pages are more than the budget holds."""
-        if self.budget is not None and pages * self.page_nbytes > self.budget:
-            raise CacheBudgetError(
-                f"the KV cache needs {pages * self.page_nbytes:,} bytes and its budget is {self.budget:,}; "
-                "raise the budget, shorten the input or use an adapter that evicts more"
-            )
+    def held(self) -> int:
+        """Pages in use, read from the device."""
+        return self.size - int(self.free_count) - 2
 
-    def peek(self, rank: Tensor) -> Tensor:
-        """Ids of free pages by rank from the top of the stack (int64, any shape); ranks past the end give some id."""
-        return self.free[(self.free_count - 1 - rank).clamp(min=0)]
+    # What a step does, on the device
 
-    def take(self, total: Tensor) -> None:
-        """Remove `total` (int64 scalar on the device) pages from the top of the stack."""
-        self.free_count -= total
+    def reserve(self, claim: int, need: Tensor, wait: bool = True) -> None:
+        """Make sure that `need` (int64 scalar on the device, at most `claim`) pages are free.
 
-    def give(self, ids: Tensor) -> None:
-        """Put pages back on the free list (`ids` int32 [n])."""
-        count = int(self.free_count)
-        self.free[count : count + len(ids)] = ids
-        self.free_count += len(ids)
-
-    def repack(self, page_table: Tensor, used: Tensor) -> Tensor:
-        """Keep exactly the pages that `page_table` [..., M] names where `used` [..., M] bool, and free the rest.
-
-        A page named twice becomes two. Returns the table with the new ids. Raises CacheBudgetError with
-        nothing changed.
+        The device is asked only where pages could run out; with `wait` false even then only where the budget has no
+        room for all of `claim`, since in a decode step waiting costs more than pages that are backed a little early.
+        Raises CacheBudgetError, with nothing changed, where the budget or the device has no room for `need`.
         """
-        keep = page_table[used].long()
-        self.check_budget(len(keep))
-        for name in ("k", "v", "position", "expiry"):
-            setattr(self, name, getattr(self, name)[keep])
-        self.free = torch.empty(len(keep), dtype=torch.int32, device=self.free.device)
-        self.free_count.zero_()
-        table = torch.zeros_like(page_table)
-        table[used] = torch.arange(len(keep), dtype=torch.int32, device=table.device)
-        return table
+        if capturing(self.device):
+            return
+        self._read_late()
+        in_use, then = self._in_use
+        missing = in_use + self._claimed - then + claim - self.size
+        if missing > 0:
+            grown = max(missing, self.size // GROWTH)
+            if not wait and self._fits(grown):
+                self._grow(grown)
+            else:
+                claim = self._make_free(need)
+        self._claimed += claim
 
-    def _resize(self, pages: int) -> None:
-        for name in ("k", "v", "position", "expiry", "free"):
-            old: Tensor = getattr(self, name)
-            new = torch.empty(pages, *old.shape[1:], dtype=old.dtype, device=old.device)
-            new[: len(old)] = old
-            setattr(self, name, new)
+    def _make_free(self, need: Tensor) -> int:
+        """Grow where fewer than `need` pages are free; returns `need`."""
+        free, needed = int(self.free_count), int(need)
+        self._in_use = self.size - free, self._claimed
+        if needed > free:
+            grown = max(needed - free, self.size // GROWTH)
+            self._grow(grown if self._fits(grown) else needed - free)
+        return needed
+
+    def post(self) -> None:
+        """Ask for the true count of pages in use, to be had one step later."""
+        self._late.post(self.free_count, (self.size, self._claimed))
+
+    def _read_late(self) -> None:
+        for free, (size, claimed) in self._late.poll():
+            self._in_use = size - free, claimed
+
+    def take(self, wanted: Tensor) -> Tensor:
+        """A page for each True of `wanted` (bool, any shape): ids int64, `WASTE` where False."""
+        flat = wanted.flatten()
+        rank = flat.cumsum(0)
+        at = (self.free_count - rank).clamp(min=0)
+        ids = torch.where(flat, self.free[at].long(), WASTE)
+        self.references.index_fill_(0, ids, 1)  # assigning a number would copy it from the host
+        self.free_count -= rank[-1]
+        return ids.view(wanted.shape)
+
+    def share(self, ids: Tensor, wanted: Tensor) -> None:
+        """Count one more reference to each of `ids` (int64, any shape) where `wanted` (bool)."""
+        self.references.index_add_(0, ids.flatten(), wanted.flatten().int())
+
+    def drop(self, ids: Tensor, wanted: Tensor) -> None:
+        """Count one reference less to each of `ids` where `wanted`, no id twice; unnamed pages are given back."""
+        flat, wanted = ids.flatten(), wanted.flatten()
+        self.references.index_add_(0, flat, -wanted.int())
+        given = wanted & (self.references[flat] == 0)
+        rank = given.cumsum(0)
+        # What is not given goes right above the new top of the stack, where anything may stand.
+        self.free[torch.where(given, self.free_count + rank - 1, self.free_count + rank[-1])] = flat.int()
+        self.free_count += rank[-1]
+        self.raw.index_fill_(0, torch.where(given, flat, NOWHERE), 0)
+
+    def own(self, ids: Tensor, wanted: Tensor) -> Tensor:
+        """Pages to write into, int64 as `ids`: each of `ids` where `wanted`, or a copy of it where others name it too.
+
+        Of several that want one page which nobody else names, the last keeps it. Pages to copy to must be reserved.
+        """
+        flat = torch.where(wanted, ids, NOWHERE).flatten()
+        order = flat.argsort(stable=True)
+        run = flat[order]
+        first = torch.ones_like(run, dtype=torch.bool)
+        first[1:] = run[1:] != run[:-1]
+        at = torch.arange(len(run), device=run.device)
+        rank = torch.empty_like(at)
+        rank[order] = at - torch.where(first, at, 0).cummax(0).values  # among those that want the same page
+        copied = wanted.flatten() & (self.references[flat] - rank > 1)
+        fresh = self.take(copied)
+        source = torch.where(copied, flat, NOWHERE)
+        self.raw[fresh] = self.raw[source]
+        self.references.index_add_(0, source, -copied.int())
+        return torch.where(copied, fresh, ids.flatten()).view(ids.shape)
+
+    # Growing, giving back, mending
+
+    def _fits(self, pages: int) -> bool:
+        """Whether the address range, so the budget, has room for so many more pages."""
+        memory = self._memory
+        return len(memory.backed) - (-pages * self.layout.nbytes // memory.slab) + 1 <= memory.slabs
+
+    def _grow(self, pages: int) -> None:
+        """Back at least so many more pages with memory and put them on the stack."""
+        memory, wanted = self._memory, self.size + pages
+        slab = 0
+        try:
+            while self.size < wanted:
+                for _ in range(-(-(wanted - self.size) * self.layout.nbytes // memory.slab)):
+                    while slab in memory.backed:
+                        slab += 1
+                    if slab >= memory.slabs:
+                        raise CacheBudgetError(
+                            f"the KV cache needs {pages * self.layout.nbytes:,} bytes beside the {self.nbytes:,} it "
+                            f"holds, and its budget is {self.budget or len(memory.memory):,}; raise the budget, "
+                            "shorten the input or use an adapter that evicts more"
+                        )
+                    memory.back(slab)
+                self._add_backed()
+        except BaseException:
+            self._add_backed()  # what there is, is not lost
+            raise
+
+    def _backed_pages(self) -> Tensor:
+        """Which pages have memory, [p] bool on the host."""
+        memory, nbytes = self._memory, self.layout.nbytes
+        slabs = max(memory.backed, default=-1) + 1
+        backed = torch.zeros(slabs, dtype=torch.bool)
+        backed[list(memory.backed)] = True
+        pages = torch.arange(slabs * memory.slab // nbytes)
+        return backed[pages * nbytes // memory.slab] & backed[(pages * nbytes + nbytes - 1) // memory.slab]
+
+    def _add_backed(self) -> None:
+        """Put pages that have memory now on the stack, the lowest on top."""
+        usable = self._backed_pages()
+        fresh = usable.clone()
+        fresh[: len(self._usable)] &= ~self._usable[: len(usable)]
+        ids = fresh.nonzero()[:, 0].tolist()
+        for counts in self._counts:
+            for slab in range(-(-4 * len(usable) // counts.slab)):
+                counts.back(slab)
+        if ids:
+            at = self.free_count + torch.arange(len(ids), device=self.device)
+            self.free[at] = self._listed(ids)
+            self.free_count += len(ids)
+        self._usable, self.size = usable, self.size + len(ids)
+
+    def _listed(self, ids: list[int]) -> Tensor:
+        """Ascending ids on the device, the last one first, int32: made there, since a copy would wait for it."""
+        runs, first = [], 0
+        for i in range(1, len(ids) + 1):
+            if i == len(ids) or ids[i] != ids[i - 1] + 1:
+                runs.append(torch.arange(ids[first], ids[i - 1] + 1, dtype=torch.int32, device=self.device))
+                first = i
+        return torch.cat(runs).flip(0)
+
+    def trim(self, spare: int | None = None) -> None:
+        """Give slabs back in which no page is in use, but keep `spare` bytes of free pages. Waits for the device.
+
+        `spare` None: see `space.spare_of`.
+        """
+        spare = spare_of(self.device) if spare is None else spare
+        free = int(self.free_count)
+        if free * self.layout.nbytes <= spare:
+            return
+        memory, nbytes = self._memory, self.layout.nbytes
+        used = self.references[: len(self._usable)].cpu() > 0
+        pages = used.nonzero()[:, 0] * nbytes
+        busy = {*(pages // memory.slab).tolist(), *((pages + nbytes - 1) // memory.slab).tolist()}
+        excess = (free * nbytes - spare) // memory.slab
+        for slab in sorted(memory.backed - busy, reverse=True)[:excess]:
+            memory.release(slab)
+        self._usable = self._backed_pages()
+        self._restack(used[: len(self._usable)])
+
+    def mend(self) -> None:
+        """Count all references anew from what tables name: after a step that was interrupted."""
+        counted = torch.zeros(len(self._usable), dtype=torch.int32, device=self.device)
+        for ids in [tables.held() for tables in self.tables]:
+            counted.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        counted[: WASTE + 1] = 1
+        before = self.references[: len(self._usable)]
+        self.raw[((before > 0) & (counted == 0)).nonzero()[:, 0]] = 0
+        self.references[: len(self._usable)] = counted
+        self._restack(counted.cpu() > 0)
+
+    def _restack(self, used: Tensor) -> None:
+        """Make the stack of free pages anew: those with memory that are not `used` [p] bool."""
+        free = (self._usable & ~used).nonzero()[:, 0].flip(0).int()
+        self.free[: len(free)] = free.to(self.device)
+        self.free_count.fill_(len(free))
+        self.size = int(self._usable.sum())
+        self._late.forget()
+        self._in_use = self.size - len(free), self._claimed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagePool":
+        return PagePool(self.layout, self.device, self.budget)

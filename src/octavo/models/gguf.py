@@ -1,4 +1,4 @@
-"""GGUF files, unpacked once to bf16 safetensors beside the Hugging Face cache: parsing one takes over ten seconds."""
+"""GGUF files, unpacked once to bf16 safetensors beside the Hugging Face cache, since parsing one takes ten seconds."""
 
 import hashlib
 import shutil

@@ -101,9 +101,10 @@ def published_config(source: str | Path) -> dict[str, Any] | None:
 
 
 def _whole(source: str, config: dict[str, PreTrainedConfig], dtype: torch.dtype) -> PreTrainedModel:
-    """A model all of whose tensors come from its files: transformers makes up what lacks, and only warns.
+    """Load a model and raise ModelNotFoundError where its files lack tensors.
 
-    With the base model's `config`, that the transform's tensors are in the files too is no surprise.
+    transformers fills missing tensors with random numbers and only warns. `config`: the base model's where the files
+    are a published SwiftKV checkpoint; the transform's tensors in them are then expected, and nothing warns of them.
     """
     level = transformers_logging.get_verbosity()
     if config:
@@ -174,7 +175,7 @@ def save_published(
         raise ConfigError(f"shard must be bytes or a size such as '5GB', not {shard!r}") from e
     check_fingerprint(adapter, fingerprint(model))
     place = Path(folder).resolve()  # "." has no name, and what is written aside needs one
-    write_published(model, adapter.swiftkv, place, tokenizer, dtype=dtype, shard=shard)
+    write_published(model, adapter.transform, place, tokenizer, dtype=dtype, shard=shard)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

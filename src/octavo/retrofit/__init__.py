@@ -1,1 +1,1 @@
-"""Distillation of gates: data, trainer, evaluation of what it made."""
+"""Distillation of gates and SwiftKV weights: data, trainer, and the evaluation of what it made."""

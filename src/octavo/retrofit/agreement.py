@@ -1,4 +1,4 @@
-"""Do answers change? The base model's greedy answers to questions, against those of the model with adapters.
+"""How far answers change: the base model's greedy answers to questions, against those of the model with adapters.
 
 Two figures: the share of questions that end in the same number, where one early difference may change all that
 follows; and the share of the base's own answer tokens that the other model would choose too, given the base's
@@ -174,7 +174,7 @@ def _agreed(
         # Padding lies after all that counts, where no token looks, so it needs no mask.
         ids = torch.stack([F.pad(torch.tensor(row), (0, longest - len(row))) for row in rows]).to(model.device)
         policy = HardGates(parts.gates) if parts.gates is not None else None
-        with require_attachment(model).using(policy, swiftkv=parts.swiftkv):
+        with require_attachment(model).using(policy, transform=parts.transform):
             hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         for b, i in enumerate(indices):
             first, size = len(prompts[i]), len(answers[i])

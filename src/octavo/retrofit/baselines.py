@@ -4,8 +4,12 @@ Each is a `Policy` for forwards without a cache. `kept` is the mean number of sl
 hold at the end of `length` tokens, recent ones included.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from octavo.dms import Policy
 
 WINDOW = 256  # recent tokens that random and key-norm eviction leave alone, at most
 SINKS = 4
@@ -63,4 +67,9 @@ class Random:
         return torch.zeros(key.shape[:3], device=key.device).masked_fill(marked, float("-inf"))
 
 
-BASELINES = {"sinks + recent": SinksAndRecent, "key norm": KeyNorm, "random": Random}
+# By name; each is made for a length in tokens and the mean slots per KV head that it may hold.
+BASELINES: dict[str, Callable[[int, float], Policy]] = {
+    "sinks + recent": SinksAndRecent,
+    "key norm": KeyNorm,
+    "random": Random,
+}

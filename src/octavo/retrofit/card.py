@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo.dms import Adapter
-from octavo.retrofit.evaluate import Row, cells
+from octavo.retrofit.results import Row, cells
 from octavo.swiftkv import SwiftKVAdapter
 
 
 def card_text(adapter: Adapter | SwiftKVAdapter) -> str:
-    """The whole card."""
+    """The card as Markdown text; what `adapter.card` lacks is left out."""
     card = adapter.card
     settings = _flat(card.get("settings", {}))
     data = card.get("data", {})
@@ -27,15 +27,15 @@ def card_text(adapter: Adapter | SwiftKVAdapter) -> str:
 def _what(adapter: Adapter | SwiftKVAdapter) -> list[str]:
     kind = adapter.fingerprint["model_type"]
     if isinstance(adapter, SwiftKVAdapter):
-        spec = adapter.swiftkv.spec
+        spec = adapter.transform.spec
         shared = "" if spec.group == 1 else f", in groups of {spec.group} that share keys and values"
         return [
             f"SwiftKV weights for a {kind} model: prompt tokens skip {spec.upper} of {spec.layers} layers "
             f"({spec.upper / spec.layers:.0%}; K={spec.kv_layers}){shared}."
         ]
     gates = adapter.gates.spec
-    on = f", made on SwiftKV with K={adapter.swiftkv['kv_layers']}" if adapter.swiftkv else ""
-    places = f"{gates.layers} layers" if not adapter.swiftkv else f"{gates.layers} stores of keys and values"
+    on = f", made on SwiftKV with K={adapter.made_on['kv_layers']}" if adapter.made_on else ""
+    places = f"{gates.layers} layers" if not adapter.made_on else f"{gates.layers} KV layers"
     return [
         f"DMS gates for a {kind} model with {places}{on}; window "
         f"{gates.eviction.window}, shift {gates.eviction.shift}, one decision per {gates.granularity}, "

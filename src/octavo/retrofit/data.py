@@ -87,7 +87,10 @@ def read_text(path: Path) -> str:
 
 
 def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.0) -> Source:
-    """Tokenise a file, or open a `.npy` token file, as a source of sequences of `length` tokens."""
+    """Tokenise a file, or open a `.npy` token file, as a source of sequences of `length` tokens.
+
+    Raises TextFileError where the file cannot be read, holds no such tokens, or fewer than `length`.
+    """
     path = Path(path)
     starts = ends = None
     if path.suffix == ".npy":
@@ -113,7 +116,8 @@ def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.
 def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64], bool]:
     """(all documents as one stream; where each ends; whether any is a chat).
 
-    Texts are closed by the end token where the tokenizer has one.
+    The stream is [n] uint16 or uint32, the ends [documents] int64. Texts are closed by the end token where the
+    tokenizer has one. Raises TextFileError where the file cannot be read or holds no documents.
     """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     pieces, chats = [], False

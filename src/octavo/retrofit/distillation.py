@@ -1,4 +1,4 @@
-"""What a student is taught: the teacher's distribution over the next token, and its hidden states.
+"""The losses between student and teacher: of the distribution over the next token, and of hidden states.
 
 The KL and its gradient with respect to the student's hidden states are made in one go, a chunk of tokens at a
 time: nothing of size [tokens, vocab] outlives its chunk, and the backward pass computes no logits again.

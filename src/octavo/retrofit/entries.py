@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,13 +21,13 @@ class Parts:
 
     name: str
     adapters: list[SwiftKVAdapter | Adapter]
-    swiftkv: SwiftKV | None = None
+    transform: SwiftKV | None = None
     gates: Gates | None = None
 
     @property
     def skipped(self) -> float | None:
         """Share of the layers that a prompt token skips; None without SwiftKV."""
-        return self.swiftkv.spec.upper / self.swiftkv.spec.layers if self.swiftkv else None
+        return self.transform.spec.upper / self.transform.spec.layers if self.transform else None
 
 
 DENSE = Parts("dense", [])
@@ -35,19 +36,19 @@ DENSE = Parts("dense", [])
 def parts_of(entry: Entry, model: PreTrainedModel) -> Parts:
     """The entry, its gates on the model's device, a copy of its transform there in the model's dtype."""
     adapters: list[SwiftKVAdapter | Adapter] = [*entry] if isinstance(entry, tuple) else [entry]
-    swiftkv, gates = None, None
+    transform, gates = None, None
     for adapter in adapters:
         if isinstance(adapter, SwiftKVAdapter):
             # A copy: rounding the adapter's own weights would spoil what is saved or trained further.
-            swiftkv = copy.deepcopy(adapter.swiftkv).to(model.device, model.dtype)
+            transform = copy.deepcopy(adapter.transform).to(model.device, model.dtype)
         else:
             gates = adapter.gates.to(model.device)
-    return Parts(" + ".join(a.name for a in adapters), adapters, swiftkv, gates)
+    return Parts(" + ".join(a.name for a in adapters), adapters, transform, gates)
 
 
-def attach_parts(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
-    """Attach the model with these adapters, or with none. Raises as `octavo.attach` does."""
-    return attach(model, [*parts.adapters]) if parts.adapters else attach(model)
+def attach_parts(model: PreTrainedModel, parts: Parts, **settings: Any) -> PreTrainedModel:
+    """Attach the model with these adapters, or with none; `settings` go to `octavo.attach`. Raises as that does."""
+    return attach(model, [*parts.adapters], **settings)
 
 
 def together(adapters: Sequence[SwiftKVAdapter | Adapter]) -> Entry:

@@ -27,11 +27,14 @@ def teach(
     weight: Tensor,  # [B, T] float32
     temperature: float,
     gates: SoftGates | None,
-    swiftkv: SwiftKV | None,
+    transform: SwiftKV | None,
 ) -> Lesson:
-    """Run both and compare them; gradients reach the gates and the SwiftKV weights."""
+    """Run both and compare them; gradients reach the gates and the SwiftKV weights.
+
+    `rows` hold tokens [B, T]; the model is attached. `transform` None trains gates alone.
+    """
     head: Tensor = attachment.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    if swiftkv is None:
+    if transform is None:
         with attachment.using(None), torch.no_grad():
             teacher = _last_hidden(attachment, rows)
         with attachment.using(gates):
@@ -39,7 +42,7 @@ def teach(
         return Lesson(distillation_loss(student, teacher, head, weight, temperature), weight.new_zeros(()))
 
     base: Any = attachment.model.base_model
-    first, last = swiftkv.spec.kv_layers, swiftkv.spec.layers - 1
+    first, last = transform.spec.kv_layers, transform.spec.layers - 1
     with torch.no_grad():  # in three parts, so that only the streams in between are held
         embedded: Tensor = base.embed_tokens(rows.tokens)
         at_first = _through(attachment, embedded, 0, first, rows)
@@ -48,7 +51,7 @@ def teach(
     # Without gates the layers below K do in the student what they did in the teacher.
     begin, stream = (first, at_first) if gates is None else (0, embedded)
     streams = attachment.run_layers(
-        stream, begin, last + 1, rows.positions, policy=gates, swiftkv=swiftkv, document=rows.document
+        stream, begin, last + 1, rows.positions, policy=gates, transform=transform, document=rows.document
     )
     kl = distillation_loss(base.norm(streams[-1]), teacher, head, weight, temperature)
     return Lesson(kl, hidden_error([stream, *streams][-2], at_last, weight))

@@ -18,7 +18,7 @@ from octavo.retrofit.data import Source
 from octavo.retrofit.recall import recall_sequence
 
 Ids = npt.NDArray[np.int64]
-SMALLEST = 16  # a cut shorter than this teaches nothing: padding instead, where rows are long
+SMALLEST = 16  # tokens; a shorter rest of a long row is padded, since so short a piece of text teaches nothing
 
 
 @dataclass(frozen=True)

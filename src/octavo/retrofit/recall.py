@@ -1,8 +1,8 @@
 """Chats about a text with facts hidden in it, so that gates learn to keep what may be asked for later.
 
-Running text rarely asks for a detail from thousands of tokens ago, chats do. Each sequence is a user message
+Running text rarely asks for a detail from thousands of tokens ago, and chats do. Each sequence is a user message
 with a text that has random facts strewn in, followed by questions about some of them with their answers.
-The evaluation's needle (`evaluate.py`) uses none of these wordings.
+The evaluation's needles (`needles.py`) use none of these wordings, so that it does not measure what was trained.
 """
 
 from typing import Any

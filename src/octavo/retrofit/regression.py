@@ -1,8 +1,8 @@
-"""A better start than averages: least squares in closed form before any training, on n alone.
+"""A start of training in closed form, by least squares, which begins at a lower loss than the published averages.
 
-n is the normalised residual stream that enters layer K. Keys and values of each store from K on: ridge regression
-of what the teacher's own projections give (before RoPE and any key norm; the mean over a group). Gates of these
-stores: of what gates made for the base model say of each layer's own input.
+The only input is n, the normalised residual stream that enters layer K. Keys and values of each KV layer from K on
+are fitted by ridge regression to what the teacher's own projections give (before RoPE and any key norm; the mean over
+a group). Gates of these KV layers are fitted to what gates made for the base model say of each layer's own input.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ from octavo.dms import Gates
 from octavo.retrofit.packing import Rows
 from octavo.swiftkv import SwiftKV
 
-CERTAIN = 3.0  # gate logits past this are all the same to the fit: the decision is taken
+CERTAIN = 3.0  # gate logits are clamped to this: past it the decision is the same, and the fit would spend itself there
 Total = Callable[[Tensor], Tensor]
 RIDGE = 1e-4  # of each input's mean square
 CHUNK = 4096  # tokens in float64 at once
@@ -25,57 +25,57 @@ CHUNK = 4096  # tokens in float64 at once
 @torch.no_grad()
 def fit_keys_values(
     attachment: Attachment,
-    swiftkv: SwiftKV,
+    transform: SwiftKV,
     parts: Iterable[Rows],
     ridge: float = RIDGE,
     total: Total = lambda tensor: tensor,
 ) -> None:
-    """Set the key and value projections of `swiftkv` from the attached model's own on some rows.
+    """Set the key and value projections of `transform` from the attached model's own on some rows.
 
     Sums are float64. `total` adds a tensor up over all processes.
     """
-    spec = swiftkv.spec
+    spec = transform.spec
     fit = _Fit(ridge, constant=spec.bias)
     for rows in parts:
         keep = rows.counted.bool()
-        n, streams = _streams(attachment, swiftkv, rows)
-        fit.add(n[keep], _projected(attachment, swiftkv, streams)[keep])
+        n, streams = _streams(attachment, transform, rows)
+        fit.add(n[keep], _projected(attachment, transform, streams)[keep])
     weight, bias = fit.solve(total)
-    swiftkv.kv.copy_(weight.reshape(swiftkv.kv.shape))
-    if swiftkv.kv_bias is not None and bias is not None:
-        swiftkv.kv_bias.copy_(bias.reshape(swiftkv.kv_bias.shape))
+    transform.kv.copy_(weight.reshape(transform.kv.shape))
+    if transform.kv_bias is not None and bias is not None:
+        transform.kv_bias.copy_(bias.reshape(transform.kv_bias.shape))
 
 
 @torch.no_grad()
 def fit_gates(
     attachment: Attachment,
-    swiftkv: SwiftKV,
+    transform: SwiftKV,
     gates: Gates,
     taught_by: Gates,
     parts: Iterable[Rows],
     ridge: float = RIDGE,
     total: Total = lambda tensor: tensor,
 ) -> None:
-    """Set the gates of all stores from layer K on from gates of the base model, `taught_by`, on some rows.
+    """Set the gates of all KV layers from layer K on from gates of the base model, `taught_by`, on some rows.
 
-    Both gates have input_scale 1; `swiftkv` must be fitted or trained.
+    Both gates have input_scale 1; `transform` must be fitted or trained.
     """
-    spec, layers = swiftkv.spec, attachment.model.base_model.layers
+    spec, layers = transform.spec, attachment.model.base_model.layers
     made: Any = layers
     fit = _Fit(ridge, constant=True)
     for rows in parts:
         keep = rows.counted.bool()
-        n, streams = _streams(attachment, swiftkv, rows)
+        n, streams = _streams(attachment, transform, rows)
         wanted = [
             torch.stack(
                 [
                     taught_by.logits(j, made[j].input_layernorm(streams[j - spec.kv_layers])).clamp(-CERTAIN, CERTAIN)
-                    for j in range(spec.leader(store), spec.leader(store) + spec.group)
+                    for j in range(spec.first_reader(kv_layer), spec.first_reader(kv_layer) + spec.group)
                 ]
             ).mean(0)
-            for store in range(spec.kv_layers, spec.stores)
-        ]  # per store [B, kv_heads, T]
-        logits = torch.stack(wanted, 1).flatten(1, 2).transpose(1, 2)  # [B, T, upper_stores * kv_heads]
+            for kv_layer in range(spec.kv_layers, spec.cached_layers)
+        ]  # per KV layer [B, kv_heads, T]
+        logits = torch.stack(wanted, 1).flatten(1, 2).transpose(1, 2)  # [B, T, groups * kv_heads]
         fit.add(n[keep], ((logits + gates.spec.offset) / gates.spec.scale)[keep])
     weight, bias = fit.solve(total)
     assert bias is not None
@@ -111,26 +111,26 @@ class _Fit:
         return (solved[:, :-1], solved[:, -1]) if self.constant else (solved, None)
 
 
-def _streams(attachment: Attachment, swiftkv: SwiftKV, rows: Rows) -> tuple[Tensor, list[Tensor]]:
+def _streams(attachment: Attachment, transform: SwiftKV, rows: Rows) -> tuple[Tensor, list[Tensor]]:
     """n [B, T, hidden], and the residual streams that enter the base model's layers from K on."""
-    spec, base = swiftkv.spec, attachment.model.base_model
+    spec, base = transform.spec, attachment.model.base_model
     embedded: Tensor = base.embed_tokens(rows.tokens)  # type: ignore[operator]
     before = attachment.run_layers(embedded, 0, spec.kv_layers, rows.positions, document=rows.document)[-1]
     streams = [before]
     if spec.upper > 1:
         last = spec.layers - 1
         streams += attachment.run_layers(before, spec.kv_layers, last, rows.positions, document=rows.document)
-    return swiftkv.normalised(before), streams
+    return transform.normalised(before), streams
 
 
-def _projected(attachment: Attachment, swiftkv: SwiftKV, streams: list[Tensor]) -> Tensor:
-    """Keys and values wanted of all stores from K on, [B, T, 2 * upper_stores * kv_heads * head_dim] float32."""
-    spec = swiftkv.spec
+def _projected(attachment: Attachment, transform: SwiftKV, streams: list[Tensor]) -> Tensor:
+    """Keys and values wanted of all KV layers from K on, [B, T, 2 * groups * kv_heads * head_dim] float32."""
+    spec = transform.spec
     layers: Any = attachment.model.base_model.layers
     wanted: list[Tensor] = []
     for name in ("k_proj", "v_proj"):
-        for store in range(spec.upper_stores):
-            members = range(store * spec.group, (store + 1) * spec.group)
+        for group in range(spec.groups):
+            members = range(group * spec.group, (group + 1) * spec.group)
             made = [
                 getattr(layers[spec.kv_layers + i].self_attn, name)(
                     layers[spec.kv_layers + i].input_layernorm(streams[i])

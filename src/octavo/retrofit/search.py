@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from octavo.errors import ConfigError
 from octavo.retrofit.checkpoint import CHECKPOINT, read_log, refuse_unfinished
 from octavo.retrofit.data import Source
-from octavo.retrofit.evaluate import EvaluationSettings, evaluate
+from octavo.retrofit.evaluate import evaluate
+from octavo.retrofit.results import EvaluationSettings
 from octavo.retrofit.settings import RetrofitSettings, kv_layers_for
 from octavo.retrofit.trainer import Retrofit, StepReport
 from octavo.swiftkv import SwiftKVAdapter

@@ -144,7 +144,7 @@ def shape_for(
     """
     if skip is not None and kv_layers is not None:
         raise ConfigError("give the share of layers to skip or the number that are not, not both")
-    given = [a.swiftkv.spec for a in init if isinstance(a, SwiftKVAdapter)]
+    given = [a.transform.spec for a in init if isinstance(a, SwiftKVAdapter)]
     if group is None:
         group = given[0].group if given else 1
     if kv_layers is None:

@@ -68,46 +68,46 @@ def made_with(
     return {"settings": asdict(settings), "model": fingerprint(model), "init": init, "data": data, "dtype": dtype}
 
 
-def first_swiftkv(model: PreTrainedModel, settings: RetrofitSettings, init: SwiftKVAdapter | None) -> SwiftKV | None:
+def first_transform(model: PreTrainedModel, settings: RetrofitSettings, init: SwiftKVAdapter | None) -> SwiftKV | None:
     """float32 weights on the model's device; None without SwiftKV. Raises ConfigError and UnsupportedModelError."""
     s = settings.swiftkv
     if s is None:
         return None
-    swiftkv = initial(model, s.kv_layers, s.group)
+    transform = initial(model, s.kv_layers, s.group)
     if init is not None:
-        given = init.swiftkv.spec
+        given = init.transform.spec
         if (given.kv_layers, given.group) != (s.kv_layers, s.group):
             raise ConfigError(
                 f"adapter {init.name} has K={given.kv_layers} and groups of {given.group}; "
                 f"this run trains K={s.kv_layers} and groups of {s.group}"
             )
-        swiftkv.load_state_dict(init.swiftkv.state_dict())
-    return swiftkv.requires_grad_(s.lr > 0)
+        transform.load_state_dict(init.transform.state_dict())
+    return transform.requires_grad_(s.lr > 0)
 
 
 def first_gates(
-    model: PreTrainedModel, settings: RetrofitSettings, transform: SwiftSpec | None, init: Adapter | None
+    model: PreTrainedModel, settings: RetrofitSettings, spec: SwiftSpec | None, init: Adapter | None
 ) -> tuple[Gates | None, float]:
-    """Gates on the model's device, one per store, and the compression that they start at; None where none are trained.
+    """(gates on the model's device, one per KV layer; the compression that they start at), None where none are trained.
 
-    Gates made for the base model may start gates on a transform: the first K are taken, the others are fitted
-    before the first step (`regression.fit_gates`).
+    Gates made for the base model may start gates on a transform (`spec`): the first K are taken, the others are fitted
+    before the first step (`regression.fit_gates`). Raises ConfigError where `init` has other settings.
     """
     s, config = settings.gates, model.config
     if s is None:
         return None, 1.0
-    stores = transform.stores if transform else config.num_hidden_layers
-    gates = Gates(GateSpec(stores, config.hidden_size, config.num_key_value_heads, Eviction(s.window))).to(model.device)
+    cached = spec.cached_layers if spec else config.num_hidden_layers
+    gates = Gates(GateSpec(cached, config.hidden_size, config.num_key_value_heads, Eviction(s.window))).to(model.device)
     if init is None:
         return gates, 1.0
-    taken = stores
-    if init.swiftkv is not None:
-        made = (init.swiftkv["kv_layers"], init.swiftkv["group"])
-        if transform is None or made != (transform.kv_layers, transform.group):
+    taken = cached
+    if init.made_on is not None:
+        made = (init.made_on["kv_layers"], init.made_on["group"])
+        if spec is None or made != (spec.kv_layers, spec.group):
             raise ConfigError(f"gates {init.name} were made on SwiftKV with K={made[0]} and groups of {made[1]}")
-    elif transform is not None:
-        taken = transform.kv_layers
-    if replace(init.gates.spec, layers=stores) != gates.spec:
+    elif spec is not None:
+        taken = spec.kv_layers
+    if replace(init.gates.spec, layers=cached) != gates.spec:
         raise ConfigError(f"adapter {init.name} has other gate settings: {init.gates.spec}")
     own = gates.state_dict()
     for name, tensor in init.gates.folded_state().items():

@@ -7,7 +7,6 @@ the tokens that count, of the whole step on all processes; only the missing evic
 what is trained, Adam's moments and the step to continue bit for bit.
 """
 
-import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 
 from octavo.attachment import attachment_of, require_attachment
 from octavo.attachment.attach import attach, restore
-from octavo.attachment.supported import attention_modules, check_supported, fingerprint
+from octavo.attachment.supported import check_supported, fingerprint
 from octavo.dms import Adapter, Gates, SoftGates
 from octavo.dms.objective import eviction_loss, target_ratio
 from octavo.errors import ConfigError, OutputFileError, RetrofitError, RetrofitInterrupted
@@ -41,12 +40,13 @@ from octavo.retrofit.data import Source, shares_by_name
 from octavo.retrofit.fusing import fused
 from octavo.retrofit.lesson import teach
 from octavo.retrofit.packing import Packer, Rows, unbroken
+from octavo.retrofit.preparation import scale_inputs
 from octavo.retrofit.recall import recall_sequence
 from octavo.retrofit.regression import fit_gates, fit_keys_values
 from octavo.retrofit.settings import RetrofitSettings
-from octavo.retrofit.start import Init, check_sources, chosen, first_gates, first_swiftkv, made_with
+from octavo.retrofit.start import Init, check_sources, chosen, first_gates, first_transform, made_with
 from octavo.swiftkv import SwiftKVAdapter
-from octavo.swiftkv.adapter import quantised
+from octavo.swiftkv.adapter import as_stored
 
 DIVERGED = "begin again in another folder with a lower lr"
 FITTED_TOKENS = 256  # for a start by regression, per input, of which there are as many as the stream is wide
@@ -95,13 +95,13 @@ class Retrofit:
         world = self.accelerator.num_processes
         if settings.batch % world:
             raise ConfigError(f"batch {settings.batch} must be a multiple of the {world} processes")
-        gates, transform = chosen(model, settings, init)
-        self.init = {"gates": gates.name if gates else None, "swiftkv": transform.name if transform else None}
-        self.swiftkv = first_swiftkv(model, settings, transform)
-        self.gates, self.start = first_gates(model, settings, self.swiftkv.spec if self.swiftkv else None, gates)
+        gates, swiftkv = chosen(model, settings, init)
+        self.init = {"gates": gates.name if gates else None, "swiftkv": swiftkv.name if swiftkv else None}
+        self.transform = first_transform(model, settings, swiftkv)
+        self.gates, self.start = first_gates(model, settings, self.transform.spec if self.transform else None, gates)
         s = settings.swiftkv
-        self.fits = s is not None and s.start == "regression" and transform is None
-        self.taught_by = gates.gates if gates and self.swiftkv is not None and gates.swiftkv is None else None
+        self.fits = s is not None and s.start == "regression" and swiftkv is None
+        self.taught_by = gates.gates if gates and self.transform is not None and gates.made_on is None else None
         # Each part has a learning rate of its own, set at every step.
         groups = [{"params": list(part.parameters()), "name": name} for name, part in self._trained().items()]
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
@@ -114,7 +114,7 @@ class Retrofit:
 
         Raises RetrofitInterrupted on Ctrl-C, after the step that runs and its checkpoint; the second Ctrl-C raises
         KeyboardInterrupt at once. Raises RetrofitError when loss or weights are no longer finite, and where the
-        folder holds an unfinished run that was not resumed.
+        folder holds an unfinished run that was not resumed; OutputFileError where the folder cannot be written.
         """
         if self.step == 0 and not self.resumed:
             refuse_unfinished(self.folder)
@@ -211,7 +211,7 @@ class Retrofit:
             noise = torch.Generator(device=device).manual_seed(seed) if self.noise else None
             soft = SoftGates(self.gates, self.settings.gates.temperature, noise)
         attachment = require_attachment(self.model)
-        lesson = teach(attachment, rows, weight, self.settings.temperature, soft, self.swiftkv)
+        lesson = teach(attachment, rows, weight, self.settings.temperature, soft, self.transform)
         missing = evicted = torch.zeros_like(lesson.kl)
         if soft is not None and target is not None:
             share = len(rows.tokens) / self.settings.batch
@@ -226,14 +226,13 @@ class Retrofit:
         total = functools.partial(self.accelerator.reduce, reduction="sum")
         if self.gates is not None:  # scaled already where a run was interrupted in its first step
             self.gates.load_state_dict(self.gates.folded_state())
-        if self.swiftkv is not None and self.fits:
-            fit_keys_values(attachment, self.swiftkv, self._fitted(), total=total)
-        if self.swiftkv is not None and self.gates is not None and self.taught_by is not None:
-            fit_gates(attachment, self.swiftkv, self.gates, self.taught_by.to(device), self._fitted(), total=total)
+        if self.transform is not None and self.fits:
+            fit_keys_values(attachment, self.transform, self._fitted(), total=total)
+        if self.transform is not None and self.gates is not None and self.taught_by is not None:
+            fit_gates(attachment, self.transform, self.gates, self.taught_by.to(device), self._fitted(), total=total)
         if self.gates is not None:
-            scale = self._input_scale(next(self._rows(0).to(device).split(1)))
-            self.gates.weight.mul_((self.gates.input_scale / scale)[:, :, None])
-            self.gates.input_scale.copy_(scale)
+            mean = functools.partial(self.accelerator.reduce, reduction="mean")
+            scale_inputs(attachment, self.transform, self.gates, next(self._rows(0).to(device).split(1)), mean)
 
     def _fitted(self) -> Iterator[Rows]:
         """This process's rows for a start by regression, in micro-batches."""
@@ -241,31 +240,6 @@ class Retrofit:
         wanted = FITTED_TOKENS * self.model.config.hidden_size
         for step in range(-(-wanted // (s.batch * s.length))):
             yield from self._rows(step).to(self.model.device).split(s.micro_batch)
-
-    def _input_scale(self, rows: Rows) -> Tensor:
-        """1 / RMS of each gate's input: [stores, 1], so that all gates learn at one speed."""
-        squares: list[Tensor] = []
-
-        def measure(module: Any, args: Any, kwargs: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            squares.append(hidden.float().square().mean())
-
-        attachment, base = require_attachment(self.model), self.model.base_model
-        hooks = [m.register_forward_pre_hook(measure, with_kwargs=True) for m in attention_modules(self.model)]
-        try:
-            if self.swiftkv is None:
-                with attachment.using(None):
-                    base(input_ids=rows.tokens, use_cache=False)
-            else:
-                spec = self.swiftkv.spec
-                stream = base.embed_tokens(rows.tokens)  # type: ignore[operator]
-                stream = attachment.run_layers(stream, 0, spec.kv_layers, rows.positions, document=rows.document)[-1]
-                squares += [self.swiftkv.normalised(stream).float().square().mean()] * spec.upper_stores
-        finally:
-            for hook in hooks:
-                hook.remove()
-        mean: Tensor = self.accelerator.reduce(torch.stack(squares), "mean")
-        return mean.rsqrt()[:, None]
 
     # Data
 
@@ -299,7 +273,7 @@ class Retrofit:
 
     def _parts(self) -> dict[str, nn.Module]:
         """What is trained or trained on, by the names in the settings and in checkpoints."""
-        parts = {"gates": self.gates, "swiftkv": self.swiftkv}
+        parts = {"gates": self.gates, "swiftkv": self.transform}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _trained(self) -> dict[str, nn.Module]:
@@ -334,19 +308,16 @@ class Retrofit:
         """
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
         card: dict[str, Any] = {"settings": settings, "data": shares_by_name(self.sources)}
-        made_for, transform = fingerprint(self.model), None
+        made_for, made_on = fingerprint(self.model), None
         out: list[SwiftKVAdapter | Adapter] = []
-        if self.swiftkv is not None:
-            swiftkv = copy.deepcopy(self.swiftkv).cpu().requires_grad_(False)
-            for weight in (swiftkv.q, swiftkv.kv):
-                values, scale = quantised(weight)
-                weight.copy_(values * scale[..., None])
-            transform = swiftkv.fingerprint()
-            out.append(SwiftKVAdapter(name, swiftkv, made_for, {**card, "init": self.init["swiftkv"]}))
+        if self.transform is not None:
+            stored = as_stored(self.transform)
+            made_on = stored.fingerprint()
+            out.append(SwiftKVAdapter(name, stored, made_for, {**card, "init": self.init["swiftkv"]}))
         if self.gates is not None and self.settings.gates is not None:
             target, init = self.settings.gates.target, self.init["gates"]
             gates = Gates(self.gates.spec)
             gates.load_state_dict({k: v.cpu() for k, v in self.gates.folded_state().items()})
-            own = name if self.swiftkv is None else gates_name or self.settings.gates.name
-            out.append(Adapter(own, gates, made_for, target, {**card, "init": init}, transform))
+            own = name if self.transform is None else gates_name or self.settings.gates.name
+            out.append(Adapter(own, gates, made_for, target, {**card, "init": init}, made_on))
         return out

@@ -1,9 +1,10 @@
 """SwiftKV adapters: the transform's weights for one model, and their files.
 
-Files hold matrices in int8 with one scale per output row, which no measured figure can tell from float32, or
-in bf16 or float32. docs/formats.md specifies them.
+Files hold matrices in int8 with one scale per output row, in bf16 or in float32; int8 changed no measured figure.
+docs/formats.md specifies the files.
 """
 
+import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,17 +31,20 @@ class SwiftKVAdapter:
     """
 
     name: str
-    swiftkv: SwiftKV
+    transform: SwiftKV
     fingerprint: dict[str, Any]
     card: dict[str, Any] = field(default_factory=dict)
 
 
 def save_swiftkv_adapter(adapter: SwiftKVAdapter, folder: str | Path, storage: Storage = "int8") -> None:
-    """Write the adapter into `folder` (made when missing). Raises OutputFileError and ConfigError."""
+    """Write the adapter into `folder` (made when missing). Raises OutputFileError and ConfigError.
+
+    `storage` is that of the projection matrices: int8 with a scale per output row, bf16 or fp32.
+    """
     if storage not in ("int8", *_DTYPES):
         raise ConfigError(f"storage must be int8, bf16 or fp32, not {storage!r}")
     tensors: dict[str, Tensor] = {}
-    for name, parameter in adapter.swiftkv.named_parameters():
+    for name, parameter in adapter.transform.named_parameters():
         if name not in ("q", "kv"):
             tensors[name] = parameter.detach().float()
         elif storage == "int8":
@@ -52,7 +56,7 @@ def save_swiftkv_adapter(adapter: SwiftKVAdapter, folder: str | Path, storage: S
         "kind": KIND,
         "name": adapter.name,
         "model": adapter.fingerprint,
-        "spec": asdict(adapter.swiftkv.spec),
+        "spec": asdict(adapter.transform.spec),
         "card": adapter.card,
     }
     write_adapter(folder, settings, tensors)
@@ -62,8 +66,8 @@ def load_swiftkv_adapter(folder: str | Path) -> SwiftKVAdapter:
     """Read an adapter; weights become float32. Raises AdapterFileError for anything but a whole, valid one."""
     settings, tensors = read_adapter(folder, KIND, (FORMAT,))
     try:
-        swiftkv = SwiftKV(SwiftSpec(**settings["spec"]))
-        for name, parameter in swiftkv.named_parameters():
+        transform = SwiftKV(SwiftSpec(**settings["spec"]))
+        for name, parameter in transform.named_parameters():
             tensor = tensors[name].float()
             if f"{name}_scale" in tensors:
                 tensor = tensor * tensors[f"{name}_scale"][..., None]
@@ -72,7 +76,7 @@ def load_swiftkv_adapter(folder: str | Path) -> SwiftKVAdapter:
                     f"{name} must be finite with shape {tuple(parameter.shape)}, not {tuple(tensor.shape)}"
                 )
             parameter.data = tensor
-        return SwiftKVAdapter(settings["name"], swiftkv, settings["model"], settings["card"])
+        return SwiftKVAdapter(settings["name"], transform, settings["model"], settings["card"])
     except (KeyError, TypeError, RuntimeError, ConfigError) as e:
         raise AdapterFileError(f"adapter {folder} is incomplete: {e}") from e
 
@@ -96,13 +100,22 @@ def check_pair(gates: str, made_on: dict[str, Any] | None, adapter: SwiftKVAdapt
         )
     assert made_on is not None
     assert adapter is not None
-    ours = adapter.swiftkv.fingerprint()
+    ours = adapter.transform.fingerprint()
     same = all(made_on.get(key) == ours[key] for key in ("kv_layers", "group"))
     if not same or not relative_distance(ours["sample"], made_on.get("sample", [])) < TOLERANCE:
         raise AdapterMismatchError(
             f"gates {gates} were distilled on another SwiftKV adapter (K={made_on.get('kv_layers')}, "
             f"group {made_on.get('group')}) than {adapter.name} (K={ours['kv_layers']}, group {ours['group']})"
         )
+
+
+def as_stored(transform: SwiftKV) -> SwiftKV:
+    """A frozen copy on the CPU whose matrices hold the values that an int8 file gives back."""
+    copied = copy.deepcopy(transform).cpu().requires_grad_(False)
+    for weight in (copied.q, copied.kv):
+        values, scale = quantised(weight)
+        weight.copy_(values * scale[..., None])
+    return copied
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:

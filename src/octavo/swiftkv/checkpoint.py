@@ -49,7 +49,7 @@ class Published:
 
     model_type: str  # as published
     config: PreTrainedConfig  # of the base model
-    swiftkv: SwiftKV  # float32
+    transform: SwiftKV  # float32
     norm: Tensor  # [hidden], the base model's final norm, which identifies it
 
 
@@ -72,9 +72,9 @@ def read_published(folder: str | Path) -> Published:
     settings = read_config(folder)
     config = base_config(settings, folder)
     spec = _spec(settings, config, folder)
-    swiftkv = SwiftKV(spec)
+    transform = SwiftKV(spec)
     norm = torch.empty(spec.hidden)
-    wanted = {**tensors(swiftkv), FINAL_NORM: norm}
+    wanted = {**tensors(transform), FINAL_NORM: norm}
     files = weight_files(folder)
     missing = [name for name in wanted if name not in files]
     if missing:
@@ -84,30 +84,30 @@ def read_published(folder: str | Path) -> Published:
         )
     for file in sorted({files[name] for name in wanted}):
         _read(folder / file, {name: out for name, out in wanted.items() if files[name] == file})
-    return Published(settings["model_type"], config, swiftkv, norm)
+    return Published(settings["model_type"], config, transform, norm)
 
 
-def tensors(swiftkv: SwiftKV) -> dict[str, Tensor]:
+def tensors(transform: SwiftKV) -> dict[str, Tensor]:
     """The transform's tensors by their published names: views of its parameters, to read and to write."""
-    spec = swiftkv.spec
-    named = {"model.norm_swiftkv.weight": swiftkv.norm.detach()}
+    spec = transform.spec
+    named = {"model.norm_swiftkv.weight": transform.norm.detach()}
     for i in range(spec.upper):
         query = f"model.layers.{spec.kv_layers + i}.self_attn.q_proj_swiftkv"
-        named[f"{query}.weight"] = swiftkv.q.detach()[i]
-        if swiftkv.q_bias is not None:
-            named[f"{query}.bias"] = swiftkv.q_bias.detach()[i]
-    for g in range(spec.upper_stores):
+        named[f"{query}.weight"] = transform.q.detach()[i]
+        if transform.q_bias is not None:
+            named[f"{query}.bias"] = transform.q_bias.detach()[i]
+    for g in range(spec.groups):
         for which, letter in enumerate("kv"):
-            projection = f"model.layers.{spec.leader(spec.kv_layers + g)}.self_attn.{letter}_proj_swiftkv"
-            named[f"{projection}.weight"] = swiftkv.kv.detach()[which, g]
-            if swiftkv.kv_bias is not None:
-                named[f"{projection}.bias"] = swiftkv.kv_bias.detach()[which, g]
+            projection = f"model.layers.{spec.first_reader(spec.kv_layers + g)}.self_attn.{letter}_proj_swiftkv"
+            named[f"{projection}.weight"] = transform.kv.detach()[which, g]
+            if transform.kv_bias is not None:
+                named[f"{projection}.bias"] = transform.kv_bias.detach()[which, g]
     return named
 
 
 def write_published(
     model: PreTrainedModel,
-    swiftkv: SwiftKV,
+    transform: SwiftKV,
     folder: str | Path,
     tokenizer: Any = None,
     *,
@@ -120,7 +120,7 @@ def write_published(
     published layout exists for the model, OutputFileError where `folder` is not empty or cannot be written.
     """
     folder = Path(folder)
-    settings = _published_settings(model, swiftkv.spec, dtype)
+    settings = _published_settings(model, transform.spec, dtype)
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputFileError(f"cannot write checkpoint {folder}: it exists and is not an empty folder")
@@ -128,7 +128,7 @@ def write_published(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
             whole = Path(aside) / folder.name
             whole.mkdir()
-            _write_tensors({**base_tensors(model), **tensors(swiftkv)}, whole, dtype, shard)
+            _write_tensors({**base_tensors(model), **tensors(transform)}, whole, dtype, shard)
             (whole / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(whole)

@@ -38,22 +38,23 @@ def spec_for(model: PreTrainedModel, kv_layers: int, group: int = 1) -> SwiftSpe
 def initial(model: PreTrainedModel, kv_layers: int, group: int = 1) -> SwiftKV:
     """The published recipe's start: the norm of layer K, each layer's queries, keys and values averaged per group.
 
-    float32, on the model's device. Raises UnsupportedModelError and ConfigError.
+    `kv_layers` is K. The weights are float32, on the model's device (arXiv 2410.03960).
+    Raises UnsupportedModelError and ConfigError.
     """
     spec = spec_for(model, kv_layers, group)
-    swiftkv = SwiftKV(spec).to(model.device)
+    transform = SwiftKV(spec).to(model.device)
     layers: Any = model.base_model.layers
     upper = [layer.self_attn for layer in layers[kv_layers:]]
-    swiftkv.norm.copy_(layers[kv_layers].input_layernorm.weight)
+    transform.norm.copy_(layers[kv_layers].input_layernorm.weight)
     groups = [upper[i : i + group] for i in range(0, spec.upper, group)]
     for i, attention in enumerate(upper):
-        swiftkv.q[i].copy_(attention.q_proj.weight)
-        if swiftkv.q_bias is not None:
-            swiftkv.q_bias[i].copy_(attention.q_proj.bias)
+        transform.q[i].copy_(attention.q_proj.weight)
+        if transform.q_bias is not None:
+            transform.q_bias[i].copy_(attention.q_proj.bias)
     for which, name in enumerate(("k_proj", "v_proj")):
         for g, members in enumerate(groups):
             projections: list[nn.Linear] = [getattr(module, name) for module in members]
-            swiftkv.kv[which, g].copy_(torch.stack([p.weight.float() for p in projections]).mean(0))
-            if swiftkv.kv_bias is not None:
-                swiftkv.kv_bias[which, g].copy_(torch.stack([p.bias.float() for p in projections]).mean(0))
-    return swiftkv
+            transform.kv[which, g].copy_(torch.stack([p.weight.float() for p in projections]).mean(0))
+            if transform.kv_bias is not None:
+                transform.kv_bias[which, g].copy_(torch.stack([p.bias.float() for p in projections]).mean(0))
+    return transform

@@ -4,6 +4,9 @@ With K = `kv_layers`: layers below K are the base model's. h is the residual str
 n = norm(h). Every group of `group` layers from K on has one key and one value projection, of n; every one of
 these layers has a query projection of its own, of its own input. So a token whose logits nobody asks for is
 done when its keys and values are: it runs K layers, not all of them.
+
+A KV layer is one set of cached keys and values. Each layer below K has its own, and each group from K on shares
+one. KV layers are numbered from 0 in the order of the layers that read them, so a cache has `cached_layers` of them.
 """
 
 import sys
@@ -18,16 +21,20 @@ from torch import Tensor, nn
 from octavo.errors import ConfigError
 
 Rotary = tuple[Tensor, Tensor]  # (cos, sin) [B or 1, N, D], as the decoder hands them to its layers
-SAMPLE = 64  # weights kept in a fingerprint
+SAMPLE = 64  # weights that a fingerprint holds
 
 
 @dataclass(frozen=True)
 class SwiftSpec:
-    """The shape of one transform. A store is one set of cached keys and values; below K each layer has its own."""
+    """The shape of one transform.
+
+    `kv_layers` is K under its published name (`num_key_value_layers`); how many KV layers a cache has is
+    `cached_layers`. Raises ConfigError unless 1 <= K < layers and the groups divide the layers from K on.
+    """
 
     layers: int  # of the whole model
-    kv_layers: int  # K: layers with keys and values of their own
-    group: int  # layers from K on that share one store (AcrossKV); 1: none do
+    kv_layers: int  # K: layers below it compute keys and values of their own, as the base model does
+    group: int  # layers from K on that share one KV layer (AcrossKV); 1: none do
     hidden: int
     heads: int
     kv_heads: int
@@ -50,34 +57,34 @@ class SwiftSpec:
 
     @property
     def upper(self) -> int:
-        """Transformed layers."""
+        """Transformed layers: those from K on."""
         return self.layers - self.kv_layers
 
     @property
-    def upper_stores(self) -> int:
-        """Stores of the transformed layers."""
+    def groups(self) -> int:
+        """Groups of transformed layers, and so the KV layers from K on."""
         return self.upper // self.group
 
     @property
-    def stores(self) -> int:
-        """Stores of the whole model."""
-        return self.kv_layers + self.upper_stores
+    def cached_layers(self) -> int:
+        """KV layers of the whole model: one per layer below K, one per group from K on."""
+        return self.kv_layers + self.groups
 
-    def store(self, layer: int) -> int:
-        """The store that a layer reads."""
+    def kv_layer_of(self, layer: int) -> int:
+        """The KV layer that a layer reads."""
         return layer if layer < self.kv_layers else self.kv_layers + (layer - self.kv_layers) // self.group
 
-    def leader(self, store: int) -> int:
-        """The first layer that reads a store."""
-        return store if store < self.kv_layers else self.kv_layers + (store - self.kv_layers) * self.group
+    def first_reader(self, kv_layer: int) -> int:
+        """The first layer that reads a KV layer."""
+        return kv_layer if kv_layer < self.kv_layers else self.kv_layers + (kv_layer - self.kv_layers) * self.group
 
 
 class SwiftKV(nn.Module):
-    """The weights of one transform, for layers j = K + i and stores s = K + g.
+    """The weights of one transform, for layers K + i and KV layers K + g.
 
-    `norm` [hidden]; `q` [upper, heads * head_dim, hidden]; `kv` [2, upper_stores, kv_heads * head_dim, hidden]
+    `norm` [hidden]; `q` [upper, heads * head_dim, hidden]; `kv` [2, groups, kv_heads * head_dim, hidden]
     (keys, then values); with `spec.bias` also `q_bias` [upper, heads * head_dim] and `kv_bias`
-    [2, upper_stores, kv_heads * head_dim]. Kept in float32, or in the model's dtype for inference.
+    [2, groups, kv_heads * head_dim]. Kept in float32, or in the model's dtype for inference.
     """
 
     q_bias: nn.Parameter | None
@@ -89,12 +96,15 @@ class SwiftKV(nn.Module):
         queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.norm = nn.Parameter(torch.ones(spec.hidden))
         self.q = nn.Parameter(torch.zeros(spec.upper, queries, spec.hidden))
-        self.kv = nn.Parameter(torch.zeros(2, spec.upper_stores, keys, spec.hidden))
+        self.kv = nn.Parameter(torch.zeros(2, spec.groups, keys, spec.hidden))
         self.q_bias = nn.Parameter(torch.zeros(spec.upper, queries)) if spec.bias else None
-        self.kv_bias = nn.Parameter(torch.zeros(2, spec.upper_stores, keys)) if spec.bias else None
+        self.kv_bias = nn.Parameter(torch.zeros(2, spec.groups, keys)) if spec.bias else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies these weights for gates distilled on them: K, group and a sample of key projections."""
+        """What identifies these weights for gates distilled on them: K, group and a sample of the key projections.
+
+        JSON values, under the names that adapter files have (docs/formats.md).
+        """
         flat = self.kv.detach()[0].flatten()
         at = torch.arange(SAMPLE, device=flat.device) * (len(flat) - 1) // (SAMPLE - 1)
         sample = [round(x, 5) for x in flat[at].float().tolist()]
@@ -107,20 +117,21 @@ class SwiftKV(nn.Module):
         return self.norm.to(residual.dtype) * x.to(residual.dtype)
 
     def keys_values(self, n: Tensor, attention: Sequence[nn.Module], rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Keys after RoPE and values of all stores from K on, each [upper_stores, B, kv_heads, N, head_dim].
+        """Keys after RoPE and values of all KV layers from K on, each [groups, B, kv_heads, N, head_dim].
 
-        `attention`: all attention modules of the base model, whose RoPE (and key norm, in Qwen3) applies.
+        `n` [B, N, hidden] is what `normalised` gives. `attention`: all attention modules of the base model, whose RoPE
+        (and key norm, in Qwen3) applies.
         """
         spec, (B, N) = self.spec, n.shape[:2]
         bias = None if self.kv_bias is None else self.kv_bias.to(n.dtype).flatten()
-        both = F.linear(n, self.kv.to(n.dtype).flatten(0, 2), bias)  # one product for all stores
-        both = both.view(B, N, 2, spec.upper_stores, spec.kv_heads, spec.head_dim)
+        both = F.linear(n, self.kv.to(n.dtype).flatten(0, 2), bias)  # one product for all KV layers
+        both = both.view(B, N, 2, spec.groups, spec.kv_heads, spec.head_dim)
         key, value = both[:, :, 0], both[:, :, 1].permute(2, 0, 3, 1, 4)
-        leaders: list[Any] = [attention[spec.leader(spec.kv_layers + g)] for g in range(spec.upper_stores)]
-        if hasattr(leaders[0], "k_norm"):
-            key = torch.stack([module.k_norm(key[:, :, g]) for g, module in enumerate(leaders)], 2)
-        key = rotated(leaders[0], key.flatten(2, 3).transpose(1, 2), rotary)  # [B, stores * kv_heads, N, D]
-        return key.view(B, spec.upper_stores, spec.kv_heads, N, spec.head_dim).transpose(0, 1), value
+        readers: list[Any] = [attention[spec.first_reader(spec.kv_layers + g)] for g in range(spec.groups)]
+        if hasattr(readers[0], "k_norm"):
+            key = torch.stack([module.k_norm(key[:, :, g]) for g, module in enumerate(readers)], 2)
+        key = rotated(readers[0], key.flatten(2, 3).transpose(1, 2), rotary)  # [B, groups * kv_heads, N, D]
+        return key.view(B, spec.groups, spec.kv_heads, N, spec.head_dim).transpose(0, 1), value
 
     def query(self, layer: int, hidden: Tensor, module: nn.Module, rotary: Rotary) -> Tensor:
         """Queries after RoPE of one layer from K on, [B, heads, N, head_dim], from its input [B, N, hidden]."""

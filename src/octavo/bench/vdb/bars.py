@@ -1,6 +1,6 @@
 """What the measurements say: the ratios that matter, the bars that the project has set itself, and every loss.
 
-A bar is for a size; elsewhere its ratio is told without one.
+A bar holds for one size of data; ratios at other sizes are reported without a bar.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ def judge(measured: Sequence[Measurement], kernels: str) -> list[Judgement]:
 
 
 def where(case: Mapping[str, Any]) -> str:
-    """A case in words."""
+    """A case in words, such as 'single query, 1,000 x 64, 1 thread'."""
     words = [f"{case['rows']:,} x {case['dims']}"]
     if "batch" in case:
         words.insert(0, "single query" if case["batch"] == 1 else f"batch of {case['batch']}")

@@ -1,4 +1,7 @@
-"""The record of a run: its surroundings, the tables for people, the plot. Everything is told from the record alone."""
+"""The record of a run: its surroundings, the tables for people, the plot.
+
+Tables, plot and headline are made from the record alone, so that an earlier run can be shown again.
+"""
 
 import json
 import os
@@ -50,7 +53,7 @@ def libraries() -> list[dict[str, Any]]:
 
 
 def record(around: Mapping[str, Any], measured: Sequence[Measurement], left_out: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the JSON file."""
+    """What goes into the JSON file: `around` (what `surroundings` gave before the run), figures and judgements."""
     judged = judge(measured, around["kernels"])
     return {
         **around,

@@ -1,4 +1,4 @@
-"""Timing that a noisy machine does not fool: whatever is compared runs in every round, in a new order each time.
+"""Timing on a noisy machine: whatever is compared runs in every round, in a new order each time.
 
 A ratio is taken within each round, between neighbours in time; its median and quartiles over the rounds are reported.
 """

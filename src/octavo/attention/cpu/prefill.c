@@ -1,7 +1,7 @@
-/* Attention of a chunk of new tokens over ragged pages, in bfloat16 on AMX: `reference.paged_attention`,
+/* Attention of a chunk of new tokens over ragged pages, in bfloat16 on AMX: `reference.attend`,
    made for prefill.
 
-   A row is one (sequence, KV head): its slots in the pages, then the new tokens. It goes through three
+   A row is one (sequence, KV head): its slots in the pages, then the chunk's tokens. It goes through three
    stages, each shared among the threads:
    1. plan:   the slots that some query of the chunk sees are put into an order in which most strips of
               STRIP slots are seen by every query, or by none, of a block of queries;
@@ -14,26 +14,24 @@
    to overlap by themselves. So the softmax of one step carries with it, a little per query, the products
    of the step before (weights by values) and of the step after (queries by keys): see `attend_block`. */
 #define _GNU_SOURCE 1 /* RTLD_DEFAULT, syscall */
-#define PY_SSIZE_T_CLEAN
-#ifndef Py_LIMITED_API
-#define Py_LIMITED_API 0x030B0000
-#endif
-#include <Python.h>
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+/* Older compilers lack the instructions; then torch does this work. */
 #if defined(__x86_64__) && defined(__linux__)
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define HAS_AMX 1
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#include "_threads.h"
+#endif
+
+#include "job.h"
+#include "threads.h"
 
 enum {
     EDGE = 16,         /* rows of a tile, and floats or pairs of bfloat16 in each of them */
@@ -48,7 +46,7 @@ enum {
 };
 
 typedef struct {
-    int64_t source; /* which slot of the pool; -1 - n for token n of the chunk */
+    int64_t source; /* which slot of the row; -1 - n for token n of the chunk */
     int32_t position, expiry;
 } Slot;
 
@@ -93,16 +91,7 @@ typedef struct Job Job;
 typedef void Task(const Job *, Scratch *, int64_t row, int64_t task);
 
 struct Job {
-    const char *query, *key, *value; /* [B, heads, tokens, head_dim], the last dimension contiguous */
-    char *out;                       /* [B, tokens, heads, head_dim] */
-    const int32_t *position;         /* [B, tokens] */
-    const int32_t *expiry;           /* [B, kv_heads, tokens] */
-    const char *k_pages, *v_pages;   /* [P, page_size, head_dim] */
-    const int32_t *slot_position, *slot_expiry; /* [P, page_size] */
-    const int32_t *page_table;                  /* [B, kv_heads, pages_per_row] */
-    const int32_t *length;                      /* [B, kv_heads] */
-    int64_t batch, heads, kv_heads, tokens, head_dim, page_size, pages_per_row;
-    int64_t query_step[3], key_step[3], value_step[3]; /* bytes to the next sequence, head, token */
+    const Asked *asked;
     float scale;   /* to units of log 2 */
     bool negative; /* scores are to be turned around */
 
@@ -114,13 +103,9 @@ struct Job {
     _Atomic int joined; /* threads so far */
 };
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/* The positions of tokens [from, to) that are no padding; `oldest` > `newest` if all are. */
-static void span(const Job *job, int64_t b, int64_t from, int64_t to, int32_t *oldest, int32_t *newest) {
-    const int32_t *position = job->position + b * job->tokens;
+/* The positions of queries [from, to) that are no padding; `oldest` > `newest` if all are. */
+static void span(const Asked *a, int64_t b, int64_t from, int64_t to, int32_t *oldest, int32_t *newest) {
+    const int32_t *position = a->at + b * a->queries;
     *oldest = INT32_MAX;
     *newest = -1;
     for (int64_t n = from; n < to; n++) {
@@ -156,17 +141,18 @@ static void order_slots(Row *row, int32_t oldest, int32_t newest) {
 
 static void plan_row(const Job *job, Scratch *s, int64_t r, int64_t task) {
     (void)s, (void)task;
+    const Asked *a = job->asked;
     Row *row = &job->row[r];
     int32_t oldest, newest;
+    int64_t used = slots_of(a, r);
     row->slots = 0;
-    span(job, r / job->kv_heads, 0, job->tokens, &oldest, &newest);
-    for (int64_t at = 0; at < job->length[r]; at += job->page_size) {
-        int64_t slot = job->page_table[r * job->pages_per_row + at / job->page_size] * job->page_size;
-        find_slots(row, job->slot_position + slot, job->slot_expiry + slot,
-                   smaller(job->page_size, job->length[r] - at), slot, 1, oldest, newest);
+    span(a, r / a->kv_heads, 0, a->queries, &oldest, &newest);
+    for (int64_t at = 0; at < used; at += a->page_size) {
+        Page page = page_of(a, r, at / a->page_size);
+        find_slots(row, page.position, page.expiry, smaller(a->page_size, used - at), at, 1, oldest, newest);
     }
-    find_slots(row, job->position + r / job->kv_heads * job->tokens, job->expiry + r * job->tokens,
-               job->tokens, -1, -1, oldest, newest);
+    find_slots(row, a->position + r / a->kv_heads * a->tokens, a->expiry + r * a->tokens, a->tokens, -1, -1,
+               oldest, newest);
     order_slots(row, oldest, newest);
     row->strips = divided(row->slots, STRIP);
 }
@@ -234,28 +220,64 @@ static Range range_of(const Slot *slot, int slots) {
 
 static const char NOTHING[512]; /* the key and the value of a missing slot */
 
-static void pack_strip(const Job *job, Row *row, int64_t b, int64_t h, int64_t strip) {
-    const char *key[STRIP], *value[STRIP];
+/* bfloat16 of one key or value that is stored as codes: 16 at a time, rounded to nearest. */
+TARGET static void decoded(const char *code, float scale, int dtype, int64_t n, char *to) {
+    __m512 factor = _mm512_set1_ps(dtype == FLOAT8 ? scale * 256 : scale);
+    for (int64_t d = 0; d < n; d += EDGE) {
+        __m128i bytes = _mm_loadu_si128((const void *)(code + d));
+        __m512 wide;
+        if (dtype == INT8) wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+        else { /* e4m3 is half precision with a shorter exponent: moved into place, it is 2^-8 of its value */
+            __m256i words = _mm256_cvtepi8_epi16(bytes);
+            __m256i sign = _mm256_and_si256(words, _mm256_set1_epi16((short)0x8000));
+            __m256i rest = _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(0x3f80));
+            wide = _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+        }
+        __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(wide, factor));
+        memcpy(to + 2 * d, &rounded, sizeof rounded);
+    }
+}
+
+typedef struct {
+    char key[STRIP][512], value[STRIP][512]; /* of slots that are stored as codes */
+    const char *at_key[STRIP], *at_value[STRIP];
+} Gathered;
+
+static void gather_slot(const Asked *a, int64_t r, int64_t source, int i, Gathered *to) {
+    int64_t b = r / a->kv_heads, h = r % a->kv_heads;
+    if (source < 0) {
+        int64_t n = -1 - source;
+        to->at_key[i] = a->key + b * a->key_step[0] + h * a->key_step[1] + n * a->key_step[2];
+        to->at_value[i] = a->value + b * a->value_step[0] + h * a->value_step[1] + n * a->value_step[2];
+        return;
+    }
+    Page page = page_of(a, r, source / a->page_size);
+    int64_t inside = source % a->page_size, step = a->head_dim * SIZE_OF[a->page_dtype];
+    to->at_key[i] = page.key + inside * step;
+    to->at_value[i] = page.value + inside * step;
+    if (page.key_scale) {
+        decoded(to->at_key[i], page.key_scale[inside], a->page_dtype, a->head_dim, to->key[i]);
+        decoded(to->at_value[i], page.value_scale[inside], a->page_dtype, a->head_dim, to->value[i]);
+        to->at_key[i] = to->key[i];
+        to->at_value[i] = to->value[i];
+    }
+}
+
+static void pack_strip(const Job *job, int64_t r, int64_t strip) {
+    const Asked *a = job->asked;
+    Row *row = &job->row[r];
+    Gathered gathered;
     int slots = (int)smaller(STRIP, row->slots - strip * STRIP);
     const Slot *slot = row->slot + strip * STRIP;
-    const char *new_key = job->key + b * job->key_step[0] + h * job->key_step[1];
-    const char *new_value = job->value + b * job->value_step[0] + h * job->value_step[1];
     for (int i = 0; i < STRIP; i++) {
-        int64_t source = i < slots ? slot[i].source : 0;
-        if (i >= slots) key[i] = value[i] = NOTHING;
-        else if (source < 0) {
-            key[i] = new_key + (-1 - source) * job->key_step[2];
-            value[i] = new_value + (-1 - source) * job->value_step[2];
-        } else {
-            key[i] = job->k_pages + source * 2 * job->head_dim;
-            value[i] = job->v_pages + source * 2 * job->head_dim;
-        }
+        if (i < slots) gather_slot(a, r, slot[i].source, i, &gathered);
+        else gathered.at_key[i] = gathered.at_value[i] = NOTHING;
         row->position[strip * STRIP + i] = i < slots ? slot[i].position : INT32_MAX;
         row->expiry[strip * STRIP + i] = i < slots ? slot[i].expiry : -1;
     }
     row->range[strip] = range_of(slot, slots);
-    pack_keys(key, job->head_dim, row->keys + strip * STRIP * 2 * job->head_dim);
-    pack_values(value, job->head_dim, row->values + strip * STRIP * 2 * job->head_dim);
+    pack_keys(gathered.at_key, a->head_dim, row->keys + strip * STRIP * 2 * a->head_dim);
+    pack_values(gathered.at_value, a->head_dim, row->values + strip * STRIP * 2 * a->head_dim);
 }
 
 static void pack_piece(const Job *job, Scratch *s, int64_t r, int64_t task) {
@@ -263,13 +285,13 @@ static void pack_piece(const Job *job, Scratch *s, int64_t r, int64_t task) {
     int64_t first = task * PIECE;
     Row *row = &job->row[r];
     for (int64_t strip = first; strip < smaller(first + PIECE, row->strips); strip++)
-        pack_strip(job, row, r / job->kv_heads, r % job->kv_heads, strip);
+        pack_strip(job, r, strip);
 }
 
 /* Queries by keys: 32 dimensions of the scores of PAIR queries by one strip. */
 INLINE void score_part(const Job *job, Scratch *s, const Row *row, const Step *step, int part,
                        float *scores) {
-    int64_t parts = job->head_dim / 32; /* of a strip */
+    int64_t parts = job->asked->head_dim / 32; /* of a strip */
     int64_t strip = part / parts, d = part % parts;
     const char *query = s->query + (2 * step->pair * parts + d) * TILE;
     const char *keys = row->keys + (step->strip[strip] * parts + d) * 2 * TILE;
@@ -299,7 +321,7 @@ INLINE void score_part(const Job *job, Scratch *s, const Row *row, const Step *s
 /* Weights by values: one strip's share of 32 dimensions of the sums of PAIR queries. */
 INLINE void gather_part(const Job *job, Scratch *s, const Row *row, const Step *step, int part,
                         const char *weights) {
-    int64_t strip = part % step->strips, d = part / step->strips, parts = job->head_dim / 32;
+    int64_t strip = part % step->strips, d = part / step->strips, parts = job->asked->head_dim / 32;
     const char *values = row->values + (step->strip[strip] * parts + d) * 2 * TILE;
     char *acc = (char *)s->acc + (2 * step->pair * parts + d) * 2 * TILE, *next = acc + parts * 2 * TILE;
     if (strip == 0 && step->first) {
@@ -331,7 +353,7 @@ INLINE void gather_part(const Job *job, Scratch *s, const Row *row, const Step *
 
 TARGET static void decay_sums(const Job *job, Scratch *s, const Step *step) {
     if (step->first) return;
-    int64_t vectors = job->head_dim / EDGE;
+    int64_t vectors = job->asked->head_dim / EDGE;
     for (int tile = 0; tile < 2; tile++)
         for (uint32_t left = step->decayed[tile]; left; left &= left - 1) {
             int r = __builtin_ctz(left);
@@ -354,7 +376,7 @@ typedef struct {
 } Carried;
 
 static Carried carry(const Job *job, Scratch *s, const Row *row, const Step *before, const Step *after) {
-    int each = (int)(job->head_dim / 32);
+    int each = (int)(job->asked->head_dim / 32);
     Carried carried = {.job = job, .s = s, .row = row, .before = before, .after = after};
     carried.gathers = before ? before->strips * each : 0;
     carried.parts = carried.gathers + (after ? after->strips * each : 0);
@@ -486,14 +508,14 @@ TARGET static void weigh(const Job *job, Scratch *s, Step *step, const float *sc
 }
 
 static void load_queries(const Job *job, Scratch *s, int64_t r, int64_t first) {
-    int64_t b = r / job->kv_heads, h = r % job->kv_heads, parts = job->head_dim / 32;
+    const Asked *a = job->asked;
+    int64_t b = r / a->kv_heads, h = r % a->kv_heads, parts = a->head_dim / 32;
     for (int64_t i = 0; i < BLOCK; i++) {
         int64_t token = (first + i) / job->group, head = h * job->group + (first + i) % job->group;
         char *to = s->query + (i / EDGE * parts * EDGE + i % EDGE) * 64;
-        const char *from =
-            job->query + b * job->query_step[0] + head * job->query_step[1] + token * job->query_step[2];
+        const char *from = a->query + b * a->query_step[0] + head * a->query_step[1] + token * a->query_step[2];
         bool real = first + i < job->queries;
-        s->at[i] = real ? job->position[b * job->tokens + token] : -1;
+        s->at[i] = real ? a->at[b * a->queries + token] : -1;
         for (int64_t d = 0; d < parts; d++) {
             if (real) memcpy(to + d * TILE, from + d * 64, 64);
             else memset(to + d * TILE, 0, 64);
@@ -502,16 +524,17 @@ static void load_queries(const Job *job, Scratch *s, int64_t r, int64_t first) {
         }
     }
     int64_t last = smaller(first + BLOCK, job->queries) - 1;
-    span(job, b, first / job->group, last / job->group + 1, &s->oldest, &s->newest);
+    span(a, b, first / job->group, last / job->group + 1, &s->oldest, &s->newest);
 }
 
 TARGET static void write_queries(const Job *job, const Scratch *s, int64_t r, int64_t first) {
-    int64_t b = r / job->kv_heads, h = r % job->kv_heads, parts = job->head_dim / 32;
+    const Asked *a = job->asked;
+    int64_t b = r / a->kv_heads, h = r % a->kv_heads, parts = a->head_dim / 32;
     for (int64_t i = 0; i < smaller(BLOCK, job->queries - first); i++) {
         int64_t token = (first + i) / job->group, head = h * job->group + (first + i) % job->group;
-        char *to = job->out + ((b * job->tokens + token) * job->heads + head) * job->head_dim * 2;
+        char *to = a->out + ((b * a->queries + token) * a->heads + head) * a->head_dim * 2;
         if (s->at[i] < 0 || s->top[i] == -INFINITY) { /* padding, or nothing is seen */
-            memset(to, 0, (size_t)job->head_dim * 2);
+            memset(to, 0, (size_t)a->head_dim * 2);
             continue;
         }
         __m512 scale = _mm512_set1_ps(1 / _mm512_reduce_add_ps(_mm512_loadu_ps(s->sum[i])));
@@ -668,26 +691,29 @@ static size_t divide(Job *job, char *memory) {
     int64_t longest = 0;
     job->row = part(memory, &used, sizeof(Row) * (size_t)job->rows);
     for (int64_t r = 0; r < job->rows; r++) {
-        int64_t most = job->length[r] + job->tokens;
+        int64_t most = slots_of(job->asked, r) + job->asked->tokens;
         longest = larger(longest, most);
-        divide_row(memory ? &job->row[r] : NULL, most, job->head_dim, memory, &used);
+        divide_row(memory ? &job->row[r] : NULL, most, job->asked->head_dim, memory, &used);
     }
     size_t first = used;
     job->scratch = memory ? memory + first : NULL;
     for (int thread = 0; thread < job->threads; thread++) {
         Scratch *s = part(memory, &used, sizeof(Scratch));
-        divide_scratch(s, divided(longest, STRIP), (size_t)job->head_dim, memory, &used);
+        divide_scratch(s, divided(longest, STRIP), (size_t)job->asked->head_dim, memory, &used);
     }
     job->scratch_size = (used - first) / (size_t)job->threads;
     return used;
 }
 
-static bool attend(Job *job, int threads) {
-    job->rows = job->batch * job->kv_heads;
-    job->group = job->heads / job->kv_heads;
-    job->queries = job->group * job->tokens;
+bool prefill_attend(const Asked *asked) {
+    /* Over ln 2; and not 0, because -infinity times 0 is not -infinity. */
+    float scale = (float)fmax(fabs(asked->scale) * 1.4426950408889634, 1e-30);
+    Job whole = {.asked = asked, .scale = scale, .negative = asked->scale < 0}, *job = &whole;
+    job->rows = asked->batch * asked->kv_heads;
+    job->group = asked->heads / asked->kv_heads;
+    job->queries = job->group * asked->queries;
     job->blocks = divided(job->queries, BLOCK);
-    job->threads = (int)larger(1, smaller(threads, job->rows * job->blocks));
+    job->threads = (int)larger(1, smaller(asked->threads, job->rows * job->blocks));
     if (!job->rows || !job->queries) return true;
     char *memory = aligned_alloc(64, divide(job, NULL));
     if (!memory) return false;
@@ -697,94 +723,7 @@ static bool attend(Job *job, int threads) {
     return true;
 }
 
-enum { INTEGERS = 29 };
-
-static Job job_from(const long long *a) {
-    Job job = {
-        .query = (const char *)(intptr_t)a[0],
-        .key = (const char *)(intptr_t)a[1],
-        .value = (const char *)(intptr_t)a[2],
-        .out = (char *)(intptr_t)a[3],
-        .position = (const int32_t *)(intptr_t)a[4],
-        .expiry = (const int32_t *)(intptr_t)a[5],
-        .k_pages = (const char *)(intptr_t)a[6],
-        .v_pages = (const char *)(intptr_t)a[7],
-        .slot_position = (const int32_t *)(intptr_t)a[8],
-        .slot_expiry = (const int32_t *)(intptr_t)a[9],
-        .page_table = (const int32_t *)(intptr_t)a[10],
-        .length = (const int32_t *)(intptr_t)a[11],
-        .batch = a[12], .heads = a[13], .kv_heads = a[14], .tokens = a[15],
-        .head_dim = a[16], .page_size = a[17], .pages_per_row = a[18],
-    };
-    for (int i = 0; i < 3; i++) {
-        job.query_step[i] = 2 * a[19 + i];
-        job.key_step[i] = 2 * a[22 + i];
-        job.value_step[i] = 2 * a[25 + i];
-    }
-    return job;
-}
-
-PyDoc_STRVAR(attend_doc,
-"paged_attention(query, key, value, out, position, expiry, k_pages, v_pages, slot_position, slot_expiry,\n"
-"page_table, length, B, Hq, H, N, D, S, M, *query_strides, *key_strides, *value_strides, threads, scale)\n\n"
-"Tensors are addresses, all of bfloat16 or int32; strides are counted in elements over (B, heads, N).\n"
-"Addresses and shapes are trusted: octavo.attention.prefill checks them.");
-
-static bool usable;
-
-static PyObject *py_paged_attention(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    (void)module;
-    if (count != INTEGERS + 1)
-        return PyErr_Format(PyExc_TypeError, "paged_attention takes %d arguments, not %zd", INTEGERS + 1,
-                            count);
-    long long a[INTEGERS];
-    for (int i = 0; i < INTEGERS; i++) a[i] = PyLong_AsLongLong(args[i]);
-    double scale = PyFloat_AsDouble(args[INTEGERS]);
-    if (PyErr_Occurred()) return NULL;
-    if (!usable || a[14] < 1 || a[16] < 32 || a[16] > 256 || a[16] % 32 || a[17] < 1 || !isfinite(scale)) {
-        PyErr_SetString(PyExc_ValueError, "paged_attention needs AMX, H and S of at least 1, D a multiple "
-                                          "of 32 up to 256 and a finite scale");
-        return NULL;
-    }
-    Job job = job_from(a);
-    /* Over ln 2; and not 0, because -infinity times 0 is not -infinity. */
-    job.scale = (float)fmax(fabs(scale) * 1.4426950408889634, 1e-30);
-    job.negative = scale < 0;
-    int threads = (int)larger(1, smaller(a[28], MOST_THREADS));
-    bool enough;
-    Py_BEGIN_ALLOW_THREADS
-    enough = attend(&job, threads);
-    Py_END_ALLOW_THREADS
-    if (!enough) return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_usable(PyObject *module, PyObject *none) {
-    (void)module, (void)none;
-    return PyBool_FromLong(usable);
-}
-
-static PyMethodDef methods[] = {
-    {"paged_attention", (PyCFunction)(void (*)(void))py_paged_attention, METH_FASTCALL, attend_doc},
-    {"usable", py_usable, METH_NOARGS, "usable() -> whether processor and system grant AMX to this process."},
-    {NULL, NULL, 0, NULL},
-};
-
-static int prepare(PyObject *module) {
-    (void)module;
+bool prefill_prepare(void) {
     find_threads();
-    usable = granted();
-    return 0;
+    return granted();
 }
-
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, prepare}, {0, NULL}};
-
-static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_prefill",
-    .m_doc = "Attention of a chunk over ragged pages, on AMX.",
-    .m_methods = methods,
-    .m_slots = slots,
-};
-
-PyMODINIT_FUNC PyInit__prefill(void) { return PyModuleDef_Init(&definition); }

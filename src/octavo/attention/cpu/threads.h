@@ -9,8 +9,6 @@
 #include <pthread.h>
 #include <string.h>
 
-enum { MOST_THREADS = 256 };
-
 typedef void Parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 static Parallel *parallel;
 static pthread_once_t found = PTHREAD_ONCE_INIT;

@@ -1,0 +1,236 @@
+"""Snapshots out of pages, and back into the pages of a new row. See `octavo.kv.snapshot` for what they are."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.attention import Pages, put, slots
+from octavo.attention.pages import CODES
+from octavo.config import NEVER
+from octavo.errors import CacheStateError
+from octavo.kv.plan import extended, found, ranked
+from octavo.kv.snapshot import Ragged, Snapshot, SnapshotLayout
+from octavo.kv.tables import Tables
+
+AT_ONCE = 2**24  # slots that are searched in one operation, for each of which it holds some ten bytes
+
+
+class Tail(NamedTuple):
+    """One row's tail at a boundary, of fixed width: what is not `some` means nothing."""
+
+    position: Tensor  # [] int32, the boundary
+    some: Tensor  # [L, H, K] bool
+    content: list[Tensor]  # [L, H, K] or [L, H, K, D] each, as `octavo.attention.slots` gives it
+
+
+class Boundaries:
+    """Which boundaries of a batch are to be kept, and the tails that were taken at those that have been reached.
+
+    `wanted` are columns, padding included, as `Sequences.seen` counts; tails know their own row's position.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: set[int] = set()
+        self._tails: dict[int, list[Tail]] = {}  # by row of the tables
+
+    def of(self, row: int) -> list[Tail]:
+        """The tails of one row, in the order of their boundaries."""
+        return self._tails.get(row, [])
+
+    def reach(self, tables: Tables, rows: Sequence[int], index: slice | Tensor, shift: int) -> None:
+        """Take the tails of all rows where they are now. Asks nothing of the device."""
+        for row, tail in zip(rows, capture(tables, index, shift), strict=True):
+            self._tails.setdefault(row, []).append(tail)
+
+    def follow(self, before: Sequence[int], chosen: Sequence[tuple[int, int]]) -> None:
+        """Rows `before` became (row now, row it was made of) `chosen`."""
+        held = {row: self._tails.pop(row, []) for row in before}
+        self._tails |= {row: list(held[source]) for row, source in chosen if held[source]}
+
+    def fork(self, rows: Iterable[tuple[int, int]]) -> "Boundaries":
+        """The same for a batch of other rows: (row there, row here)."""
+        twin = Boundaries()
+        twin.wanted = set(self.wanted)
+        twin._tails = {there: list(self._tails[here]) for there, here in rows if here in self._tails}
+        return twin
+
+    def take(self, other: "Boundaries", ours: int, theirs: int) -> None:
+        """Take over another batch's, whose columns move by `theirs`, and one's own by `ours`."""
+        self.wanted = {p + ours for p in self.wanted} | {p + theirs for p in other.wanted}
+        self._tails |= other._tails
+
+    def drop_after(self, positions: dict[int, int]) -> None:
+        """Drop what is past the end of rows that were cut: {row: tokens left}."""
+        for row, end in positions.items():
+            self._tails[row] = [tail for tail in self.of(row) if int(tail.position) <= end]
+
+    def forget(self) -> None:
+        """Drop all tails: the rows are gone. What is wanted stays so."""
+        self._tails.clear()
+
+
+def capture(tables: Tables, index: slice | Tensor, shift: int) -> list[Tail]:
+    """The tails of some rows where they are now, one each. Asks nothing of the device."""
+    table, now = tables.table[index], tables.position[index].clone()
+    B, L, H, M = table.shape
+    step = max(1, AT_ONCE // max(1, B * H * M * tables.pool.layout.page_size))
+    parts = [_searched(tables, index, slice(first, first + step), now, shift) for first in range(0, L, step)]
+    some = torch.cat([part[0] for part in parts], 1)
+    content = [torch.cat(each, 1) for each in zip(*(part[1] for part in parts), strict=True)]
+    return [Tail(now[b], some[b], [each[b] for each in content]) for b in range(B)]
+
+
+def _searched(
+    tables: Tables, index: slice | Tensor, layers: slice, now: Tensor, shift: int
+) -> tuple[Tensor, list[Tensor]]:
+    """(`some`, `content`) of the tails of some layers, each with a leading dimension of rows."""
+    pool, table, length = tables.pool, tables.table[index][:, layers], tables.length[index][:, layers]
+    if tables.window is None:  # nothing is ever marked, so nothing needs to be searched
+        table = table[..., :1]
+    expiry = pool.pages.expiry[table].flatten(-2)  # [B, l, H, W]
+    spots = torch.arange(expiry.shape[-1], device=expiry.device)
+    wanted = (expiry >= now[:, None, None, None]) & (expiry < NEVER)
+    if shift:
+        wanted |= spots == tables.newest[index][:, layers, :, None]
+    wanted &= spots < length[..., None]
+    most = 0 if tables.window is None else min(tables.window + 1, expiry.shape[-1])
+    order = wanted.cumsum(-1, dtype=torch.int32)
+    slot = ranked(wanted, order, most)[..., :most]
+    some = torch.arange(most, device=expiry.device) < order[..., -1:]
+    return some, slots(pool.pages, *found(table, slot, some, pool.layout.page_size))
+
+
+def snapshot_of(
+    tables: Tables,
+    row: int,
+    tails: Sequence[Tail],
+    boundaries: Sequence[int] | None,
+    shift: int,
+    identity: dict[str, Any],
+    tokens: Tensor | None = None,
+) -> Snapshot:
+    """A row's snapshot at `boundaries`, by default at all that have a tail and at its end; on the device of its pages.
+
+    Without a window every position is a boundary; with one, `tails` must be known, but for the end. Raises
+    CacheStateError where a boundary is not, or where nothing has been read.
+    """
+    pool = tables.pool
+    with pool.lock:
+        end = int(tables.position[row])
+        if end == 0:
+            raise CacheStateError("this sequence has read nothing that a snapshot could hold")
+        known = {p: tail for tail in tails if (p := int(tail.position)) > 0}
+        known[end] = capture(tables, slice(row, row + 1), shift)[0]
+        chosen = tuple(sorted(known if boundaries is None else set(boundaries)))
+        for p in chosen:
+            if not 0 < p <= end or (tables.window is not None and p not in known):
+                raise CacheStateError(
+                    f"boundary {p} was not kept; name it with `keep` before its tokens are read, or ask for one of "
+                    f"{', '.join(map(str, sorted(known)))}"
+                )
+        if not chosen:
+            raise CacheStateError("a snapshot needs at least one boundary")
+        segments = _segments(tables, row, chosen, shift)
+        ends = [_trimmed(pool.pages, known.get(p, known[end])) for p in chosen]
+    if tokens is not None:
+        tokens = tokens.flatten().int().cpu()
+        if len(tokens) < chosen[-1]:
+            raise CacheStateError(f"{len(tokens)} token ids do not reach to boundary {chosen[-1]}")
+    return Snapshot(chosen, tuple(segments), tuple(ends), layout_of(tables, shift), identity, tokens)
+
+
+def layout_of(tables: Tables, shift: int) -> SnapshotLayout:
+    """What the rows of these tables look like."""
+    layout = tables.pool.layout
+    layers, heads = tables.length.shape[1:]
+    return SnapshotLayout(layers, heads, layout.head_dim, layout.dtype, tables.window, shift)
+
+
+def restore_into(tables: Tables, row: int, snapshot: Snapshot, boundary: int) -> None:
+    """Make an empty row what its sequence was at a boundary, to the bit; another order of slots aside.
+
+    Raises CacheStateError for another layout or boundary, and CacheBudgetError; the row is then to be given back.
+    """
+    pool, S, shift = tables.pool, tables.pool.layout.page_size, snapshot.layout.shift
+    ours = layout_of(tables, shift)
+    if snapshot.layout != ours:
+        raise CacheStateError(f"this snapshot is of a cache of {snapshot.layout}, not of {ours}")
+    parts = [Ragged(**{k: t.to(pool.device) for k, t in part.tensors.items()}) for part in snapshot.at(boundary)]
+    counts = snapshot.counts(boundary).to(pool.device)
+    with pool.lock:
+        most = int(counts.max())
+        tables.widen(most)
+        need = int(((counts + S - 1) // S).sum())
+        pool.reserve(need, torch.tensor(need))
+        table = extended(pool, tables.table[row], torch.zeros_like(counts), counts, most)
+        tables.table[row], tables.length[row] = table, counts
+        flat, filled = table.flatten(0, 1), torch.zeros(counts.numel(), dtype=torch.int64, device=pool.device)
+        for part in parts:
+            n = part.counts.flatten().long()
+            head = torch.arange(len(n), device=pool.device).repeat_interleave(n)
+            slot = torch.arange(len(head), device=pool.device) - (n.cumsum(0) - n - filled)[head]
+            put(pool.pages, flat[head, slot // S].long(), slot % S, _content(part))
+            filled += n
+        if shift:  # the loop's last part is the tail, which has the newest token of every head
+            last = part.position == boundary - 1
+            tables.newest[row].view(-1)[head[last]] = slot[last].int()
+        tables.position[row] = boundary
+        tables.lost[row] = torch.where(counts < boundary, boundary - 1, -1).int()
+        tables.find_marks(slice(row, row + 1), tables.position[row : row + 1])
+
+
+def _segments(tables: Tables, row: int, chosen: Sequence[int], shift: int) -> list[Ragged]:
+    """The slots kept for ever of the tokens that were decided up to each boundary, from the one before on."""
+    pages, S = tables.pool.pages, tables.pool.layout.page_size
+    table = tables.table[row].flatten(0, 1)  # [L * H, M]
+    position, expiry = pages.position[table].flatten(-2), pages.expiry[table].flatten(-2)  # [L * H, W]
+    spots = torch.arange(position.shape[-1], device=position.device)
+    kept = (spots < tables.length[row].flatten()[:, None]) & (expiry == NEVER)
+    segments = []
+    for first, last in pairwise((0, *chosen)):
+        wanted = kept & (position >= first - shift) & (position < last - shift)
+        head, slot = _ordered(wanted, position)
+        content = slots(pages, table[head, slot // S].long(), slot % S)
+        segments.append(_ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=False))
+    return segments
+
+
+def _trimmed(pages: Pages, tail: Tail) -> Ragged:
+    """A tail without what is not there."""
+    names = _names(pages)
+    content = [each.flatten(0, 1) for each in tail.content]
+    head, place = _ordered(tail.some.flatten(0, 1), content[names.index("position")])
+    return _ragged(pages, tail.some.sum(-1), [each[head, place] for each in content], tail=True)
+
+
+def _ordered(wanted: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """(head, place) of what is wanted, in the order of heads and positions; both arguments are [heads, places]."""
+    head, place = wanted.nonzero().unbind(1)
+    order = (head * 2**31 + position[head, place]).argsort()
+    return head[order], place[order]
+
+
+def _names(pages: Pages) -> list[str]:
+    """What `octavo.attention.slots` gives, by name."""
+    return [name for name, part in pages._asdict().items() if part is not None]
+
+
+def _ragged(pages: Pages, counts: Tensor, content: list[Tensor], *, tail: bool) -> Ragged:
+    """Slots as `slots` gave them, codes in their own dtype again."""
+    parts = dict(zip(_names(pages), content, strict=True))
+    for name in ("key", "value"):
+        parts[name] = parts[name].view(getattr(pages, name).dtype)
+    if not tail:
+        del parts["expiry"]
+    return Ragged(counts.int(), **parts)
+
+
+def _content(part: Ragged) -> list[Tensor]:
+    """Slots as `put` takes them."""
+    expiry = torch.full_like(part.position, NEVER) if part.expiry is None else part.expiry
+    parts = part._replace(expiry=expiry).tensors
+    named = [parts[name] for name in Pages._fields if name in parts]
+    return [t.view(torch.uint8) if t.dtype in CODES else t for t in named]

@@ -1,0 +1,214 @@
+"""A forward of a piece of a prompt: it attends over pages and the chunk itself, then stores what can still be seen.
+
+A layer's keys and values are held until its last reader is done, because a token that expires within the chunk should
+never need a page. Layers wait for each other and are stored together, since storing takes some forty operations.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.attention import Chunk, attend, banded, causal, slots, write
+from octavo.config import NEVER
+from octavo.kv.plan import append, extended, found, owned_many, place, ranked
+from octavo.kv.rewind import Overwritten
+from octavo.kv.step import Batch, counted, newest_slot
+
+HELD = 2**26  # bytes of keys and values that may wait to be stored together
+
+
+class _Held(NamedTuple):
+    """The new tokens of one layer until they are stored."""
+
+    key: Tensor  # [B, H, N, D]
+    value: Tensor  # [B, H, N, D]
+    marked: Tensor | None  # [B, H, N] bool, None: none is
+
+
+class _Layers(NamedTuple):
+    """The new tokens of some layers one after another, ready to be stored."""
+
+    layers: slice
+    key: Tensor  # [B, l, H, N, D]
+    value: Tensor  # [B, l, H, N, D]
+    expiry: Tensor  # [B, l, H, N] int32
+
+
+class ChunkStep:
+    """Any number of new tokens, which attend to pages and to each other.
+
+    `left` [] int32: the most slots of any row that are free and not known to `Tables.marks`, where that is known.
+    """
+
+    late = False  # what a chunk forgets is decided layer by layer, before the layer attends
+
+    def __init__(self, batch: Batch, columns: int, valid: Tensor | None, trains: bool) -> None:
+        tables = batch.tables
+        self.batch = batch
+        self.filled = 0
+        self.left: Tensor | None = None
+        self.new = counted(tables.position[batch.index].clone(), columns, valid)
+        self._first = batch.longest == 0 and valid is None  # nothing is cached and nothing is padded
+        # Nothing of it can expire for any of its queries.
+        self._plain = self._first and (batch.eviction is None or columns <= batch.window + 1)
+        self._trains = trains
+        self._expired = batch.expired or bool(batch.eviction and columns > batch.window)
+        self.lost = tables.lost[batch.index].clone()  # [B, L, H], what it must be after `rewind`
+        self._held: dict[int, _Held] = {}
+        self._bands: banded.Bands | None = None
+        self._ready: list[int] = []  # layers whose readers are done
+        self.overwritten: list[Overwritten] = []  # what `rewind` must bring back
+        with tables.pool.lock:
+            tables.widen(batch.longest + columns)
+
+    def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
+        """Hold the new keys and values [B, H, N, D] of one layer; `marked` [B, H, N] bool, None: nothing expires."""
+        self.filled += 1
+        if marked is not None and self.batch.shift:
+            marked = self._settle_newest(layer, marked)
+        self._held[layer] = _Held(key, value, marked)
+
+    def _expiry(self, held: _Held) -> Tensor:
+        """When the tokens of a layer expire, [B, H, N] int32."""
+        if held.marked is None:
+            return torch.full(held.key.shape[:3], NEVER, dtype=torch.int32, device=held.key.device)
+        return torch.where(held.marked, self.new.position[:, None] + self.batch.window, NEVER).int().contiguous()
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
+        held, batch = self._held[layer], self.batch
+        if self._plain:
+            return causal.attend(query, held.key, held.value, scale)
+        if self._first and held.marked is not None and not self._trains and banded.suits(query, held.key):
+            if self._bands is None:
+                self._bands = banded.bands(query, held.key.shape[1], batch.window)
+            return banded.attend(self._bands, query, held.key, held.value, held.marked, scale)
+        chunk = Chunk(held.key, held.value, self.new.position, self._expiry(held))
+        tables, at = batch.tables, self.new.at[:, -query.shape[2] :]
+        table = tables.table[batch.index, layer][..., : batch.columns]
+        return attend(query, at, tables.pool.pages, table, tables.length[batch.index, layer], scale, chunk)
+
+    def settle(self, layer: int) -> None:
+        """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""
+        self._ready.append(layer)
+        if 2 * self._held[layer].key.nbytes * len(self._ready) >= HELD:
+            self._store_ready()
+
+    def commit(self, marked: Tensor | None) -> None:
+        """Move on; whatever has not been stored is stored now."""
+        self._ready += [layer for layer in sorted(self._held) if layer not in self._ready]
+        self._store_ready()
+        self.batch.tables.position[self.batch.index] = self.new.after
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _store_ready(self) -> None:
+        """Store the layers that are ready, those that follow each other together."""
+        while self._ready:
+            run = [self._ready.pop(0)]
+            while self._ready and self._ready[0] == run[-1] + 1:
+                run.append(self._ready.pop(0))
+            held = [self._held.pop(layer) for layer in run]
+            layers = slice(run[0], run[-1] + 1)
+            key, value = (torch.stack([getattr(h, name).detach() for h in held], 1) for name in ("key", "value"))
+            if held[0].marked is None:
+                expiry = torch.full(key.shape[:4], NEVER, dtype=torch.int32, device=key.device)
+            else:
+                marked = torch.stack([h.marked for h in held if h.marked is not None], 1)
+                expiry = torch.where(marked, self.new.position[:, None, None] + self.batch.window, NEVER).int()
+            with self.batch.tables.pool.lock:
+                self._store(_Layers(layers, key, value, expiry))
+
+    def _store(self, chunk: _Layers) -> None:
+        batch, tables, new = self.batch, self.batch.tables, self.new
+        pool, S = tables.pool, tables.pool.layout.page_size
+        rows = batch.index, chunk.layers
+        next_query = new.after[:, None, None, None]
+        real = (new.position >= 0)[:, None, None]
+        stored = real & (chunk.expiry >= next_query)  # [B, l, H, N]
+        whole, before = tables.table[rows], tables.length[rows]  # [B, l, H, M], [B, l, H]
+        if batch.expired and batch.longest:
+            old = pool.pages.expiry[whole[..., : batch.columns]].flatten(-2)
+            placed = place(old, before, stored, next_query)
+            self._remember(chunk.layers, old, before, whole)
+        else:
+            placed = append(before, stored)
+        if batch.shared:
+            whole = owned_many(pool, whole, placed.slot, stored, before)
+        columns = new.position.shape[1]
+        need = ((placed.length + S - 1) // S - (before + S - 1) // S).sum()
+        batch.reserve(before.numel() * (-(-columns // S) + 1), need, wait=True)
+        whole = extended(pool, whole, before, placed.length, columns)
+        tables.table[rows] = whole
+        tables.length[rows] = placed.length
+        pool.post()
+        page, inside = found(whole, placed.slot, stored, S)
+        write(pool.pages, page, inside, chunk.key, chunk.value)
+        pool.pages.position[page, inside] = new.position[:, None, None].expand_as(page)
+        pool.pages.expiry[page, inside] = chunk.expiry
+        if self._expired:
+            dropped = torch.where(real & ~stored, chunk.expiry, -1).amax(-1)
+            tables.lost[rows] = torch.maximum(tables.lost[rows], torch.maximum(placed.lost, dropped))
+        if tables.window is not None:
+            self._note_marks(rows, placed.slot, stored & (chunk.expiry < NEVER))
+        if placed.left is not None:
+            left = placed.left.amax()
+            self.left = left if self.left is None else torch.maximum(self.left, left)
+        if batch.shift:
+            tables.newest[rows] = newest_slot(placed.slot, new.position, tables.newest[rows])
+
+    def _note_marks(self, rows: tuple[slice | Tensor, slice], slot: Tensor, marked: Tensor) -> None:
+        """Tell `Tables.marks` where the marked ones among the new tokens are; `slot` and `marked` [B, l, H, N]."""
+        tables, new = self.batch.tables, self.new
+        span = min(slot.shape[-1], self.batch.window + 1)  # older ones have expired
+        slot, marked = slot[..., -span:], marked[..., -span:]
+        position = new.position[:, None, None, -span:]
+        marks = tables.marks[rows]
+        some = new.after > new.start
+        # The slot that comes free for the next query may have been taken already; if not, a search will find it.
+        freed = tables.place_of(new.after, some)[:, None, None, None].expand(*slot.shape[:-1], 1)
+        marks.scatter_(-1, freed, -1)
+        place = tables.place_of(position, position >= 0).expand(slot.shape)
+        marks.scatter_(-1, place, torch.where(marked, slot, -1).int())
+        if not isinstance(rows[0], slice):
+            tables.marks[rows] = marks
+
+    def _remember(self, layers: slice, old: Tensor, length: Tensor, table: Tensor) -> None:
+        """Keep what `rewind` needs: slots that expire within this chunk, of which each row has a window at most."""
+        batch, new, pool = self.batch, self.new, self.batch.tables.pool
+        within = torch.arange(old.shape[-1], device=old.device) < length[..., None]
+        start, after = (t[:, None, None, None] for t in (new.start, new.after))
+        dead = torch.where(within & (old < start), old, -1).amax(-1)
+        self.lost[:, layers] = torch.maximum(self.lost[:, layers], dead)  # overwritten for good
+        dying = within & (old >= start) & (old < after)
+        most = min(batch.window + 1, old.shape[-1])
+        order = dying.cumsum(-1, dtype=torch.int32)
+        slot = ranked(dying, order, most)[..., :most]
+        some = torch.arange(most, device=old.device) < order[..., -1:]
+        where = found(table, slot, some, pool.layout.page_size)
+        self.overwritten.append(Overwritten(layers, slot, some, slots(pool.pages, *where)))
+
+    def _settle_newest(self, layer: int, marked: Tensor) -> Tensor:
+        """Marks of the new tokens, each read at the next real one; the first is about the cached newest token."""
+        tables, batch, new = self.batch.tables, self.batch, self.new
+        real, N = new.position >= 0, new.position.shape[1]
+        columns = torch.arange(N, device=real.device).where(real, N)
+        following = columns.flip(1).cummin(1).values.flip(1)  # the first real token at or after each column
+        marks = torch.cat([marked, marked.new_zeros(*marked.shape[:2], 1)], 2)
+        everywhere = (-1, marked.shape[1], -1)
+        slot = tables.newest[batch.index, layer].long()[..., None]  # [B, H, 1]
+        doomed = marks.gather(2, following[:, None, :1].expand(everywhere)) & (slot >= 0)
+        with tables.pool.lock, torch.inference_mode(False), torch.no_grad():
+            table = tables.table[batch.index, layer]
+            if batch.shared:
+                table = owned_many(tables.pool, table, slot, doomed, tables.length[batch.index, layer])
+                tables.table[batch.index, layer] = table
+            page, inside = found(table, slot.clamp(min=0), doomed, tables.pool.layout.page_size)
+            expiry = (new.start - 1 + batch.window)[:, None, None].expand_as(page)
+            tables.pool.pages.expiry[page, inside] = expiry
+            open_marks = tables.marks[batch.index, layer]
+            place = tables.place_of(new.start - 1, new.start > 0)[:, None, None].expand(*slot.shape)
+            tables.marks[batch.index, layer] = open_marks.scatter(-1, place, torch.where(doomed, slot, -1).int())
+        later = torch.cat([following[:, 1:], torch.full_like(following[:, :1], N)], 1)
+        return marks.gather(2, later[:, None].expand(everywhere))

@@ -1,0 +1,162 @@
+"""A forward of few tokens, planned once for all layers: which slots they take, which pages are needed.
+
+A layer writes into its slots and attends over pages only. On a GPU, where no kernel does that yet, what many layers see
+is copied out of the pages together. None of it asks the device for anything, so a CUDA graph can hold it.
+"""
+
+import torch
+from torch import Tensor
+
+from octavo.attention import attend, gathered, write
+from octavo.config import NEVER
+from octavo.kv.plan import Placed, append, extended, found, owned, place, take_over
+from octavo.kv.pool import WASTE
+from octavo.kv.space import spare_of
+from octavo.kv.step import Batch, counted, newest_slot
+
+
+class DecodeStep:
+    """At most as many new tokens as the window is long, so that each survives its own step.
+
+    `left` [] int32: the most slots of any row that are free and not known to `Tables.marks`, where that is known.
+    """
+
+    late = True  # decisions of all layers come with `commit`, in one operation
+
+    def __init__(self, batch: Batch, columns: int, valid: Tensor | None) -> None:
+        tables = batch.tables
+        self.batch = batch
+        self.filled = 0  # layers whose keys and values came
+        self.left: Tensor | None = None
+        self._gathers = gathered.suits(tables.pool.pages, columns)
+        self._new: list[tuple[Tensor, Tensor]] = []  # keys and values of the layers so far, where they are gathered
+        self._group: tuple[range, gathered.Gathered] | None = None  # some layers, and what they see
+        with tables.pool.lock:
+            tables.widen(batch.longest)
+            self.new = counted(tables.position[batch.index].clone(), columns, valid)
+            self._plan()
+
+    def _plan(self) -> None:
+        """Choose a slot for every new token in every layer and head, and write positions, for all layers at once."""
+        batch, tables, new = self.batch, self.batch.tables, self.new
+        pool, S = tables.pool, tables.pool.layout.page_size
+        table, before = tables.table[batch.index, :, :, : batch.columns], tables.length[batch.index]
+        rows = before.shape
+        stored = (new.position >= 0)[:, None, None].expand(*rows, -1)  # [B, L, H, N]
+        placed = self._placed(table, before, stored)
+        newest = tables.newest[batch.index].long()[..., None]
+        columns = stored.shape[-1]
+        need = ((placed.length + S - 1) // S - (before + S - 1) // S).sum()
+        claim = before.numel() * -(-columns // S)
+        wait = not pool.raw.is_cuda  # on the host there is nothing to wait for
+        if batch.shared:
+            copies = before.numel() * (columns + batch.shift)
+            batch.reserve(claim + copies, need + copies, wait)
+            if batch.shift:
+                table = owned(pool, table, newest.clamp(min=0), newest >= 0, before)
+            table = owned(pool, table, placed.slot, stored, before)
+        else:
+            batch.reserve(claim, need, wait)
+        table = extended(pool, table, before, placed.length, columns)
+        tables.table[batch.index, :, :, : batch.columns] = table
+        tables.length[batch.index] = placed.length
+        if batch.expired:
+            tables.lost[batch.index] = torch.maximum(tables.lost[batch.index], placed.lost)
+        pool.post()
+        self.table, self.length, self.slot = table, placed.length, placed.slot
+        self.left = None if placed.left is None else placed.left.amax()
+        self.page, self.inside = found(table, placed.slot, stored, S)
+        self._newest = found(table, newest.clamp(min=0), newest >= 0, S) if batch.shift else None
+        pool.pages.position[self.page, self.inside] = new.position[:, None, None].expand(*rows, -1)
+        pool.pages.expiry[self.page, self.inside] = torch.full_like(self.page, NEVER, dtype=torch.int32)
+
+    def _placed(self, table: Tensor, before: Tensor, stored: Tensor) -> Placed:
+        """Where the new tokens go: into slots that are free, as far as there are any."""
+        batch, new = self.batch, self.new
+        if not batch.expired:
+            return append(before, stored)
+        now = new.start[:, None, None, None]
+        if batch.scattered or stored.shape[-1] > 1:
+            return place(batch.tables.pool.pages.expiry[table].flatten(-2), before, stored, now)
+        if batch.tables.window is None:
+            return append(before, stored)
+        at = (now % (batch.window + 1)).long().expand(*before.shape, 1)
+        return take_over(batch.tables.marks[batch.index].gather(-1, at), now - 1, before, stored)
+
+    def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
+        """Write the new keys and values [B, H, N, D] of one layer into their slots."""
+        self.filled += 1
+        if self._gathers:  # `commit` writes those of all layers in one operation
+            self._new.append((key, value))
+        else:
+            write(self.batch.tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
+        pages, at = self.batch.tables.pool.pages, self.new.at[:, -query.shape[2] :]
+        if not self._gathers:
+            return attend(query, at, pages, self.table[:, layer], self.length[:, layer], scale)
+        if self._group is None or layer not in self._group[0]:
+            self._group = None  # its memory may serve the next group
+            self._group = self._gather(layer, query.dtype)
+        layers, seen = self._group
+        return gathered.attend(seen, layer - layers[0], query, *self._new[layer], scale)
+
+    def _gather(self, first: int, dtype: torch.dtype) -> tuple[range, gathered.Gathered]:
+        """What layers from `first` on see, as many as take a small part of the device's memory."""
+        B, L, H, M = self.table.shape
+        pages = self.batch.tables.pool.pages
+        each = 2 * B * H * M * pages.key.shape[1] * pages.key.shape[2] * dtype.itemsize
+        layers = range(first, min(L, first + max(1, spare_of(pages.key.device) // 4 // each)))
+        some = slice(first, layers[-1] + 1)
+        return layers, gathered.gather(pages, self.table[:, some], self.length[:, some], self.new.at, dtype)
+
+    def settle(self, layer: int) -> None:
+        """Nothing is held back."""
+
+    def commit(self, marked: Tensor | None) -> None:
+        """Write when the new tokens expire (`marked` [L, B, H, N] bool, None: never) and move on."""
+        tables, batch, new = self.batch.tables, self.batch, self.new
+        if self._gathers:
+            key, value = (torch.stack(each, 1) for each in zip(*self._new, strict=True))  # [B, L, H, N, D]
+            write(tables.pool.pages, self.page, self.inside, key, value)
+        if tables.window is not None:
+            page, inside, slot, position = self.page, self.inside, self.slot, new.position[:, None, None]
+            real = position >= 0
+            if batch.shift:
+                # Each decision is about the token before; the newest token's own comes with the next step.
+                page, inside, slot = self._one_before()
+                position = position - 1
+                real = real & (position >= 0)
+            decided = torch.zeros_like(slot, dtype=torch.bool) if marked is None else marked.transpose(0, 1)
+            tables.pool.pages.expiry[page, inside] = torch.where(decided, position + batch.window, NEVER).int()
+            marks = tables.marks[batch.index]
+            place = tables.place_of(position, real).expand(slot.shape)
+            marks.scatter_(-1, place, torch.where(decided, slot, -1).int())
+            if not isinstance(batch.index, slice):
+                tables.marks[batch.index] = marks
+        if batch.shift:
+            tables.newest[batch.index] = newest_slot(self.slot, new.position, tables.newest[batch.index])
+        tables.position[batch.index] = new.after
+
+    def _one_before(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(page, place inside it, slot), each [B, L, H, N], of the real token before each new one.
+
+        The waste page stands before padding and before a sequence's first token.
+        """
+        assert self._newest is not None
+        newest = self.batch.tables.newest[self.batch.index][..., None].long()
+        if self.slot.shape[-1] == 1:
+            page, inside, slot = *self._newest, newest
+            dead = (self.new.position < 0)[:, None, None].expand_as(page)
+            return page.masked_fill(dead, WASTE), inside, slot
+        real = self.new.position >= 0
+        columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        last = torch.where(real, columns, -1).cummax(1).values  # the last real column up to each
+        before = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)  # -1: the cached newest token
+        first = (before < 0)[:, None, None]
+        at = before.clamp(min=0)[:, None, None].expand_as(self.page)
+        dead = ~real[:, None, None].expand_as(self.page)
+        page = torch.where(first, self._newest[0], self.page.gather(-1, at)).masked_fill(dead, WASTE)
+        inside = torch.where(first, self._newest[1], self.inside.gather(-1, at))
+        return page, inside, torch.where(first, newest, self.slot.gather(-1, at))

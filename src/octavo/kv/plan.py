@@ -1,0 +1,116 @@
+"""Which slots new tokens take: slots of expired tokens first, then the end of the row. Tensors only.
+
+A row is one (sequence, layer, KV head). All functions work on any leading dimensions [...] of rows at once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.kv.pool import WASTE, PagePool
+
+
+class Placed(NamedTuple):
+    """Where new tokens go."""
+
+    slot: Tensor  # [..., N] int64; without meaning for tokens that are not stored
+    length: Tensor  # [...] int32, slots in use afterwards
+    lost: Tensor  # [...] int32, the latest expiry among the slots that are overwritten, -1: none
+    left: Tensor | None  # [...] int32, free slots that are left over; None: there were none before either
+
+
+def append(length: Tensor, stored: Tensor) -> Placed:
+    """Places for tokens (`stored` [..., N] bool) where no slot has expired: the end of each row."""
+    rank = stored.cumsum(-1)
+    return Placed(length[..., None] + rank - 1, (length + rank[..., -1]).int(), torch.full_like(length, -1), None)
+
+
+def take_over(free: Tensor, expired: Tensor, length: Tensor, stored: Tensor) -> Placed:
+    """Places for one token each (`stored` [..., 1] bool) where at most one slot is free in each row.
+
+    `free` [..., 1] int32 is that slot, -1 where there is none; `expired` [..., 1] int32 is when it expired.
+    """
+    taken = (free >= 0) & stored
+    slot = torch.where(taken, free, length[..., None]).long()
+    return Placed(slot, length + (stored & ~taken)[..., 0].int(), torch.where(taken, expired, -1)[..., 0], None)
+
+
+def place(expiry: Tensor, length: Tensor, stored: Tensor, limit: Tensor) -> Placed:
+    """Places for tokens where slots with expiry < `limit` are free.
+
+    `expiry` [..., W] int32 of all slots of the rows, without meaning at and past `length` [...] int32; `stored`
+    [..., N] bool; `limit` [..., 1] int32.
+    """
+    N = stored.shape[-1]
+    slots = torch.arange(expiry.shape[-1], device=expiry.device)
+    hole = (slots < length[..., None]) & (expiry < limit)
+    rank = stored.cumsum(-1) - 1  # [..., N]
+    order = hole.cumsum(-1, dtype=torch.int32)
+    free = order[..., -1]
+    holes = free.clamp(max=N)
+    hole_at = ranked(hole, order, N)
+    appended = length[..., None] + rank - holes[..., None]
+    slot = torch.where(rank < holes[..., None], hole_at.gather(-1, rank.clamp(min=0)), appended)
+    count = rank[..., -1] + 1
+    length = (length + (count - holes).clamp(min=0)).int()
+    overwritten = hole & (order <= count[..., None])
+    return Placed(slot, length, torch.where(overwritten, expiry, -1).amax(-1), (free - count).clamp(min=0))
+
+
+def ranked(chosen: Tensor, order: Tensor, most: int) -> Tensor:
+    """Indices of the first `most` chosen (bool [..., W], `order` its cumsum): int64 [..., most + 1].
+
+    What is past the last chosen is 0; the last column is spill.
+    """
+    slots = torch.arange(chosen.shape[-1], device=chosen.device)
+    at = torch.where(chosen & (order <= most), order - 1, most).long()
+    return at.new_zeros(*chosen.shape[:-1], most + 1).scatter_(-1, at, slots.expand_as(at))
+
+
+def extended(pool: PagePool, table: Tensor, before: Tensor, after: Tensor, tokens: int) -> Tensor:
+    """The table [..., M] int32 with fresh pages where rows grow from `before` to `after` [...], by `tokens` at most."""
+    S, M = pool.layout.page_size, table.shape[-1]
+    have, need = before.long().add(S - 1).div(S, rounding_mode="floor"), (after.long() + S - 1) // S
+    column = have[..., None] + torch.arange(-(-tokens // S), device=table.device)  # no row needs more pages than these
+    fresh = column < need[..., None]
+    ids = pool.take(fresh).int()
+    wider = torch.nn.functional.pad(table, (0, 1))  # the last column takes what is not fresh
+    return wider.scatter_(-1, torch.where(fresh, column, M), ids)[..., :M]
+
+
+def found(table: Tensor, slot: Tensor, stored: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """(page, slot inside it) of slots [..., N] of rows, int64; the waste page where a token is not `stored`."""
+    column = (slot // page_size).clamp(0, table.shape[-1] - 1)
+    return torch.where(stored, table.gather(-1, column).long(), WASTE), slot % page_size
+
+
+def owned(pool: PagePool, table: Tensor, slot: Tensor, written: Tensor, before: Tensor) -> Tensor:
+    """The table [..., M] with a page of its own for each slot [..., N] that is `written` on a page had before.
+
+    `before` [...]: slots in use before this step; what lies past them is on fresh pages.
+    """
+    S = pool.layout.page_size
+    have = before.long().add(S - 1).div(S, rounding_mode="floor")[..., None]
+    for i in range(slot.shape[-1]):  # one after another: two tokens of a row may go to one page
+        column = (slot[..., i : i + 1] // S).clamp(0, table.shape[-1] - 1)
+        wanted = written[..., i : i + 1] & (column < have)
+        page = table.gather(-1, column)
+        table = table.scatter(-1, column, pool.own(page.long(), wanted).int())
+    return table
+
+
+def owned_many(pool: PagePool, table: Tensor, slot: Tensor, written: Tensor, before: Tensor) -> Tensor:
+    """`owned` for many tokens at once; it waits for the device."""
+    S, M = pool.layout.page_size, table.shape[-1]
+    have = before.long().add(S - 1).div(S, rounding_mode="floor")[..., None]
+    column = torch.where(written, (slot // S).clamp(0, M - 1), M)
+    touched = torch.zeros(*table.shape[:-1], M + 1, dtype=torch.bool, device=table.device).scatter_(-1, column, True)
+    touched = touched[..., :M] & (torch.arange(M, device=table.device) < have)
+    touched &= pool.references[table.long()] > 1
+    ids = table[touched].long()
+    pool.reserve(len(ids), torch.tensor(len(ids)))
+    table = table.clone()
+    if len(ids):
+        table[touched] = pool.own(ids, torch.ones_like(ids, dtype=torch.bool)).int()
+    return table

@@ -1,0 +1,27 @@
+"""What a cache must know of a model, and what its pages look like then."""
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.attention import PageLayout
+from octavo.config import CacheSettings
+
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what `CacheSettings.kv_dtype` may name
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a cache must know of a model. `dtype` is what the model computes in; `layers` may share `cached_layers`."""
+
+    layers: int
+    cached_layers: int  # KV layers: sets of keys and values, one per layer or per group of layers that share one
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def layout(self, settings: CacheSettings) -> PageLayout:
+        """The pages of such a cache."""
+        stored = self.dtype if settings.kv_dtype is None else STORED[settings.kv_dtype]
+        return PageLayout(settings.page_size, self.head_dim, stored)

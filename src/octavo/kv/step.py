@@ -1,0 +1,76 @@
+"""What all forwards on pages share: the batch that runs them, and the positions of their new tokens."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.config import Eviction
+from octavo.kv.quota import Quota
+from octavo.kv.tables import Tables
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one step, and what the host knows of them without asking the device."""
+
+    tables: Tables
+    index: slice | Tensor  # which rows of the tables
+    eviction: Eviction | None
+    longest: int  # no row has more slots
+    expired: bool  # whether any slot can have expired
+    scattered: bool  # whether slots may be free elsewhere than `Tables.marks` says
+    shared: bool  # whether a page may be named by other rows too
+    quota: Quota
+
+    @property
+    def window(self) -> int:
+        """Tokens for which a marked one stays visible."""
+        return self.eviction.window if self.eviction else 0
+
+    @property
+    def shift(self) -> int:
+        """See `Eviction`."""
+        return self.eviction.shift if self.eviction else 0
+
+    @property
+    def columns(self) -> int:
+        """Table columns that may name pages; at least one, since kernels take no empty table."""
+        return max(1, -(-self.longest // self.tables.pool.layout.page_size))
+
+    def reserve(self, claim: int, need: Tensor, wait: bool) -> None:
+        """See `PagePool.reserve`; within the quota of these sequences."""
+        self.quota.claim(claim, need)
+        self.tables.pool.reserve(claim, need, wait)
+
+
+class New(NamedTuple):
+    """The new tokens of one forward."""
+
+    position: Tensor  # [B, N] int32, -1 is padding
+    at: Tensor  # [B, N] int32, where their queries stand: padding's at the last token before it, -1 where none is
+    start: Tensor  # [B] int32, position of the first
+    after: Tensor  # [B] int32, position of the next query after this forward
+    padded: bool  # whether any may be padding
+
+
+def counted(start: Tensor, columns: int, valid: Tensor | None) -> New:
+    """Positions of `columns` new tokens per sequence; `valid` [B, N] bool marks the real ones, None: all are."""
+    if valid is None:
+        ahead = torch.arange(columns, device=start.device, dtype=torch.int32)
+        position = start[:, None] + ahead
+        return New(position, position, start, start + columns, False)
+    at = start[:, None] + valid.cumsum(1, dtype=torch.int32) - 1
+    return New(at.masked_fill(~valid, -1), at, start, at[:, -1] + 1, True)
+
+
+def newest_slot(slot: Tensor, position: Tensor, before: Tensor) -> Tensor:
+    """The slot of each row's newest token after tokens at `position` [B, N] went to `slot` [B, ..., N]; int32 [B, ...].
+
+    `before` [B, ...] int32 is what it was, and stays where a row has padding only.
+    """
+    ahead = (1,) * (slot.ndim - 2)
+    last = position.argmax(1).view(-1, *ahead, 1).expand(*slot.shape[:-1], 1)
+    some = (position >= 0).any(1).view(-1, *ahead)
+    return torch.where(some, slot.gather(-1, last)[..., 0].int(), before)

@@ -1,0 +1,167 @@
+"""Where every sequence's slots lie: one row of fixed-width device tensors per sequence.
+
+Rows join, fork and leave one at a time; a batch is a list of rows. Nothing of another row is touched. Tensors that grow
+are made anew, and `generation` says so: a CUDA graph that was captured before must be captured again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.config import NEVER
+from octavo.kv.pool import NOWHERE, PagePool
+
+WIDER = 8  # page tables grow by this many columns
+
+
+class Tables:
+    """Rows of sequences over one pool, L sets of keys and values (one per layer, or per group that shares them) each.
+
+    `position` [R] int32: tokens read, so the next token's position. `table` [R, L, H, M] int32: page ids. `length`
+    [R, L, H] int32: slots in use. `lost` [R, L, H] int32: the latest expiry among forgotten tokens (-1: none); a
+    sequence can go back to any position past it. `newest` [R, L, H] int32: slot of the newest token (-1: none), kept
+    where its mark is still open (`Eviction.shift` 1).
+
+    `marks` [R, L, H, window + 2] int32, where there is a `window`: at place p % (window + 1) the slot of the marked
+    token at position p, -1 where it is not marked. A marked token of position p is visible up to p + window, so the
+    query at q = p + window + 1 finds the slot that has just become free at place q % (window + 1), without a search.
+    The last place takes what nobody reads.
+    """
+
+    def __init__(self, pool: PagePool, layers: int, kv_heads: int, window: int | None) -> None:
+        self.pool = pool
+        self.window = window
+        self.generation = 0
+        self.position = torch.zeros(0, dtype=torch.int32, device=pool.device)
+        self.length = torch.zeros(0, layers, kv_heads, dtype=torch.int32, device=pool.device)
+        self.lost, self.newest = torch.zeros_like(self.length), torch.zeros_like(self.length)
+        self.table = torch.zeros(0, layers, kv_heads, WIDER, dtype=torch.int32, device=pool.device)
+        self.marks = self.table.new_zeros(0, layers, kv_heads, 0 if window is None else window + 2)
+        self._vacant: list[int] = []
+        pool.tables.add(self)
+
+    @property
+    def _rows(self) -> dict[str, Tensor]:
+        """What makes up the rows, by name."""
+        return {name: getattr(self, name) for name in ("position", "length", "lost", "newest", "table", "marks")}
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one sequence's row."""
+        return sum(t[:1].numel() * t.element_size() for t in self._rows.values()) if len(self.position) else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, taken or vacant."""
+        return len(self.position) * self.row_nbytes
+
+    def nbytes_of(self, rows: Sequence[int]) -> int:
+        """Bytes of the pages that some rows name, each counted once, and of the rows."""
+        if not rows:
+            return 0
+        index = self.index(rows)
+        pages: Tensor = self.table[index][self.used(self.length[index])].unique()  # type: ignore[no-untyped-call]
+        return len(pages) * self.pool.page_nbytes + len(rows) * self.row_nbytes
+
+    @property
+    def taken(self) -> int:
+        """Sequences held."""
+        return len(self.position) - len(self._vacant)
+
+    def join(self, count: int) -> list[int]:
+        """Rows for new sequences, empty."""
+        with self.pool.lock:
+            missing = count - len(self._vacant)
+            if missing > 0:
+                had = len(self.position)
+                grown = had + max(missing, had // 2)
+                for name, old in self._rows.items():
+                    new = old.new_zeros(grown, *old.shape[1:])
+                    new[:had] = old
+                    setattr(self, name, new)
+                self._vacant += range(had, grown)
+                self.generation += 1
+            self._vacant.sort(reverse=True)
+            rows = [self._vacant.pop() for _ in range(count)]
+            index = self.index(rows)
+            self.position[index] = 0
+            self.length[index] = 0
+            self.table[index] = NOWHERE
+            for each in (self.lost, self.newest, self.marks):
+                each[index] = -1
+        return rows
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """Give back the pages of sequences that ended, and their rows."""
+        with self.pool.lock:
+            for row in rows:
+                ids = self.table[row].long()
+                self.pool.drop(ids, self.used(self.length[row]))
+                self.length[row] = 0
+                self._vacant.append(row)
+
+    def fork(self, row: int) -> int:
+        """A second sequence that shares all pages of one; either copies a page when it first writes into it."""
+        with self.pool.lock:
+            (twin,) = self.join(1)
+            self.pool.share(self.table[row].long(), self.used(self.length[row]))
+            for each in self._rows.values():
+                each[twin] = each[row]
+        return twin
+
+    def index(self, rows: Sequence[int]) -> "slice | Tensor":
+        """What selects these rows from the tensors: a slice where they lie in order, for views instead of copies."""
+        first = rows[0] if rows else 0
+        if list(rows) == list(range(first, first + len(rows))):
+            return slice(first, first + len(rows))
+        return torch.tensor(rows, dtype=torch.int64).to(self.table.device)
+
+    def used(self, length: Tensor, width: int | None = None) -> Tensor:
+        """Which table columns hold pages of rows with these lengths [...]: [..., M] bool."""
+        columns = torch.arange(self.table.shape[3] if width is None else width, device=length.device)
+        return columns * self.pool.layout.page_size < length[..., None]
+
+    def widen(self, slots: int) -> None:
+        """Make room for so many slots in every row."""
+        columns = -(-slots // self.pool.layout.page_size)
+        if columns <= self.table.shape[3]:
+            return
+        columns = -(-max(columns, self.table.shape[3] * 9 // 8) // WIDER) * WIDER
+        table = self.table.new_zeros(*self.table.shape[:3], columns)
+        table[..., : self.table.shape[3]] = self.table
+        self.table = table
+        self.generation += 1
+
+    def visible(self, index: slice | Tensor) -> Tensor:
+        """Slots that the next query of some rows can see, int64 [B, L, H]."""
+        expiry = self.pool.pages.expiry[self.table[index]].flatten(-2)
+        used = torch.arange(expiry.shape[-1], device=expiry.device) < self.length[index][..., None]
+        return (used & (expiry >= self.position[index][:, None, None, None])).sum(-1)
+
+    def place_of(self, position: Tensor, real: Tensor) -> Tensor:
+        """Where `marks` keeps tokens at `position` [...] int32: int64 [...], the last place where not `real` (bool)."""
+        assert self.window is not None
+        return torch.where(real, position % (self.window + 1), self.window + 1).long()
+
+    def find_marks(self, index: slice | Tensor, now: Tensor) -> None:
+        """Make `marks` of some rows anew from their pages, as of position `now` [B] int32."""
+        if self.window is None:
+            return
+        S = self.pool.layout.page_size
+        table, length = self.table[index], self.length[index]
+        position = self.pool.pages.position[table].flatten(-2)  # [B, L, H, W]
+        expiry = self.pool.pages.expiry[table].flatten(-2)
+        slots = torch.arange(table.shape[-1] * S, device=now.device)
+        at = now[:, None, None, None]
+        marked = (slots < length[..., None]) & (position >= 0) & (expiry < NEVER) & (expiry >= at - 1)
+        marks = torch.full_like(self.marks[index], -1)
+        marks.scatter_(-1, self.place_of(position, marked), slots.int().expand_as(position))
+        self.marks[index] = marks
+
+    def held(self) -> Tensor:
+        """Ids of the pages that the rows name, int64 [n], once for each row that does."""
+        rows = torch.ones(len(self.position), dtype=torch.bool)
+        rows[self._vacant] = False
+        rows = rows.to(self.table.device)[:, None, None, None]
+        return self.table[self.used(self.length) & rows].long()
