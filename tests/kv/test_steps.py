@@ -54,6 +54,8 @@ def forward(plain, columns, pads, seed, fail_at=None):
     valid = torch.arange(columns) >= torch.tensor([min(p, columns) for p in pads])[:, None]
     if seed % 3 == 0 and columns > 2:
         valid[:, columns // 2] = False  # padding in the middle
+    if seed % 4 == 1:
+        valid = valid.flip(1)  # padding on the right
     key, value = torch.randn(2, L, B, H, columns, D, generator=g)
     marked = torch.rand(L, B, H, columns, generator=g) < 0.6
     query = torch.randn(L, B, H * G, columns, D, generator=g)

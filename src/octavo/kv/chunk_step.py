@@ -161,7 +161,8 @@ class ChunkStep:
     def _note_marks(self, rows: tuple[slice | Tensor, slice], slot: Tensor, marked: Tensor) -> None:
         """Tell `Tables.marks` where the marked ones among the new tokens are; `slot` and `marked` [B, l, H, N]."""
         tables, new = self.batch.tables, self.new
-        span = min(slot.shape[-1], self.batch.window + 1)  # older ones have expired
+        # Older tokens have expired. With padding among them the last columns need not be the last tokens.
+        span = slot.shape[-1] if new.padded else min(slot.shape[-1], self.batch.window + 1)
         slot, marked = slot[..., -span:], marked[..., -span:]
         position = new.position[:, None, None, -span:]
         marks = tables.marks[rows]
@@ -169,7 +170,8 @@ class ChunkStep:
         # The slot that comes free for the next query may have been taken already; if not, a search will find it.
         freed = tables.place_of(new.after, some)[:, None, None, None].expand(*slot.shape[:-1], 1)
         marks.scatter_(-1, freed, -1)
-        place = tables.place_of(position, position >= 0).expand(slot.shape)
+        recent = position >= (new.after - self.batch.window).clamp(min=0)[:, None, None, None]
+        place = tables.place_of(position, recent).expand(slot.shape)
         marks.scatter_(-1, place, torch.where(marked, slot, -1).int())
         if not isinstance(rows[0], slice):
             tables.marks[rows] = marks

@@ -31,7 +31,7 @@ typedef struct {
     const char *key[TILE], *value[TILE];
     int32_t position[TILE], expiry[TILE];
     float key_scale[TILE], value_scale[TILE]; /* where `scaled` */
-    int count;
+    int64_t count;
     int dtype;
     bool masked; /* some query of the block does not see some slot of the tile */
     bool scaled; /* the slots hold codes */
@@ -255,7 +255,7 @@ static Run run_at(const Asked *a, int64_t row, int64_t used, int64_t at) {
 /* The kernels read whole vectors of padded head_dim; a slot of another size is copied out for them. */
 static void widen_tile(const Job *job, Tile *tile, float *room) {
     int64_t head_dim = job->asked->head_dim;
-    for (int i = 0; i < tile->count; i++, room += 2 * job->dim) {
+    for (int64_t i = 0; i < tile->count; i++, room += 2 * job->dim) {
         widen(tile->key[i], tile->dtype, head_dim, job->dim, 1, room);
         widen(tile->value[i], tile->dtype, head_dim, job->dim, 1, room + job->dim);
         tile->key[i] = (char *)room;
@@ -264,10 +264,12 @@ static void widen_tile(const Job *job, Tile *tile, float *room) {
     tile->dtype = FLOAT32;
 }
 
-/* Adds those slots of a run that some query may see; returns the new count. */
-static int add_slots(Tile *tile, Run run, int slots, int32_t oldest, int32_t newest) {
-    int n = tile->count, hidden = 0;
-    for (int i = 0; i < slots; i++)
+/* Adds those slots of a run that some query may see; returns the new count. Indices have 64 bits here and in the
+   kernels: Python's own flags hold -fwrapv, under which loops over `int` are not turned into vectors. */
+static int64_t add_slots(Tile *tile, Run run, int64_t slots, int32_t oldest, int32_t newest) {
+    int64_t n = tile->count;
+    int hidden = 0;
+    for (int64_t i = 0; i < slots; i++)
         hidden += (run.position[i] < 0) | (run.position[i] > newest) | (run.expiry[i] < oldest);
     if (!hidden) { /* mostly; with so much less to do for each slot that it shows in the whole */
         memcpy(tile->position + n, run.position, sizeof(int32_t) * (size_t)slots);
@@ -276,13 +278,13 @@ static int add_slots(Tile *tile, Run run, int slots, int32_t oldest, int32_t new
             memcpy(tile->key_scale + n, run.key_scale, sizeof(float) * (size_t)slots);
             memcpy(tile->value_scale + n, run.value_scale, sizeof(float) * (size_t)slots);
         }
-        for (int i = 0; i < slots; i++) {
+        for (int64_t i = 0; i < slots; i++) {
             tile->key[n + i] = run.key + i * run.key_step;
             tile->value[n + i] = run.value + i * run.value_step;
         }
         return n + slots;
     }
-    for (int i = 0; i < slots; i++) { /* without a branch on what is seen: expiries come in no order */
+    for (int64_t i = 0; i < slots; i++) { /* without a branch on what is seen: expiries come in no order */
         tile->key[n] = run.key + i * run.key_step;
         tile->value[n] = run.value + i * run.value_step;
         tile->position[n] = run.position[i];
@@ -320,20 +322,20 @@ static int64_t fill_tile(const Job *job, int64_t row, int64_t at, int64_t last, 
         prefetch_slots(job->asked, row, used, at + 2 * TILE);
         tile->dtype = run.dtype;
         tile->scaled = run.key_scale != NULL;
-        int slots = (int)smaller(smaller(run.slots, last - at), TILE - tile->count);
+        int64_t slots = smaller(smaller(run.slots, last - at), TILE - tile->count);
         tile->count = add_slots(tile, run, slots, s->oldest, s->newest);
         at += slots;
     }
-    int n = tile->count;
-    if (n && tile->dtype == FLOAT8)
-        for (int i = 0; i < n; i++) tile->key_scale[i] *= 256, tile->value_scale[i] *= 256; /* see from_float8 */
+    int64_t n = tile->count;
+    if (n && tile->dtype == FLOAT8) /* see from_float8 */
+        for (int64_t i = 0; i < n; i++) tile->key_scale[i] *= 256, tile->value_scale[i] *= 256;
     tile->masked = false;
     if (s->oldest < s->newest)
-        for (int i = 0; i < n; i++)
+        for (int64_t i = 0; i < n; i++)
             tile->masked |= tile->position[i] > s->oldest || tile->expiry[i] < s->newest;
     if (n && job->dim != job->asked->head_dim)
         widen_tile(job, tile, s->widened + (int64_t)which * 2 * TILE * job->dim);
-    for (int i = n; n && i < TILE; i++) { /* scoring works on whole vectors of slots */
+    for (int64_t i = n; n && i < TILE; i++) { /* scoring works on whole vectors of slots */
         tile->key[i] = tile->key[0];
         tile->value[i] = tile->value[0];
         tile->key_scale[i] = tile->value_scale[i] = 0;

@@ -239,21 +239,21 @@ TARGET static void NAME(gather)(const Tile *tile, const Tile *next, const float 
 /* Scores become weights, exp(score - top); what was summed before is to be multiplied by `decay`. */
 TARGET static void NAME(weigh)(const Tile *tile, const int32_t *at, int queries, float *scores, float *top,
                                float *sum, float *decay) {
-    int padded = (tile->count + LANES - 1) / LANES * LANES;
+    int64_t padded = (tile->count + LANES - 1) / LANES * LANES;
     for (int r = 0; r < queries; r++, scores += TILE) {
-        for (int i = tile->count; i < padded; i++) scores[i] = -INFINITY;
+        for (int64_t i = tile->count; i < padded; i++) scores[i] = -INFINITY;
         if (tile->masked)
-            for (int i = 0; i < tile->count; i++)
+            for (int64_t i = 0; i < tile->count; i++)
                 scores[i] = tile->position[i] <= at[r] && at[r] <= tile->expiry[i] ? scores[i] : -INFINITY;
         V most = NAME(splat)(-INFINITY), all = {0};
-        for (int i = 0; i < padded; i += LANES) {
+        for (int64_t i = 0; i < padded; i += LANES) {
             V s = NAME(load)((const char *)scores, i, FLOAT32);
             most = NAME(larger)(s, most);
         }
         float old = top[r], highest = NAME(highest)(most);
         top[r] = highest > old ? highest : old;
         V base = NAME(splat)(top[r] == -INFINITY ? 0 : top[r]); /* weights are 0 until a slot is seen */
-        for (int i = 0; i < padded; i += LANES) {
+        for (int64_t i = 0; i < padded; i += LANES) {
             V weight = NAME(exponential)(NAME(load)((const char *)scores, i, FLOAT32) - base);
             all += weight;
             if (tile->scaled) weight *= NAME(load)((const char *)tile->value_scale, i, FLOAT32);
