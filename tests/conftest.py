@@ -1,9 +1,19 @@
 """Fixtures that several rooms' tests share."""
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """Free the attached models of a module: each reserves as many addresses as there is memory, and a model and what is
+    attached to it refer to each other. With hundreds of such reservations a process cannot fork any more."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
