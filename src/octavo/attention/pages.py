@@ -105,6 +105,18 @@ def read(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (stored.float() * scale[..., None]).to(dtype)
 
 
+def rows(pages: Pages, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and values in the pages of a table [..., M], each [..., M, S, D] of `dtype`."""
+    made = []
+    for stored, scales in ((pages.key, pages.key_scale), (pages.value, pages.value_scale)):
+        if scales is None:
+            made.append(read(stored[table], None, dtype))
+        else:  # indexing does not know float8, so codes are moved as bytes
+            codes = stored.view(torch.uint8)[table].view(stored.dtype)
+            made.append(read(codes, scales[table], dtype))
+    return made[0], made[1]
+
+
 def write(pages: Pages, page: Tensor, inside: Tensor, key: Tensor, value: Tensor) -> None:
     """Store keys and values [..., D] of any dtype in slot `inside` [...] int64 of page `page` [...] int64.
 

@@ -69,11 +69,12 @@ class ChunkStep:
             marked = self._settle_newest(layer, marked)
         self._held[layer] = _Held(key, value, marked)
 
-    def _expiry(self, held: _Held) -> Tensor:
-        """When the tokens of a layer expire, [B, H, N] int32."""
-        if held.marked is None:
-            return torch.full(held.key.shape[:3], NEVER, dtype=torch.int32, device=held.key.device)
-        return torch.where(held.marked, self.new.position[:, None] + self.batch.window, NEVER).int().contiguous()
+    def _expiry(self, key: Tensor, marked: Tensor | None) -> Tensor:
+        """When tokens with these keys [B, ..., H, N, D] and marks [B, ..., H, N] expire, [B, ..., H, N] int32."""
+        if marked is None:
+            return torch.full(key.shape[:-1], NEVER, dtype=torch.int32, device=key.device)
+        position = self.new.position.view(len(key), *(1,) * (key.ndim - 3), -1)
+        return torch.where(marked, position + self.batch.window, NEVER).int().contiguous()
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
@@ -84,7 +85,7 @@ class ChunkStep:
             if self._bands is None:
                 self._bands = banded.bands(query, held.key.shape[1], batch.window)
             return banded.attend(self._bands, query, held.key, held.value, held.marked, scale)
-        chunk = Chunk(held.key, held.value, self.new.position, self._expiry(held))
+        chunk = Chunk(held.key, held.value, self.new.position, self._expiry(held.key, held.marked))
         tables, at = batch.tables, self.new.at[:, -query.shape[2] :]
         table = tables.table[batch.index, layer][..., : batch.columns]
         return attend(query, at, tables.pool.pages, table, tables.length[batch.index, layer], scale, chunk)
@@ -112,11 +113,8 @@ class ChunkStep:
             held = [self._held.pop(layer) for layer in run]
             layers = slice(run[0], run[-1] + 1)
             key, value = (torch.stack([getattr(h, name).detach() for h in held], 1) for name in ("key", "value"))
-            if held[0].marked is None:
-                expiry = torch.full(key.shape[:4], NEVER, dtype=torch.int32, device=key.device)
-            else:
-                marked = torch.stack([h.marked for h in held if h.marked is not None], 1)
-                expiry = torch.where(marked, self.new.position[:, None, None] + self.batch.window, NEVER).int()
+            marks = [h.marked for h in held if h.marked is not None]  # of all layers or of none
+            expiry = self._expiry(key, torch.stack(marks, 1) if marks else None)
             with self.batch.tables.pool.lock:
                 self._store(_Layers(layers, key, value, expiry))
 

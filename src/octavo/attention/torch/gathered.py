@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.attention.pages import Pages, read
+from octavo.attention.pages import Pages
+from octavo.attention.pages import rows as rows_of
 
 EXTRA = 8  # columns behind the gathered slots: the new token and zeros, since kernels want multiples of 8
 
@@ -38,12 +39,10 @@ def gather(pages: Pages, table: Tensor, length: Tensor, at: Tensor, dtype: torch
     table, length = table.transpose(0, 1), length.transpose(0, 1)
     rows, U = table.shape[:3], table.shape[3] * pages.key.shape[1]
     made = []
-    for stored, scales in ((pages.key, pages.key_scale), (pages.value, pages.value_scale)):
-        whole = torch.empty(*rows, U + EXTRA, stored.shape[2], dtype=dtype, device=stored.device)
+    for found in rows_of(pages, table, dtype):
+        whole = torch.empty(*rows, U + EXTRA, found.shape[-1], dtype=dtype, device=found.device)
         whole[..., U:, :].zero_()
-        # Indexing does not know float8, so codes are moved as bytes.
-        found = stored[table] if scales is None else stored.view(torch.uint8)[table].view(stored.dtype)
-        whole[..., :U, :].copy_(read(found, None if scales is None else scales[table], dtype).flatten(3, 4))
+        whole[..., :U, :].copy_(found.flatten(3, 4))
         made.append(whole)
     position, expiry = pages.position[table].flatten(3), pages.expiry[table].flatten(3)
     now = at[:, :, None]  # [B, 1, 1]

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.attention.pages import Chunk, Pages, read
+from octavo.attention.pages import Chunk, Pages
+from octavo.attention.pages import rows as rows_of
 
 MASK = 2**27  # elements of a mask that is made at once; longer chunks go in blocks of queries
 
@@ -31,7 +32,7 @@ def attend(
     if query.numel() == 0:
         return query.transpose(1, 2)
     H = table.shape[1]
-    k, v = gathered(pages, table, query.dtype)  # [B, H, U, D]
+    k, v = (t.flatten(2, 3) for t in rows_of(pages, table, query.dtype))  # [B, H, U, D]
     position, expiry = slots(pages, table, length)
     if chunk is not None:
         k, v = torch.cat([k, chunk.key], 2), torch.cat([v, chunk.value], 2)
@@ -52,15 +53,6 @@ def attend(
         )
     out = (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).reshape(B, Hq, n, D).transpose(1, 2)
     return out.masked_fill((at < 0)[:, :, None, None], 0.0)
-
-
-def gathered(pages: Pages, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of all slots of the rows of a table [B, H, M], each [B, H, M * S, D] of `dtype`."""
-    made = []
-    for stored, scales in ((pages.key, pages.key_scale), (pages.value, pages.value_scale)):
-        scale = None if scales is None else scales[table]
-        made.append(read(stored[table], scale, dtype).flatten(2, 3))
-    return made[0], made[1]
 
 
 def slots(pages: Pages, table: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
