@@ -1,11 +1,15 @@
 """Fixtures that several rooms' tests share."""
 
 import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter; read when triton is first imported
 
 
 @pytest.fixture(scope="module", autouse=True)

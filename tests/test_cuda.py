@@ -5,8 +5,6 @@ import torch
 
 from octavo import KVCache, attach
 from octavo.attachment import require_attachment
-from octavo.attention import Chunk, PageLayout, banded, reference
-from octavo.config import NEVER
 from octavo.dms import SoftGates
 from tiny import feed, tiny_adapter, tiny_model, tokens
 from tiny_swift import LAYERS, full, model_of, pair, swiftkv_for
@@ -163,31 +161,3 @@ def test_a_decode_step_in_a_cuda_graph_replayed_500_times_is_eager(evict, shift)
     assert captured.seen == eager.seen == 602
     assert torch.equal(captured.kept, eager.kept)
     assert captured.nbytes <= eager.nbytes * 1.1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("B", "H", "G", "N", "D", "window"), [(1, 3, 3, 2000, 64, 256), (2, 2, 1, 300, 128, 100), (3, 1, 4, 65, 64, 8)]
-)
-def test_a_first_chunk_in_bands_is_the_rule(B, H, G, N, D, window, dtype):
-    g = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(B, n, N, D, generator=g).to("cuda", dtype) for n in (H * G, H, H))
-    position = torch.arange(N, device="cuda", dtype=torch.int32).expand(B, -1).contiguous()
-    marked = torch.rand(B, H, N, generator=g).cuda() < 0.8
-    expiry = torch.where(marked, position[:, None] + window, NEVER).int().contiguous()
-    assert banded.suits(query, key)
-    buffers = banded.bands(query, H, window)
-    banded.attend(buffers, query + 1, value, key, ~marked, D**-0.5)  # leaves nothing behind
-    got = banded.attend(buffers, query, key, value, marked, D**-0.5)
-    pages = PageLayout(16, D, dtype).views(torch.zeros(2**16, dtype=torch.uint8, device="cuda"))
-    nothing = torch.zeros(B, H, 1, dtype=torch.int32, device="cuda")
-    expected = reference.attend(
-        query.float(),
-        position,
-        pages,
-        nothing,
-        nothing[..., 0],
-        D**-0.5,
-        Chunk(key.float(), value.float(), position, expiry),
-    )
-    torch.testing.assert_close(got.float(), expected, rtol=2e-2, atol=2e-2)

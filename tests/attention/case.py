@@ -34,6 +34,16 @@ class Case(NamedTuple):
             pages = pages._replace(key=pages.key.float(), value=pages.value.float())
         return self._replace(query=self.query.float(), pages=pages, chunk=chunk)
 
+    def to(self, device: str) -> "Case":
+        """The same on another device."""
+        pages, moved = self.pages, {}
+        memory = torch.empty(0, dtype=torch.uint8).set_(pages.key.untyped_storage()).to(device)
+        moved["pages"] = PageLayout(*pages.key.shape[1:], pages.key.dtype).views(memory)
+        for name in ("query", "at", "table", "length"):
+            moved[name] = getattr(self, name).to(device)
+        moved["chunk"] = self.chunk and Chunk(*(t.to(device) for t in self.chunk))
+        return self._replace(**moved)
+
     def last(self, n: int) -> "Case":
         """The same with the last n queries only."""
         return self._replace(query=self.query[:, :, self.query.shape[2] - n :], at=self.at[:, self.at.shape[1] - n :])

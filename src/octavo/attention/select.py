@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from octavo.attention import cuda
 from octavo.attention.cpu import kernels
 from octavo.attention.pages import Chunk, Pages
 from octavo.attention.torch import padded, ragged
@@ -34,6 +35,10 @@ def attend(
             return kernels.decode(query, at, pages, table, length, scale, chunk)
         if kernels.has_prefill(query, pages):
             return kernels.prefill(query, at, pages, table, length, scale, chunk)
+        if chunk is None and cuda.available(query.device):
+            from octavo.attention.cuda import decode
+
+            return decode.attend(query, at, pages, table, length, scale)
     if query.is_cuda:
         return padded.attend(query, at, pages, table, length, scale, chunk)
     return ragged.attend(query, at, pages, table, length, scale, chunk)

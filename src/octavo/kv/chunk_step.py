@@ -4,16 +4,19 @@ A layer's keys and values are held until its last reader is done, because a toke
 never need a page. Layers wait for each other and are stored together, since storing takes some forty operations.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from octavo.attention import Chunk, attend, banded, causal, slots, write
+from octavo.attention import Chunk, attend, causal, cuda, slots, write
 from octavo.config import NEVER
 from octavo.kv.plan import append, extended, found, owned_many, place, ranked
 from octavo.kv.rewind import Overwritten
-from octavo.kv.step import Batch, counted, newest_slot
+from octavo.kv.step import Batch, New, counted, newest_slot
+
+if TYPE_CHECKING:
+    from octavo.attention.cuda.chunk import Span
 
 HELD = 2**26  # bytes of keys and values that may wait to be stored together
 
@@ -35,6 +38,22 @@ class _Layers(NamedTuple):
     expiry: Tensor  # [B, l, H, N] int32
 
 
+def spans(new: New, columns: int, valid: Tensor | None) -> "Span | None":
+    """Where the real tokens of each sequence are, None where padding lies among them.
+
+    Waits for the device where there is padding.
+    """
+    from octavo.attention.cuda.chunk import Span
+
+    if valid is None:
+        count = torch.full_like(new.start, columns)
+        return Span(torch.zeros_like(count), count, new.start)
+    count, first = valid.sum(1, dtype=torch.int32), valid.int().argmax(1).int()
+    column = torch.arange(columns, device=valid.device)
+    together = (column >= first[:, None]) & (column < (first + count)[:, None])
+    return Span(first, count, new.start) if bool((valid == together).all()) else None
+
+
 class ChunkStep:
     """Any number of new tokens, which attend to pages and to each other.
 
@@ -49,14 +68,14 @@ class ChunkStep:
         self.filled = 0
         self.left: Tensor | None = None
         self.new = counted(tables.position[batch.index].clone(), columns, valid)
-        self._first = batch.longest == 0 and valid is None  # nothing is cached and nothing is padded
-        # Nothing of it can expire for any of its queries.
-        self._plain = self._first and (batch.eviction is None or columns <= batch.window + 1)
-        self._trains = trains
+        # Nothing is cached, nothing is padded, and nothing of it can expire for any of its queries.
+        first = batch.longest == 0 and valid is None
+        self._plain = first and (batch.eviction is None or columns <= batch.window + 1)
+        fits = cuda.available(tables.pool.device) and not trains and not self._plain
+        self._span = spans(self.new, columns, valid) if fits else None  # where a kernel for the GPU finds its tokens
         self._expired = batch.expired or bool(batch.eviction and columns > batch.window)
         self.lost = tables.lost[batch.index].clone()  # [B, L, H], what it must be after `rewind`
         self._held: dict[int, _Held] = {}
-        self._bands: banded.Bands | None = None
         self._ready: list[int] = []  # layers whose readers are done
         self.overwritten: list[Overwritten] = []  # what `rewind` must bring back
         with tables.pool.lock:
@@ -81,14 +100,16 @@ class ChunkStep:
         held, batch = self._held[layer], self.batch
         if self._plain:
             return causal.attend(query, held.key, held.value, scale)
-        if self._first and held.marked is not None and not self._trains and banded.suits(query, held.key):
-            if self._bands is None:
-                self._bands = banded.bands(query, held.key.shape[1], batch.window)
-            return banded.attend(self._bands, query, held.key, held.value, held.marked, scale)
-        chunk = Chunk(held.key, held.value, self.new.position, self._expiry(held.key, held.marked))
         tables, at = batch.tables, self.new.at[:, -query.shape[2] :]
-        table = tables.table[batch.index, layer][..., : batch.columns]
-        return attend(query, at, tables.pool.pages, table, tables.length[batch.index, layer], scale, chunk)
+        table, length = tables.table[batch.index, layer], tables.length[batch.index, layer]
+        past = tables.pool.pages, table[..., : batch.columns], length
+        if self._span is not None:
+            from octavo.attention.cuda.chunk import attend as kernel
+
+            given = query, held.key, held.value, self._span, scale, held.marked, batch.window
+            return kernel(*given, *past) if batch.longest else kernel(*given)
+        chunk = Chunk(held.key, held.value, self.new.position, self._expiry(held.key, held.marked))
+        return attend(query, at, *past, scale, chunk)
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""

@@ -1,17 +1,16 @@
 """A forward of few tokens, planned once for all layers: which slots they take, which pages are needed.
 
-A layer writes into its slots and attends over pages only. On a GPU, where no kernel does that yet, what many layers see
-is copied out of the pages together. None of it asks the device for anything, so a CUDA graph can hold it.
+A layer writes into its slots and attends over pages only; on a GPU one kernel does both. None of it asks the device for
+anything, so a CUDA graph can hold it.
 """
 
 import torch
 from torch import Tensor
 
-from octavo.attention import attend, gathered, write
+from octavo.attention import attend, cuda, write
 from octavo.config import NEVER
 from octavo.kv.plan import Placed, append, extended, found, owned, place, take_over
 from octavo.kv.pool import WASTE
-from octavo.kv.space import spare_of
 from octavo.kv.step import Batch, counted, newest_slot
 
 
@@ -28,9 +27,8 @@ class DecodeStep:
         self.batch = batch
         self.filled = 0  # layers whose keys and values came
         self.left: Tensor | None = None
-        self._gathers = gathered.suits(tables.pool.pages, columns)
-        self._new: list[tuple[Tensor, Tensor]] = []  # keys and values of the layers so far, where they are gathered
-        self._group: tuple[range, gathered.Gathered] | None = None  # some layers, and what they see
+        self._fused = cuda.available(tables.pool.device)
+        self._new: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values that the kernel will write
         with tables.pool.lock:
             tables.widen(batch.longest)
             self.new = counted(tables.position[batch.index].clone(), columns, valid)
@@ -64,6 +62,7 @@ class DecodeStep:
             tables.lost[batch.index] = torch.maximum(tables.lost[batch.index], placed.lost)
         pool.post()
         self.table, self.length, self.slot = table, placed.length, placed.slot
+        self._begins = cuda.begins(placed.length.transpose(0, 1)) if self._fused else None  # [L, B * H + 1]
         self.left = None if placed.left is None else placed.left.amax()
         self.page, self.inside = found(table, placed.slot, stored, S)
         self._newest = found(table, newest.clamp(min=0), newest >= 0, S) if batch.shift else None
@@ -86,30 +85,23 @@ class DecodeStep:
     def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
         """Write the new keys and values [B, H, N, D] of one layer into their slots."""
         self.filled += 1
-        if self._gathers:  # `commit` writes those of all layers in one operation
-            self._new.append((key, value))
+        if self._fused and key.shape[2] == 1:  # the kernel that attends writes it first
+            self._new[layer] = key, value
         else:
             write(self.batch.tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
         pages, at = self.batch.tables.pool.pages, self.new.at[:, -query.shape[2] :]
-        if not self._gathers:
-            return attend(query, at, pages, self.table[:, layer], self.length[:, layer], scale)
-        if self._group is None or layer not in self._group[0]:
-            self._group = None  # its memory may serve the next group
-            self._group = self._gather(layer, query.dtype)
-        layers, seen = self._group
-        return gathered.attend(seen, layer - layers[0], query, *self._new[layer], scale)
+        where = self.table[:, layer], self.length[:, layer]
+        if self._begins is None:
+            return attend(query, at, pages, *where, scale)
+        from octavo.attention.cuda import decode
 
-    def _gather(self, first: int, dtype: torch.dtype) -> tuple[range, gathered.Gathered]:
-        """What layers from `first` on see, as many as take a small part of the device's memory."""
-        B, L, H, M = self.table.shape
-        pages = self.batch.tables.pool.pages
-        each = 2 * B * H * M * pages.key.shape[1] * pages.key.shape[2] * dtype.itemsize
-        layers = range(first, min(L, first + max(1, spare_of(pages.key.device) // 4 // each)))
-        some = slice(first, layers[-1] + 1)
-        return layers, gathered.gather(pages, self.table[:, some], self.length[:, some], self.new.at, dtype)
+        new = None
+        if layer in self._new:
+            new = decode.Written(*self._new.pop(layer), self.slot[:, layer], self.new.position)
+        return decode.attend(query, at, pages, *where, scale, self._begins[layer], new)
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""
@@ -117,9 +109,8 @@ class DecodeStep:
     def commit(self, marked: Tensor | None) -> None:
         """Write when the new tokens expire (`marked` [L, B, H, N] bool, None: never) and move on."""
         tables, batch, new = self.batch.tables, self.batch, self.new
-        if self._gathers:
-            key, value = (torch.stack(each, 1) for each in zip(*self._new, strict=True))  # [B, L, H, N, D]
-            write(tables.pool.pages, self.page, self.inside, key, value)
+        for layer, (key, value) in self._new.items():  # layers that nobody has read
+            write(tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
         if tables.window is not None:
             page, inside, slot, position = self.page, self.inside, self.slot, new.position[:, None, None]
             real = position >= 0
