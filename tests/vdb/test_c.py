@@ -28,9 +28,14 @@ PROGRAMS = {
     "test_hnsw": [*ADDRESS, "-DROWS=1200"],
     "test_files": ADDRESS,
     "kill_save": ["-O2", "-DVDB_MULTITHREADED"],
+    "test_fork": ["-O2", "-DVDB_MULTITHREADED"],
     "test_threads": THREAD,
 }
-ARGUMENTS = {"test_exact": ["12"], "kill_save": ["40"]}  # shorter than the defaults, which take a minute or more
+ARGUMENTS = {
+    "test_exact": ["12"],
+    "kill_save": ["40"],
+    "test_fork": ["600"],
+}  # shorter than the defaults, which take a minute or more
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 
@@ -69,6 +74,7 @@ def test_program(programs: Path, name: str, tmp_path: Path) -> None:
 
 COMPILERS = [
     ["cc", "-std=gnu11"],
+    ["c++", "-x", "c++", "-std=c++11"],
     ["c++", "-x", "c++", "-std=c++17"],
     ["clang", "-std=c11"],
     ["clang++", "-x", "c++", "-std=c++17"],
@@ -88,6 +94,17 @@ def test_the_original_s_program_compiles_everywhere(compiler: list[str], threads
 def test_a_program_of_two_files(tmp_path: Path) -> None:
     sources = [C / "two_files_a.c", C / "two_files_b.c"]
     assert not compiled(["cc", "-std=c11"], ["-O1"], sources, tmp_path / "out")
+    assert subprocess.run([str(tmp_path / "out")]).returncode == 0
+
+
+def test_a_program_with_names_of_the_system_that_declares_first(tmp_path: Path) -> None:
+    assert not compiled(["cc", "-std=c11"], ["-O1"], [C / "own_names.c"], tmp_path / "out")
+    assert subprocess.run([str(tmp_path / "out"), str(tmp_path / "x.vdb")]).returncode == 0
+
+
+@pytest.mark.parametrize("own", [[], ["-DOWN_MALLOC"], ["-DOWN_FREE"], ["-DOWN_MALLOC", "-DOWN_FREE"]], ids=" ".join)
+def test_parts_of_an_allocator(own: list[str], tmp_path: Path) -> None:
+    assert not compiled(["cc", "-std=c11"], ["-O1", *own], [C / "allocators.c"], tmp_path / "out")
     assert subprocess.run([str(tmp_path / "out")]).returncode == 0
 
 

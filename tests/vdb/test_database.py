@@ -18,7 +18,7 @@ from octavo.errors import (
     VectorDatabaseError,
     VectorError,
 )
-from octavo.vdb import Hits, VDBError, VDBMetric, VectorDatabase, kernels, set_kernels, verify
+from octavo.vdb import Hits, HitsBatch, VDBError, VDBMetric, VectorDatabase, kernels, set_kernels, verify
 
 ROWS = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]]
 IDS = ["x", "y", "z", "xy"]
@@ -65,6 +65,8 @@ def test_answer_to_one_query() -> None:
 def test_answer_to_a_batch() -> None:
     db = filled()
     hits = db.search([[1, 0, 0], [0, 0, 2]], k=3, with_metadata=True)
+    assert isinstance(hits, HitsBatch)
+    assert isinstance(hits[0], Hits)
     assert np.asarray(hits.indices).shape == np.asarray(hits.distances).shape == (2, 3)
     assert np.asarray(hits.indices).dtype == np.int64
     assert len(hits) == 2
@@ -234,7 +236,8 @@ def test_metrics(metric: str, number: int) -> None:
 
 def test_searches_that_cannot_be() -> None:
     db = filled()
-    for k in (0, -1, 1.5, "5", None):
+    assert db.search([1, 0, 0], k=0) == []
+    for k in (-1, 1.5, "5", None):
         if k is not None:
             with pytest.raises(ConfigError, match="k must be"):
                 db.search([1, 0, 0], k=k)  # type: ignore[arg-type]
@@ -293,6 +296,10 @@ def test_filters_that_cannot_be() -> None:
         (np.ones((2, 2), np.int64), "one dimension"),
         (3, "filter is 3"),
         (np.array([1.5]), "neither an id"),
+        ({"a": 1}, "filter is a dict"),
+        (np.array([0, 2], np.uint8), r'2 uint8 is no bitset of the 4 indices.*x\.astype\("int64"\)'),
+        (np.array([16], np.uint8), "no bit past the last index"),
+        (np.zeros(0, np.uint8), "0 uint8 is no bitset"),
     ]
     for which, message in wrong:
         with pytest.raises(ConfigError, match=message):

@@ -2,6 +2,7 @@
 
 import array
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,56 @@ MANY: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
+OTHER: dict[str, Callable[[np.ndarray], Any]] = {  # numbers that are not float32, or not side by side: rounded, copied
+    "float64": lambda x: x.astype(np.float64),
+    "float16": lambda x: x.astype(np.float16),
+    "big-endian": lambda x: x.astype(">f4"),
+    "objects": lambda x: x.astype(object),
+    "strided": lambda x: np.repeat(x, 3, axis=-1)[..., ::3],
+    "backwards": lambda x: x[..., ::-1].copy()[..., ::-1],
+    "transposed": lambda x: np.asfortranarray(x),
+    "unaligned": lambda x: (
+        np.frombuffer(b"." + x.astype(np.float64).tobytes(), np.uint8)[1:].view(np.float64).reshape(x.shape)
+    ),
+    **{str(t): lambda x, t=t: x.astype(t) for t in "int8 uint8 int16 uint16 int32 uint32 int64 uint64".split()},
+    **{
+        f"torch {t}": lambda x, t=t: torch.from_numpy(x.copy()).to(getattr(torch, t))
+        for t in "float64 float16 bfloat16 uint8 int8 int16 int32 int64".split()
+    },
+    "torch strided": lambda x: torch.from_numpy(np.repeat(x, 2, axis=-1))[..., ::2],
+    "torch float64 with grad": lambda x: torch.from_numpy(x.astype(np.float64)).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("form", OTHER)
+def test_other_numbers(form: str) -> None:
+    db = VectorDatabase(D, metric="euclidean")
+    db.add_vector(OTHER[form](ROWS[1]))
+    assert db.add(OTHER[form](ROWS)) == [1, 2, 3]
+    assert db.add(list(OTHER[form](ROWS[:2]))) == [4, 5]
+    assert [db.get(index=i).vector.tolist() for i in range(6)] == ROWS[[1, 0, 1, 2, 0, 1]].tolist()
+    assert db.search(OTHER[form](ROWS), k=1).distances.tolist() == [[0], [0], [0]]
+    assert db.search(OTHER[form](ROWS[2]), k=1).distances.tolist() == [0]
+
+
+def test_rounding_is_that_of_float32() -> None:
+    numbers = np.array([1 / 3, -1e-50, 16777217, 3.4e38])
+    for form in (numbers, numbers.tolist(), array.array("d", numbers), torch.from_numpy(numbers)):
+        db = VectorDatabase(D)
+        db.add_vector(form)
+        assert db.get(index=0).vector.tolist() == numbers.astype(np.float32).tolist()
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)]
+    db = VectorDatabase(1)
+    db.add(finite[:, None])
+    assert [db.get(index=i).vector[0] for i in range(len(finite))] == finite.astype(np.float64).tolist()
+    for value in (1e39, math.inf, math.nan):
+        with pytest.raises(VectorError, match=r"vectors\[0\] is (inf|nan) as float32"):
+            db.add(np.array([value]))
+    with pytest.raises(VectorError, match=r"\[0\] is nan"):
+        db.add(np.array([math.nan], np.float16))
+
+
 @pytest.mark.parametrize("form", ONE)
 def test_one_vector(form: str) -> None:
     db = VectorDatabase(D, metric="euclidean")
@@ -92,21 +143,16 @@ WRONG: dict[str, tuple[Any, str]] = {
     "short row": ([[1, 2, 3, 4], [1, 2, 3]], r"\[1\]: a vector of 3 numbers"),
     "odd bytes": (bytes(15), "15 bytes are no multiple of 16"),
     "odd row bytes": ([bytes(16), bytes(15)], r"\[1\]: 15 bytes"),
-    "float64": (ROWS[0].astype(np.float64), r'dtype float64 is not float32.*x\.astype\("float32"\)'),
-    "float16": (ROWS[0].astype(np.float16), "dtype float16"),
-    "int64": (np.arange(4), "dtype int64"),
-    "uint8": (np.zeros(16, np.uint8), "dtype uint8"),
-    "big-endian": (ROWS[0].astype(">f4"), "not float32"),
-    "double array": (array.array("d", [1, 2, 3, 4]), "not float32"),
-    "objects": (np.array([1, 2, 3, 4], object), "not float32"),
+    "uint8": (np.zeros(16, np.uint8), "a vector of 16 numbers"),
+    "bools": (np.zeros(4, bool), r'dtype bool holds no real numbers.*x\.astype\("float32"\)'),
+    "complex": (np.zeros(4, complex), r"\[0\] is .*, not a number"),
+    "texts in objects": (np.array([1, "b", 3, 4], object), r"\[1\] is 'b', not a number"),
     "dates": (np.zeros(4, "datetime64[s]"), "float32"),
-    "strided": (np.zeros(8, np.float32)[::2], "ascontiguousarray"),
-    "transposed": (np.zeros((4, 3), np.float32).T, "ascontiguousarray"),
+    "gaps in bytes": (memoryview(bytes(32))[::2], "bytes are not contiguous"),
     "three axes": (np.zeros((1, 1, 4), np.float32), "3 dimensions of shape"),
     "no axis": (np.float32(1), "0 dimensions of shape"),
-    "torch float64": (torch.zeros(4, dtype=torch.float64), r"dtype torch\.float64.*x\.float\(\)"),
-    "torch bfloat16": (torch.zeros(4, dtype=torch.bfloat16), "bfloat16"),
-    "torch strided": (torch.zeros(8)[::2], r"x\.contiguous\(\)"),
+    "torch bools": (torch.zeros(4, dtype=torch.bool), r"dtype torch\.bool.*x\.float\(\)"),
+    "torch complex": (torch.zeros(4, dtype=torch.complex64), r"dtype torch\.complex64.*x\.float\(\)"),
     "torch three axes": (torch.zeros(1, 1, 4), "3 dimensions"),
     "torch short": (torch.zeros(3), "3 numbers"),
     "torch meta": (torch.zeros(4, device="meta"), "device"),

@@ -1,8 +1,13 @@
 """Programs written for the first version's Python class run as before."""
 
+import copy
+import json
+import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from octavo.vdb import VDBError, VDBMetric, VectorDatabase
@@ -58,6 +63,85 @@ def test_later_indices_shift_after_remove_vector() -> None:
     assert [(r["index"], r["id"]) for r in db.search([0], 9)] == [(0, "0"), (1, "2"), (2, "3"), (3, "4")]
     with pytest.raises(RuntimeError):
         db.remove_vector(4)
+
+
+def test_remove_vector_moves_later_rows_by_one_beside_removed_ones() -> None:
+    for index in ("flat", "hnsw"):
+        db = VectorDatabase(1, VDBMetric.EUCLIDEAN, index=index)  # type: ignore[arg-type]
+        for i in range(9):
+            db.add_vector([i], str(i))
+        db.remove("2")
+        db.remove("6")
+        db.remove_vector(4)
+        places = {int(r["id"]): r["index"] for r in db.search([0], 9)}
+        assert places == {0: 0, 1: 1, 3: 3, 5: 4, 7: 6, 8: 7}
+        assert db.find("8") == 7
+        assert db.info().slots == 8
+        assert [db.add([10 + i], ids=f"new {i}") for i in range(3)][-1] <= 10
+        assert db.count() == 9
+        assert db.get("7").vector.tolist() == [7]
+
+
+def test_results_are_a_list_of_the_caller() -> None:
+    db = VectorDatabase(2, VDBMetric.EUCLIDEAN)
+    for name, x in (("far", 5), ("near", 1), ("middle", 3)):
+        db.add_vector([x, 0], name)
+    plain = [
+        {"index": 1, "distance": 1.0, "id": "near"},
+        {"index": 2, "distance": 3.0, "id": "middle"},
+        {"index": 0, "distance": 5.0, "id": "far"},
+    ]
+
+    def results() -> list[dict[str, Any]]:
+        return db.search([0, 0])
+
+    assert isinstance(results(), list)
+    assert json.loads(json.dumps(results())) == json.loads(json.dumps(results(), indent=1)) == plain
+    assert json.loads(json.dumps({"results": results()})) == {"results": plain}
+    assert results() + results() == plain + plain
+    assert [0] + results() == [0, *plain]  # noqa: RUF005
+    assert results() * 2 == 2 * results() == plain * 2
+    assert plain == results()
+    assert list(results()) == [*results()] == plain
+    assert sorted(results(), key=lambda r: r["index"])[0] == plain[2]
+    assert results().copy() == copy.copy(results()) == copy.deepcopy(results()) == plain
+    assert pickle.loads(pickle.dumps(results())) == plain
+    assert plain[1] in results()
+    assert results().index(plain[1]) == results().count(plain[1]) == 1
+    assert list(reversed(results())) == plain[::-1]
+    first, *others = results()
+    assert [first, *others] == plain
+    changed = results()
+    changed.sort(key=lambda r: -r["distance"])
+    assert changed == plain[::-1]
+    changed[0] = {"other": 1}
+    changed[1]["note"] = "mine"
+    del changed[2]
+    changed.append({"more": 2})
+    changed += [3]
+    changed.insert(0, 4)
+    assert changed == [4, {"other": 1}, {**plain[1], "note": "mine"}, {"more": 2}, 3]
+    assert changed.pop() == 3
+    changed.clear()
+    assert changed == []
+    longer = [0]
+    longer.extend(results())
+    longer[0:1] = results()
+    assert longer == plain + plain
+    assert results() == plain
+
+
+def test_what_numbers_and_names_were_allowed() -> None:
+    db = VectorDatabase(2)
+    db.name = "mine"  # type: ignore[attr-defined]
+    assert db.name == "mine"  # type: ignore[attr-defined]
+    db.add_vector(np.array([1.0, 2.0]), "float64")
+    db.add_vector(np.array([1, 2]), "ints")
+    db.add_vector(np.arange(4, dtype=np.float32)[::2], "strided")
+    assert db.search(np.array([1.0, 2.0]), k=1)[0]["id"] == "float64"
+    assert db.search([1, 2], k=0) == []
+    assert isinstance(db.search([1, 2], k=0), list)
+    assert db.search([1, 2], k=100)[0]["id"] == "float64"
 
 
 def test_errors() -> None:

@@ -114,8 +114,7 @@ class Machine(RuleBasedStateMachine):
     def remove_vector(self, data: st.DataObject) -> None:
         index = data.draw(st.sampled_from(sorted(self.rows)))
         self.db.remove_vector(index)
-        del self.rows[index]
-        self.renumber()
+        self.rows = {i - (i > index): row for i, row in self.rows.items() if i != index}
 
     @precondition(lambda self: not self.mapped)
     @rule()

@@ -141,6 +141,37 @@ def test_other_threads_run_during_a_long_search() -> None:
     assert turns > 5
 
 
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_signal_ends_a_long_build(threads: int) -> None:
+    db = VectorDatabase(64, index="hnsw", threads=threads)
+    rows = np.random.default_rng(0).standard_normal((30000, 64), dtype=np.float32)
+    db.add(rows[:2000], ids=[str(i) for i in range(2000)])
+    before = db.search(rows[:50], k=5)
+
+    def stop(*_: object) -> None:
+        raise Interrupted
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        begin = time.monotonic()
+        with pytest.raises(Interrupted):
+            db.add(rows, ids=[f"new {i}" for i in range(30000)])
+        took = time.monotonic() - begin
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+    assert took < 3  # of some ten seconds; 0.55 where nobody else works
+    assert (db.count(), "new 0" in db) == (2000, False)
+    assert db.search(rows[:50], k=5) == before
+    db.add(rows[2000:2500], ids=[f"new {i}" for i in range(500)])
+    assert db.search(rows[2000:2500], k=1).ids == [[f"new {i}"] for i in range(500)]
+
+
 def test_a_child_of_fork_searches_and_adds() -> None:
     db = VectorDatabase(D, threads=2)
     rows = vectors(5000)

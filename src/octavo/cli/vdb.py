@@ -1,6 +1,7 @@
 """`octavo vdb`: databases made, filled, asked, checked and converted from the shell.
 
-A database is changed in memory and saved at the end, whole or not at all; whatever fails leaves the file as it was.
+A database is changed in memory and saved at the end, whole or not at all; whatever fails leaves the file as it was. Of
+two commands that change a file the second waits for the first.
 Numpy, torch and models are imported by the commands that need them.
 """
 
@@ -67,13 +68,13 @@ def create(
     """Make a database, empty or from files."""
     if path.exists():
         raise OutputFileError(f"{path} exists; `octavo vdb add` adds to it")
-    check_writable(path, replaced=True)
+    check_writable(path.resolve(), replaced=True)
     if dimensions is None and not files:
         raise ConfigError("give --dimensions, or files to take them from")
     settings: dict[str, Any] = {"metric": metric, "storage": storage, "index": index}
     db = VectorDatabase(1 if dimensions is None else dimensions, **settings)  # mistakes show before a file is read
     if not files:
-        db.save(str(path))
+        db.save(str(path), mode="new")
         _say(path, 0, db)
         return
     from octavo.vdb.ingest import fill, read_all
@@ -84,7 +85,7 @@ def create(
             width, batches = _width(batches)
             db = VectorDatabase(width, **settings)
         added = fill(db, batches, replace=False)
-        db.save(str(path))
+        db.save(str(path), mode="new")
     _say(path, added, db)
 
 
@@ -98,12 +99,14 @@ def add(
 ) -> None:
     """Add the rows of files: all, or none if one of them cannot be added."""
     from octavo.vdb.ingest import fill, read_all
+    from octavo.vdb.locks import locked
 
-    db = VectorDatabase.open(str(path))
-    check_writable(path, replaced=True)
-    with console.status("reading"):
-        added = fill(db, read_all(files, _embedder(db, model), ids_from), replace)
-        db.save(str(path))
+    with locked(path, lambda: _say_waiting(path)):
+        db = VectorDatabase.open(str(path))
+        check_writable(path.resolve(), replaced=True)
+        with console.status("reading"):
+            added = fill(db, read_all(files, _embedder(db, model), ids_from), replace)
+            db.save(str(path), mode="same")
     _say(path, added, db)
 
 
@@ -120,6 +123,8 @@ def search(
     """Find the nearest rows to a text or to vectors. Distances: 1 - cosine, Euclidean, or minus the dot product."""
     if bool(query) == (vector_file is not None):
         raise ConfigError("give a text to search for, or --vector-file, and not both")
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, not {k}")
     from octavo.vdb.sources import open_any
 
     with open_any(path) as db:
@@ -184,7 +189,7 @@ def convert(
 
     if target.exists() and not force:
         raise OutputFileError(f"{target} exists; --force replaces it")
-    check_writable(target, replaced=True)
+    check_writable(target.resolve(), replaced=True)
     chosen: dict[str, Any] = {"metric": metric, "storage": storage, "index": index}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and target.suffix != ".vdb":
@@ -201,7 +206,7 @@ def convert(
         if target.suffix == ".vdb":
             db = VectorDatabase(width, **chosen)
             count = fill(db, batches, replace=False)
-            db.save(str(target))
+            db.save(str(target), mode="any" if force else "new")
         else:
             count = write(target, batches, width)
     alone = source.suffix in (".vdb", ".jsonl") and target.suffix != ".vdb"
@@ -283,6 +288,10 @@ def _table(found: list[tuple[int, dict[str, Any]]], several: bool) -> Table:
     for line in lines:
         table.add_row(*(Text(line[name]) for name in names))
     return table
+
+
+def _say_waiting(path: Path) -> None:
+    console.print(f"{path}: waiting for another command to finish with it", soft_wrap=True, markup=False)
 
 
 def _say(path: Path, added: int, db: VectorDatabase) -> None:

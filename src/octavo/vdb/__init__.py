@@ -21,7 +21,7 @@ from typing import Self
 
 try:
     from octavo.vdb import _vdb
-    from octavo.vdb._vdb import Hits, kernels, set_kernels, verify
+    from octavo.vdb._vdb import Hits, HitsBatch, kernels, set_kernels, verify
 except ImportError as error:
     raise ImportError(
         "octavo.vdb needs its C extension, which is not built: install a C compiler (gcc or clang) and run "
@@ -30,6 +30,7 @@ except ImportError as error:
 
 __all__ = [
     "Hits",
+    "HitsBatch",
     "Information",
     "Row",
     "VDBError",
@@ -66,6 +67,12 @@ class VDBError(IntEnum):
     IO = -11
     CORRUPT = -12
     FULL = -13
+    NOT_REGULAR = -14
+    LINKED = -15
+    OWNER = -16
+    FOLDER = -17
+    CHANGED = -18
+    INTERRUPTED = -19
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +117,6 @@ class VectorDatabase(_vdb.Database):
     Threads may share a database: any number read while one writes. A context manager closes it. `len(db)` counts rows,
     `id in db` looks one up. A child of fork() may go on using a database that no thread was inside of at the fork.
     """
-
-    __slots__ = ("__weakref__",)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:

@@ -59,7 +59,7 @@ static long long integer_at(const View *view, Py_ssize_t i) {
 }
 
 /* 1 if the array was understood, 0 if its items must be asked one by one, -1 with an error set. */
-static int filter_from_view(const State *state, const View *view, size_t slots, Filter *out) {
+static int filter_from_view(const State *state, PyObject *source, const View *view, size_t slots, Filter *out) {
     bool integers = view->kind && strchr("bhilqnHILQN", view->kind);
     if (!integers && view->kind != '?' && view->kind != 'B') return 0;
     if (view->dimensions != 1 || !view->contiguous) {
@@ -70,6 +70,16 @@ static int filter_from_view(const State *state, const View *view, size_t slots, 
     if (view->kind == '?' && size != slots) {
         raise_error(state, CONFIG_ERROR,
                     "filter: %zu bools, but one for each of the %zu indices (info().slots) is needed", size, slots);
+        return -1;
+    }
+    /* An array of uint8 may be meant as indices. What packbits made has a byte for every eight rows, and no more bits. */
+    const unsigned char *bits = view->data;
+    if (view->kind == 'B' && !is_raw(source) &&
+        (size != (slots + 7) / 8 || (slots % 8 && bits[size - 1] >> slots % 8))) {
+        raise_error(state, CONFIG_ERROR,
+                    "filter: an array of %zu uint8 is no bitset of the %zu indices (info().slots), which has %zu bytes and "
+                    "no bit past the last index; pass indices as wider integers, e.g. x.astype(\"int64\")",
+                    size, slots, (slots + 7) / 8);
         return -1;
     }
     if (!filter_allocate(out, view->kind == 'B' ? 8 * size : slots)) return -1;
@@ -184,6 +194,12 @@ static vdb_error query_by_items(vdb_database *db, const float *queries, size_t c
 
 static bool read_filter(const State *state, const vdb_database *db, PyObject *source, Filter *out) {
     vdb_information facts;
+    if (PyDict_Check(source)) {
+        raise_error(state, CONFIG_ERROR,
+                    "filter is a dict, but metadata is bytes here and has no keys; pass ids (a list of str), indices, a "
+                    "bitset, or a function of an index that looks at get(index=i).metadata");
+        return false;
+    }
     vdb_error error = information(db, &facts);
     if (error) {
         raise_failure(state, error, "filter");
@@ -193,7 +209,7 @@ static bool read_filter(const State *state, const vdb_database *db, PyObject *so
     int array = view_open(state, source, &view);
     if (array < 0) PyErr_Clear(); /* arrays of text, say: their items are asked */
     if (array > 0) {
-        int done = filter_from_view(state, &view, facts.slots, out);
+        int done = filter_from_view(state, source, &view, facts.slots, out);
         view_close(&view);
         if (done) return done > 0;
     }

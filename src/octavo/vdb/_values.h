@@ -12,7 +12,7 @@ static const char *const ERROR_NAMES[ERRORS] = {
 #define WORDS(X)                                                                                            \
     X(query) X(k) X(filter) X(exact) X(effort) X(with_metadata) X(vectors) X(ids) X(metadata) X(replace)    \
     X(vector) X(vector_id) X(id) X(index) X(path) X(mode) X(threads) X(data_ptr) X(device) X(type) X(dtype) \
-    X(shape) X(is_contiguous) X(distance) X(rows)
+    X(shape) X(is_contiguous) X(distance) X(rows) X(detach) X(contiguous) X(float)
 #define AS_ENUM(word) WORD_##word,
 #define AS_TEXT(word) #word,
 enum { WORDS(AS_ENUM) WORD_COUNT };
@@ -21,7 +21,13 @@ static const char *const WORD_TEXTS[] = {WORDS(AS_TEXT)};
 typedef struct {
     PyObject *errors[ERRORS];
     PyObject *words[WORD_COUNT];
-    PyTypeObject *database, *hits, *column;
+    PyTypeObject *database, *hits, *batch, *column;
+    PyObject *nothing;     /* an empty tuple */
+    PyObject *stand_in;    /* see _hits.h */
+    Py_ssize_t list_bytes; /* of a list object */
+    newfunc list_new;      /* list's own, for every search */
+    ssizeargfunc list_repeat;
+    destructor list_dealloc;
 } State;
 
 static State *state_of(PyObject *module) { return PyModule_GetState(module); }
@@ -175,14 +181,16 @@ typedef struct {
     char kind; /* as in the struct module; 0 if it is none of those */
     int dimensions;
     bool contiguous;
-    Py_ssize_t item, shape[2]; /* bytes per item */
+    Py_ssize_t item, shape[2], strides[2]; /* item, strides: bytes */
     Py_buffer buffer;
     bool held;
+    PyObject *owner; /* a tensor that was made of another */
 } View;
 
 static void view_close(View *view) {
     if (view->held) PyBuffer_Release(&view->buffer);
     view->held = false;
+    Py_CLEAR(view->owner);
 }
 
 /* Those open_* return 1 for an array, 0 for something else, -1 with an error set. */
@@ -202,7 +210,11 @@ static int open_buffer(const State *state, PyObject *object, View *view) {
     view->data = buffer->buf;
     view->item = buffer->itemsize;
     view->dimensions = buffer->ndim;
-    for (int i = 0; i < 2 && i < buffer->ndim; i++) view->shape[i] = buffer->shape[i];
+    for (int i = 0; i < 2 && i < buffer->ndim; i++) {
+        view->shape[i] = buffer->shape[i];
+        bool rows = i == 0 && buffer->ndim > 1; /* arrays of ctypes name no strides */
+        view->strides[i] = buffer->strides ? buffer->strides[i] : rows ? buffer->itemsize * buffer->shape[1] : buffer->itemsize;
+    }
     view->contiguous = PyBuffer_IsContiguous(buffer, 'C');
     return 1;
 }
@@ -253,6 +265,35 @@ static bool read_tensor(const State *state, PyObject *tensor, View *view, PyObje
     return !PyErr_Occurred();
 }
 
+/* The names of dtypes whose numbers may be taken for float32. */
+static bool is_numeric_dtype(PyObject *dtype) {
+    static const char *const NAMES[] = {"torch.float64", "torch.float16", "torch.bfloat16", "torch.uint8", "torch.int8",
+                                        "torch.int16",   "torch.int32",   "torch.int64"};
+    PyObject *text = PyObject_Str(dtype);
+    bool found = false;
+    for (size_t i = 0; text && i < sizeof NAMES / sizeof *NAMES; i++)
+        found |= PyUnicode_CompareWithASCIIString(text, NAMES[i]) == 0;
+    Py_XDECREF(text);
+    PyErr_Clear();
+    return found;
+}
+
+/* A dense float32 tensor of the same numbers; NULL if there is none, or the tensor is one already. */
+static PyObject *float_tensor(const State *state, PyObject *tensor, const View *view) {
+    if (view->kind == 'f' && view->contiguous) return NULL;
+    PyObject *dtype = PyObject_GetAttr(tensor, state->words[WORD_dtype]), *made = NULL;
+    if (dtype && (view->kind == 'f' || is_numeric_dtype(dtype))) {
+        PyObject *detached = PyObject_CallMethodObjArgs(tensor, state->words[WORD_detach], NULL);
+        PyObject *floats = detached ? PyObject_CallMethodObjArgs(detached, state->words[WORD_float], NULL) : NULL;
+        made = floats ? PyObject_CallMethodObjArgs(floats, state->words[WORD_contiguous], NULL) : NULL;
+        Py_XDECREF(detached);
+        Py_XDECREF(floats);
+    }
+    Py_XDECREF(dtype);
+    PyErr_Clear(); /* what it is then, is said by those who look at its dtype */
+    return made;
+}
+
 static int open_tensor(const State *state, PyObject *object, View *view) {
     PyObject *probe = PyObject_GetAttr(object, state->words[WORD_data_ptr]);
     if (!probe) {
@@ -263,7 +304,14 @@ static int open_tensor(const State *state, PyObject *object, View *view) {
     PyObject *found[6] = {0};
     bool good = read_tensor(state, object, view, found);
     for (int i = 0; i < 6; i++) Py_XDECREF(found[i]);
-    if (good) return 1;
+    if (good) {
+        PyObject *floats = float_tensor(state, object, view);
+        if (!floats) return 1;
+        int array = open_tensor(state, floats, view); /* which has to be made no more */
+        if (array > 0) view->owner = floats;
+        else Py_DECREF(floats);
+        return array;
+    }
     if (!PyErr_Occurred() || !PyErr_ExceptionMatches(state->errors[VECTOR_ERROR])) {
         PyObject *why = take_error_text();
         raise_error(state, VECTOR_ERROR, "the tensor cannot be read (%U); pass a dense one on the CPU", why);
@@ -275,6 +323,7 @@ static int open_tensor(const State *state, PyObject *object, View *view) {
 static int view_open(const State *state, PyObject *object, View *view) {
     memset(view, 0, offsetof(View, buffer));
     view->held = false;
+    view->owner = NULL;
     if (PyObject_CheckBuffer(object)) return open_buffer(state, object, view);
     if (PyList_Check(object) || PyTuple_Check(object)) return 0;
     return open_tensor(state, object, view);
@@ -305,8 +354,8 @@ static bool raise_dtype(const State *state, const char *name, PyObject *source) 
     PyObject *dtype = PyObject_GetAttr(source, state->words[WORD_dtype]);
     PyErr_Clear();
     raise_error(state, VECTOR_ERROR,
-                "%s: dtype %S is not float32; pass float32, e.g. x.astype(\"float32\") (numpy), x.float() (torch) or "
-                "raw float32 bytes",
+                "%s: dtype %S holds no real numbers; pass float32, e.g. x.astype(\"float32\") (numpy), x.float() (torch) "
+                "or raw float32 bytes",
                 name, dtype ? dtype : (PyObject *)Py_TYPE(source));
     Py_XDECREF(dtype);
     return false;
@@ -318,37 +367,77 @@ static bool raise_size(const State *state, const char *name, Py_ssize_t size, si
     return false;
 }
 
-/* Checks an array and says how many vectors it holds. */
-static bool check_view(const State *state, size_t dimensions, PyObject *source, const char *name, const View *view,
-                       size_t *count, bool *single) {
+/* Whether view_fill reads this kind of number. */
+static bool is_number(const View *view) {
+    return view->kind && strchr("fdebhilqnBHILQN", view->kind) &&
+           (view->kind != 'e' || view->item == 2) && view->item <= 8;
+}
+
+/* Checks an array and says how many vectors it holds; 0 if its items must be asked one by one, -1 with an error set. */
+static int check_view(const State *state, size_t dimensions, PyObject *source, const char *name, const View *view,
+                      size_t *count, bool *single) {
     Py_ssize_t row = (Py_ssize_t)dimensions;
     bool raw = view->kind == 'B' && is_raw(source);
-    if (!raw && view->kind != 'f') return raise_dtype(state, name, source);
+    if (!raw && view->kind == '?') return raise_dtype(state, name, source) - 1;
     if (view->dimensions < 1 || view->dimensions > 2) {
         raise_error(state, VECTOR_ERROR, "%s: %d dimensions of shape; pass one vector [%zu] or many [n, %zu]", name,
                     view->dimensions, dimensions, dimensions);
-        return false;
-    }
-    if (!view->contiguous) {
-        raise_error(state, VECTOR_ERROR,
-                    "%s: not contiguous; pass numpy.ascontiguousarray(x) (numpy) or x.contiguous() (torch)", name);
-        return false;
+        return -1;
     }
     if (raw) {
+        if (!view->contiguous) {
+            raise_error(state, VECTOR_ERROR, "%s: these bytes are not contiguous; pass bytes(x)", name);
+            return -1;
+        }
         Py_ssize_t bytes = view->buffer.len;
         if (bytes % (4 * row)) {
             raise_error(state, VECTOR_ERROR, "%s: %zd bytes are no multiple of %zd, the bytes of %zd float32", name,
                         bytes, 4 * row, row);
-            return false;
+            return -1;
         }
         *count = (size_t)(bytes / (4 * row));
         *single = *count == 1;
-        return true;
+        return 1;
     }
+    if (!is_number(view)) return view->held ? 0 : raise_dtype(state, name, source) - 1;
     *single = view->dimensions == 1;
     *count = *single ? 1 : (size_t)view->shape[0];
     Py_ssize_t size = view->shape[view->dimensions - 1];
-    return size == row || raise_size(state, name, size, dimensions);
+    return size == row || raise_size(state, name, size, dimensions) ? 1 : -1;
+}
+
+/* Whether the memory of an array is its vectors as they are wanted. */
+static bool is_ready(const View *view, bool raw) { return raw || (view->kind == 'f' && view->item == 4 && view->contiguous); }
+
+#define COPY_AS(type)                                                                                 \
+    for (size_t j = 0; j < dimensions; j++, from += step) {                                           \
+        type value;                                                                                   \
+        memcpy(&value, from, sizeof value);                                                           \
+        out[j] = (float)value;                                                                        \
+    }
+
+/* One vector of an array of other numbers, or with gaps, as float32. */
+static void copy_numbers(const View *view, size_t row, size_t dimensions, float *out) {
+    Py_ssize_t step = view->strides[view->dimensions - 1];
+    const char *from = (const char *)view->data + (view->dimensions == 2 ? (Py_ssize_t)row * view->strides[0] : 0);
+    bool is_signed = view->kind >= 'a';
+    if (view->kind == 'f') COPY_AS(float)
+    else if (view->kind == 'd') COPY_AS(double)
+    else if (view->kind == 'e') {
+        for (size_t j = 0; j < dimensions; j++, from += step) {
+            uint16_t half;
+            memcpy(&half, from, sizeof half);
+            out[j] = vdb_from_f16(half);
+            if ((half & 0x7c00u) == 0x7c00u) out[j] = half & 0x3ffu ? NAN : half & 0x8000u ? -INFINITY : INFINITY;
+        }
+    } else if (view->item == 1 && is_signed) COPY_AS(int8_t)
+    else if (view->item == 1) COPY_AS(uint8_t)
+    else if (view->item == 2 && is_signed) COPY_AS(int16_t)
+    else if (view->item == 2) COPY_AS(uint16_t)
+    else if (view->item == 4 && is_signed) COPY_AS(int32_t)
+    else if (view->item == 4) COPY_AS(uint32_t)
+    else if (is_signed) COPY_AS(int64_t)
+    else COPY_AS(uint64_t)
 }
 
 static bool fill_numbers(const State *state, PyObject *numbers, const char *name, float *out) {
@@ -386,14 +475,16 @@ static bool fill_row(const State *state, size_t dimensions, PyObject *row, const
     if (array < 0) return false;
     if (array) {
         size_t count;
-        bool single, good = check_view(state, dimensions, row, name, &view, &count, &single);
-        if (good && !single) {
+        bool single;
+        int good = check_view(state, dimensions, row, name, &view, &count, &single);
+        if (good > 0 && !single) {
             raise_error(state, VECTOR_ERROR, "%s: must be one vector of %zu numbers", name, dimensions);
-            good = false;
+            good = -1;
         }
-        if (good) memcpy(out, view.data, 4 * dimensions);
+        if (good > 0 && is_ready(&view, view.kind == 'B' && is_raw(row))) memcpy(out, view.data, 4 * dimensions);
+        else if (good > 0) copy_numbers(&view, 0, dimensions, out);
         view_close(&view);
-        return good;
+        if (good) return good > 0;
     }
     PyObject *numbers = tuple_of(state, row, name);
     if (!numbers) return false;
@@ -437,15 +528,21 @@ static bool read_sequence(const State *state, size_t dimensions, PyObject *sourc
 static bool read_vectors(const State *state, size_t dimensions, PyObject *source, const char *name, Vectors *out) {
     out->copy = NULL;
     out->view.held = false;
+    out->view.owner = NULL;
     if (!dimensions) {
         raise_error(state, CLOSED, "the database was never made: __init__ was not called");
         return false;
     }
     int array = view_open(state, source, &out->view);
     if (array <= 0) return array == 0 && read_sequence(state, dimensions, source, name, out);
-    if (!check_view(state, dimensions, source, name, &out->view, &out->count, &out->single)) return false;
+    int good = check_view(state, dimensions, source, name, &out->view, &out->count, &out->single);
+    if (good <= 0) return good == 0 && read_sequence(state, dimensions, source, name, out);
     out->values = out->view.data;
-    if ((uintptr_t)out->values % sizeof(float)) { /* a slice of bytes may begin anywhere */
+    if (!is_ready(&out->view, out->view.kind == 'B' && is_raw(source))) {
+        if (!(out->copy = malloc(4 * dimensions * (out->count + 1)))) return no_memory();
+        for (size_t i = 0; i < out->count; i++) copy_numbers(&out->view, i, dimensions, out->copy + i * dimensions);
+        out->values = out->copy;
+    } else if ((uintptr_t)out->values % sizeof(float)) { /* a slice of bytes may begin anywhere */
         size_t bytes = 4 * dimensions * out->count;
         if (!(out->copy = malloc(bytes))) return no_memory();
         memcpy(out->copy, out->view.data, bytes);

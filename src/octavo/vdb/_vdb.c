@@ -19,6 +19,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include "vdb.h"
 /* in this order */
 #include "_values.h"
@@ -167,6 +168,30 @@ static PyObject *raise_duplicate(const State *state, const vdb_database *db, con
     return raise_error(state, DUPLICATE_ID, "an id is in the database already; nothing was added");
 }
 
+/* Lets signals be handled while rows enter a graph, twenty times a second; see vdb_add_watched. */
+typedef struct {
+    PyThreadState *thread;
+    int64_t last; /* in nanoseconds */
+} Patience;
+
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static int go_on(size_t done, size_t count, void *context) {
+    Patience *patience = context;
+    int64_t now = nanoseconds();
+    (void)done, (void)count;
+    if (now - patience->last < 50000000 && now >= patience->last) return 1;
+    patience->last = now;
+    PyEval_RestoreThread(patience->thread);
+    int interrupted = PyErr_CheckSignals();
+    patience->thread = PyEval_SaveThread();
+    return !interrupted;
+}
+
 /* Adds, and returns the indices in a new array, or NULL with an error set. */
 static uint64_t *add_rows(Database *self, const Vectors *vectors, const Records *records, vdb_add_mode mode,
                           const char *name) {
@@ -175,11 +200,12 @@ static uint64_t *add_rows(Database *self, const Vectors *vectors, const Records 
     vdb_database *db = enter(self);
     if (!db) return free(indices), NULL;
     if (records->any_id) atomic_store(&self->has_ids, 1);
-    vdb_error error;
-    Py_BEGIN_ALLOW_THREADS
-    error = vdb_add(db, vectors->values, vectors->count, records->records, mode, indices);
-    Py_END_ALLOW_THREADS
-    if (error == VDB_ERROR_DUPLICATE_ID) raise_duplicate(self->state, db, records, mode == VDB_ADD_REPLACE);
+    Patience patience = {PyEval_SaveThread(), nanoseconds()};
+    vdb_error error =
+        vdb_add_watched(db, vectors->values, vectors->count, records->records, mode, indices, go_on, &patience);
+    PyEval_RestoreThread(patience.thread);
+    if (error == VDB_ERROR_INTERRUPTED) (void)0; /* the signal's error is set */
+    else if (error == VDB_ERROR_DUPLICATE_ID) raise_duplicate(self->state, db, records, mode == VDB_ADD_REPLACE);
     else if (error == VDB_ERROR_NOT_FINITE) raise_not_finite(self->state, self->dimensions, vectors, name);
     else if (error) raise_failure(self->state, error, "add");
     leave(self);
@@ -202,8 +228,8 @@ static PyObject *index_list(const uint64_t *indices, size_t count) {
 
 PyDoc_STRVAR(add_doc, "add($self, /, vectors, ids=None, metadata=None, replace=False)\n--\n\n"
 "Add one vector or many, all or none of them, and return their indices.\n\n"
-"vectors: [D] or [n, D] float32: an array or anything with the buffer protocol, a torch tensor on the CPU, raw bytes\n"
-"of float32, or lists of numbers. ids: n texts or None each (a bare str for one vector); the empty text is no id.\n"
+"vectors: [D] or [n, D]: an array or anything with the buffer protocol, a torch tensor on the CPU, raw bytes of\n"
+"float32, or lists of numbers. float32 without gaps is read where it lies; other numbers are rounded to it. ids: n texts or None each (a bare str for one vector); the empty text is no id.\n"
 "metadata: n bytes or None each, copied. replace=True removes every older row of the same id.\n"
 "Returns an int for one vector, else a list of n. Indices of removed rows are used again.\n"
 "Raises VectorError, DuplicateIdError, ReadOnlyDatabaseError, DatabaseClosedError, ConfigError.");
@@ -281,7 +307,7 @@ static PyObject *search_rows(Database *self, const Vectors *vectors, PyObject *k
     Filter filter = {0};
     vdb_answer *answer = NULL;
     bool good = !kept || read_filter(state, db, kept, &filter);
-    if (good && vectors->count > 0) {
+    if (good && vectors->count > 0 && options->k > 0) {
         options->bitset = filter.words;
         options->bitset_words = filter.count;
         vdb_error error = ask(self, db, vectors, options, &filter, &answer);
@@ -301,13 +327,16 @@ static PyObject *search_rows(Database *self, const Vectors *vectors, PyObject *k
         return NULL;
     }
     hits->single = vectors->single;
-    if (!answer) hits->k = options->k;
-    return (PyObject *)hits;
+    if (!answer) {
+        hits->queries = vectors->count;
+        hits->k = options->k;
+    }
+    return hits->single ? single_new(self->state, hits) : (PyObject *)hits;
 }
 
 PyDoc_STRVAR(search_doc,
 "search($self, /, query, k=5, filter=None, exact=False, *, effort=None, with_metadata=False)\n--\n\n"
-"The k nearest rows to one query [D] or to each of many [n, D], nearest first, as `Hits`.\n\n"
+"The k nearest rows to one query [D], nearest first: a `Hits`, which is a list; or to each of many [n, D]: a `HitsBatch`.\n\n"
 "Distances ascend: 1 - cosine, the Euclidean distance, or the negated dot product. Fewer than k come back only if\n"
 "fewer can be found.\n"
 "filter: which rows may be in the answer: ids (a list or set of str, every row of each), indices (ints, or an int\n"
@@ -324,7 +353,7 @@ static PyObject *database_search(Database *self, PyObject *const *args, Py_ssize
     PyObject *given[6], *result = NULL;
     long long k = 5, effort = 0;
     if (!parse(state, &signature, args, count, names, given)) return NULL;
-    if (given[1] && !read_integer(state, given[1], "k", 1, INT64_MAX, &k)) return NULL;
+    if (given[1] && !read_integer(state, given[1], "k", 0, INT64_MAX, &k)) return NULL;
     if (given[4] && !read_integer(state, given[4], "effort", 1, 1 << 20, &effort)) return NULL;
     int exact = given[3] ? PyObject_IsTrue(given[3]) : 0;
     int with_metadata = given[5] ? PyObject_IsTrue(given[5]) : 0;
@@ -346,6 +375,7 @@ static const char *const METRICS[] = {"cosine", "euclidean", "dot", NULL};
 static const char *const STORAGES[] = {"f32", "f16", "bf16", "i8", "f32+i8", NULL};
 static const char *const INDEXES[] = {"flat", "hnsw", NULL};
 static const char *const MODES[] = {"read", "mmap", NULL};
+static const char *const SAVE_MODES[] = {"any", "new", "same", NULL};
 
 /* The place of a name in the list; `numbers` allows the place itself, as an int. */
 static bool read_choice(const State *state, PyObject *object, const char *what, const char *const *names, bool numbers,
@@ -449,6 +479,31 @@ static int database_init(Database *self, PyObject *args, PyObject *named) {
 static PyObject *raise_file(const State *state, const char *doing, PyObject *path, vdb_error error, int number,
                             const char *message) {
     if (error == VDB_ERROR_OUT_OF_MEMORY) return PyErr_NoMemory();
+    if (error == VDB_ERROR_NOT_REGULAR)
+        return raise_error(state, FILE_ERROR,
+                           "cannot %s %S: it is a folder, a pipe or a device, not a regular file; save to another path",
+                           doing, path);
+    if (error == VDB_ERROR_LINKED)
+        return raise_error(state, FILE_ERROR,
+                           "cannot %s %S: the file has other names (hard links), and saving puts a new file in the "
+                           "place of this one; remove the other names, or save to another path",
+                           doing, path);
+    if (error == VDB_ERROR_OWNER)
+        return raise_error(state, FILE_ERROR,
+                           "cannot %s %S: the file belongs to another user or group, and saving would make it yours "
+                           "(%s); save to another path",
+                           doing, path, strerror(number));
+    if (error == VDB_ERROR_FOLDER)
+        return raise_error(state, FILE_ERROR,
+                           "cannot %s %S: its folder does not let a new file take its place (%s); saving needs that, so "
+                           "that no crash leaves half a file. Make the folder writable, or save to another path",
+                           doing, path, strerror(number));
+    if (error == VDB_ERROR_CHANGED)
+        return raise_error(state, FILE_ERROR,
+                           number == EEXIST ? "cannot %s %S: the file exists"
+                                            : "cannot %s %S: the file is not the one that this database was read from; "
+                                              "another program has changed it since. Open it again and repeat the change",
+                           doing, path);
     if (error == VDB_ERROR_IO)
         return raise_error(state, FILE_ERROR, "cannot %s %S: %s", doing, path,
                            number ? strerror(number) : "input or output failed");
@@ -515,14 +570,21 @@ static PyObject *database_open(PyTypeObject *type, PyObject *const *args, Py_ssi
     return (PyObject *)self;
 }
 
-PyDoc_STRVAR(save_doc, "save($self, /, path)\n--\n\n"
+PyDoc_STRVAR(save_doc, "save($self, /, path, mode=\"any\")\n--\n\n"
 "Write everything to a file: whole and flushed to disk, or not at all, so that the old file stays.\n\n"
-"Raises DatabaseFileError, DatabaseClosedError.");
+"A new file takes the old one's place, with its mode, owner and group. Symbolic links are followed. Refused: what is no\n"
+"regular file, a file with hard links, one whose owner cannot be kept, a folder that takes no new file.\n"
+"mode: what may be at the path: \"any\", \"new\" (nothing), or \"same\" (the file that this database was opened from or\n"
+"saved to last, unchanged); see `octavo.vdb.locks.locked` for changing a file that others change too.\n"
+"Raises DatabaseFileError, DatabaseClosedError, ConfigError.");
 
 static PyObject *database_save(Database *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
-    static const Signature signature = {"save", 1, 1, 1, {WORD_path}};
-    PyObject *given[1], *name;
-    if (!parse(self->state, &signature, args, count, names, given) || !PyUnicode_FSConverter(given[0], &name))
+    static const Signature signature = {"save", 1, 2, 2, {WORD_path, WORD_mode}};
+    PyObject *given[2], *name;
+    int mode = VDB_SAVE_ANY;
+    if (!parse(self->state, &signature, args, count, names, given) ||
+        (given[1] && !read_choice(self->state, given[1], "mode", SAVE_MODES, false, &mode)) ||
+        !PyUnicode_FSConverter(given[0], &name))
         return NULL;
     vdb_database *db = enter(self);
     if (!db) return Py_DECREF(name), NULL;
@@ -530,7 +592,7 @@ static PyObject *database_save(Database *self, PyObject *const *args, Py_ssize_t
     int number;
     Py_BEGIN_ALLOW_THREADS
     errno = 0;
-    error = vdb_save(db, PyBytes_AsString(name));
+    error = vdb_save_as(db, PyBytes_AsString(name), (vdb_save_mode)mode);
     number = errno;
     Py_END_ALLOW_THREADS
     leave(self);
@@ -658,7 +720,7 @@ static PyObject *database_remove(Database *self, PyObject *const *args, Py_ssize
 }
 
 PyDoc_STRVAR(remove_vector_doc, "remove_vector($self, /, index)\n--\n\n"
-"Remove the row with this index; the indices of later rows shift down by one. Errors as for `remove`.");
+"Remove the row with this index; later indices, those of removed rows too, shift down by one. Errors as for `remove`.");
 
 static PyObject *database_remove_vector(Database *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
     static const Signature signature = {"remove_vector", 1, 1, 1, {WORD_index}};
@@ -929,13 +991,21 @@ static PyMethodDef module_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec, const char *name) {
-    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec, PyTypeObject *base, const char *name) {
+    PyObject *type = PyType_FromModuleAndSpec(module, spec, (PyObject *)base);
     if (type && name && PyModule_AddObjectRef(module, name, type)) {
         Py_DECREF(type);
         return NULL;
     }
     return (PyTypeObject *)type;
+}
+
+/* The bytes of a list object, a multiple of a pointer's; -1 with an error set. */
+static Py_ssize_t size_of_list(void) {
+    PyObject *size = PyObject_GetAttrString((PyObject *)&PyList_Type, "__basicsize__");
+    Py_ssize_t bytes = size ? PyLong_AsSsize_t(size) : -1;
+    Py_XDECREF(size);
+    return bytes;
 }
 
 static int module_prepare(PyObject *module) {
@@ -948,9 +1018,21 @@ static int module_prepare(PyObject *module) {
     Py_DECREF(errors);
     for (int i = 0; good && i < WORD_COUNT; i++)
         good = (state->words[i] = PyUnicode_InternFromString(WORD_TEXTS[i])) != NULL;
-    good = good && (state->database = add_type(module, &database_spec, "Database")) &&
-           (state->hits = add_type(module, &hits_spec, "Hits")) &&
-           (state->column = add_type(module, &column_spec, NULL));
+    state->nothing = PyTuple_New(0);
+    state->list_bytes = size_of_list();
+    state->list_new = (newfunc)PyType_GetSlot(&PyList_Type, Py_tp_new);
+    state->list_repeat = (ssizeargfunc)PyType_GetSlot(&PyList_Type, Py_sq_inplace_repeat);
+    state->list_dealloc = (destructor)PyType_GetSlot(&PyList_Type, Py_tp_dealloc);
+    PyType_Spec single = single_spec;
+    single.basicsize = (int)(state->list_bytes + (Py_ssize_t)sizeof(Single));
+    PyTypeObject *stand_in = good ? add_type(module, &stand_in_spec, NULL, NULL) : NULL;
+    state->stand_in = stand_in ? PyObject_CallObject((PyObject *)stand_in, NULL) : NULL;
+    Py_XDECREF((PyObject *)stand_in);
+    good = good && state->stand_in && state->nothing && state->list_bytes > 0 &&
+           (state->database = add_type(module, &database_spec, NULL, "Database")) &&
+           (state->hits = add_type(module, &single, &PyList_Type, "Hits")) &&
+           (state->batch = add_type(module, &hits_spec, NULL, "HitsBatch")) &&
+           (state->column = add_type(module, &column_spec, NULL, NULL));
     return good ? 0 : -1;
 }
 
@@ -960,6 +1042,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     for (int i = 0; i < ERRORS; i++) Py_VISIT(state->errors[i]);
     Py_VISIT((PyObject *)state->database);
     Py_VISIT((PyObject *)state->hits);
+    Py_VISIT((PyObject *)state->batch);
     Py_VISIT((PyObject *)state->column);
     return 0;
 }
@@ -979,7 +1062,10 @@ static void module_free(void *module) {
     for (int i = 0; i < ERRORS; i++) Py_CLEAR(state->errors[i]);
     for (int i = 0; i < WORD_COUNT; i++) Py_CLEAR(state->words[i]);
     Py_CLEAR(state->hits);
+    Py_CLEAR(state->batch);
     Py_CLEAR(state->column);
+    Py_CLEAR(state->nothing);
+    Py_CLEAR(state->stand_in);
 }
 
 static PyModuleDef_Slot module_slots[] = {

@@ -1,6 +1,7 @@
 """Vectors written to .npy and .fvecs files, batch by batch: the whole file or none."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,14 +27,19 @@ def write(path: Path, batches: Iterable[Batch], dimensions: int) -> int:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place at the end."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """A file beside `path`, links followed, that takes its place and mode at the end."""
+    target = path.resolve()
+    part = target.with_name(f".{target.name[:60]}.{os.getpid()}.part")
+    if target.exists() and not target.is_file():
+        raise OutputFileError(f"cannot write {path}: it is a folder, a pipe or a device, not a regular file")
     try:
         with part.open("xb") as f:
+            if target.exists():
+                os.fchmod(f.fileno(), stat.S_IMODE(target.stat().st_mode))
             yield f
             f.flush()
             os.fsync(f.fileno())
-        part.replace(path)
+        part.replace(target)
     except OSError as e:
         raise OutputFileError(f"cannot write {path}: {e.strerror or e}") from e
     finally:

@@ -5,11 +5,13 @@ from dataclasses import replace as changed
 from itertools import islice
 from pathlib import Path
 
-from octavo.errors import ConfigError, VectorError
+from octavo.errors import ConfigError, DuplicateIdError, VectorError
 from octavo.vdb import VectorDatabase
 from octavo.vdb.embed import Embedder
 from octavo.vdb.lines import read_text_lines
 from octavo.vdb.sources import Batch, read
+
+_REPLACE = "`octavo vdb add --replace` lets a row take the place of those with its id"
 
 
 def read_all(files: Iterable[Path], embedder: Callable[[], Embedder], ids_from: Path | None) -> Iterator[Batch]:
@@ -47,10 +49,26 @@ def fill(db: VectorDatabase, batches: Iterable[Batch], replace: bool) -> int:
         kept = _last_of_each_id(batch) if replace else batch
         try:
             db.add(kept.vectors.data, ids=kept.ids, metadata=kept.metadata, replace=replace)
+        except DuplicateIdError as e:
+            raise DuplicateIdError(f"{batch.where}: {_duplicate(db, kept)}") from e
         except VectorError as e:
             raise VectorError(f"{batch.where}: {e}") from e
         count += len(batch.vectors)
     return count
+
+
+def _duplicate(db: VectorDatabase, batch: Batch) -> str:
+    """What is wrong with the ids of a batch, in the words of the command line."""
+    seen = set()
+    for name in batch.ids:
+        if name and name in db:
+            return (
+                f"the id {name!r} is in the database already, or came in an earlier row; nothing was added. {_REPLACE}"
+            )
+        if name and name in seen:
+            return f"the id {name!r} is given twice; nothing was added. {_REPLACE}"
+        seen.add(name)
+    return f"an id is there already; nothing was added. {_REPLACE}"
 
 
 def _last_of_each_id(batch: Batch) -> Batch:

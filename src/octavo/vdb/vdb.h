@@ -6,8 +6,8 @@
  *
  * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata (bytes).
  * Asked with a vector, the database answers with the k nearest rows: exactly, by reading every row, or through an
- * HNSW graph, by reading few. One file, C11 or C++17, gcc or clang, no dependency but libm and, with
- * -DVDB_MULTITHREADED, pthreads:
+ * HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
+ * -DVDB_MULTITHREADED, pthreads. POSIX systems; Windows has none of the calls for files that this needs:
  *
  *     #include "vdb.h"
  *
@@ -21,8 +21,11 @@
  *     cc -std=c11 -O2 app.c -lm                               // or: cc -O2 -DVDB_MULTITHREADED app.c -lm -pthread
  *
  * Every function is `static inline`, so a program of one file needs nothing else. A program of several files defines
- * VDB_DECLARATIONS_ONLY before each #include but one, and VDB_IMPLEMENTATION before that one.
- * VDB_MALLOC, VDB_REALLOC and VDB_FREE replace the allocator (all three together).
+ * VDB_DECLARATIONS_ONLY before each #include but one, and VDB_IMPLEMENTATION before that one; where both are defined, in
+ * one file, VDB_IMPLEMENTATION counts. The code takes a compiler some seconds at -O2, the declarations nothing: while a
+ * program is being written, give the code a file of its own, or define VDB_PLAIN, which leaves out the kernels for
+ * particular processors and takes two thirds of the time; answers are the same.
+ * VDB_MALLOC and VDB_FREE replace the allocator; VDB_REALLOC is theirs too, and may be left out.
  *
  * MANUAL, in the order of the code
  *
@@ -43,16 +46,33 @@
  * GUARANTEES
  *
  *   - Exact search returns the rows of smallest distance, ties by index. A distance is computed in double precision in
- *     one fixed order and rounded once to float; scans only decide, by rigorous bounds, which rows cannot be in the
- *     answer. So answers are the same, bit for bit, for every kernel, every number of threads, every batch size and
+ *     one fixed order, differences too, and rounded once to float (too great ones to infinity, too small ones to 0);
+ *     scans only decide, by rigorous bounds, which rows cannot be in the answer. So answers are the same, bit for bit, for every kernel, every number of threads, every batch size and
  *     for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
  *   - HNSW answers do not depend on the number of threads, neither in building nor in searching; their distances are
  *     the exact ones. Fewer than k rows come back only if fewer than k are there to be found.
  *   - A vector with NaN or infinity is refused, as a row and as a query. Any finite float is allowed; none overflows.
  *   - A failed call changes nothing. A failed save leaves the old file. A file is checked before it is believed.
+ *   - A save replaces the file in one step: it writes a new one beside it, syncs it and renames it. Symbolic links are
+ *     followed, mode, owner and group are kept; access control lists and other attributes are not. Where that is not
+ *     possible it is refused by name, and nothing is written in place: what is no regular file, a file with hard links,
+ *     an owner that cannot be kept, a folder that takes no new file.
+ *   - What removed and replaced rows had in ids and metadata is given back: dead bytes are never more than half of the
+ *     text that a file brought (all of it, if vdb_get_vector or vdb_search pointed into it), without renumbering.
  *   - With VDB_MULTITHREADED any number of threads may read while one writes; calls wait for each other as needed.
  *     Answers own their memory. Pointers from vdb_get_vector are the exception: they live until the row is removed,
  *     replaced or moved by vdb_compact or vdb_remove_vector.
+ *   - A child of fork() may go on with a database that no thread was inside of, from several threads at once.
+ *
+ * PROGRAMS WRITTEN FOR 0.1 compile and behave as before: ids live as long as their row, after vdb_free_result_set too,
+ * and what is written through the pointer of vdb_get_vector counts. What cannot be as before:
+ *
+ *   - NaN and infinity are refused: they have no place in an order of distances. 0.1 lost neighbours of such rows.
+ *   - Dimensions end at 65536, ids at 2^20 bytes.
+ *   - Numbers other than the three metrics, and files that are damaged, are refused. 0.1 does not read what this saves.
+ *   - A save to a pipe, a device, a hard link, or a file whose folder takes no other, is refused (0.1 wrote in place).
+ *   - Distances differ in their last digits: 0.1 added in float.
+ *   - C++: the code needs gcc or clang, and casts between pointers and numbers that -Wold-style-cast reports.
  */
 #ifndef VDB_H
 #define VDB_H
@@ -75,7 +95,7 @@ extern "C" {
 #define VDB_NO_INDEX UINT64_MAX
 
 #if defined(VDB_DECLARATIONS_ONLY) || defined(VDB_IMPLEMENTATION)
-#define VDB_API
+#define VDB_API /* also where the code comes with a later #include of the same file */
 #else
 #define VDB_API static inline
 #endif
@@ -94,7 +114,13 @@ typedef enum {
   VDB_ERROR_READ_ONLY = -10,       /* the database is a view of a mapped file */
   VDB_ERROR_IO = -11,              /* the operating system refused; errno says why */
   VDB_ERROR_CORRUPT = -12,         /* not a database file, or damaged */
-  VDB_ERROR_FULL = -13             /* 2^32 - 2 rows are the most */
+  VDB_ERROR_FULL = -13,            /* 2^32 - 2 rows are the most */
+  VDB_ERROR_NOT_REGULAR = -14,     /* the path names a folder, a pipe or a device; nothing was written */
+  VDB_ERROR_LINKED = -15,          /* the file has other names (hard links), which a save would part from it */
+  VDB_ERROR_OWNER = -16,           /* the file is another user's or group's, which this process may not give it */
+  VDB_ERROR_FOLDER = -17,          /* the file's folder takes no new file, or does not let it be replaced; see errno */
+  VDB_ERROR_CHANGED = -18,         /* the file is not the one that the database was read from (vdb_save_as) */
+  VDB_ERROR_INTERRUPTED = -19      /* the caller's function said so (vdb_add_watched) */
 } vdb_error;
 
 typedef enum { VDB_METRIC_COSINE = 0, VDB_METRIC_EUCLIDEAN = 1, VDB_METRIC_DOT_PRODUCT = 2 } vdb_metric;
@@ -178,7 +204,7 @@ typedef struct {
 typedef struct {
   size_t index;
   float distance;
-  char *id;        /* owned by the result set; NULL for none */
+  char *id;        /* NULL for none; lives as long as the result set, and as long as the database has the row */
   void *metadata;  /* the pointer given to vdb_add_vector */
 } vdb_result;
 
@@ -193,13 +219,18 @@ VDB_API size_t vdb_count(const vdb_database *db);
 VDB_API size_t vdb_dimensions(const vdb_database *db);
 /* Copies data and id, borrows metadata. Equal ids are allowed. */
 VDB_API vdb_error vdb_add_vector(vdb_database *db, const float *data, const char *id, void *metadata);
-/* Every output may be NULL. `*data` is NULL unless the storage keeps f32. */
+/* Every output may be NULL. `*data` is NULL unless the storage keeps f32. Finite numbers may be written through it, while
+ * nobody else is inside the database; therefore searches measure a row that was pointed at every time, which is right and
+ * takes longer, until vdb_refresh_vector says that the writing is over. */
 VDB_API vdb_error vdb_get_vector(const vdb_database *db, size_t index, float **data, char **id, void **metadata);
-/* Later indices shift down by one. vdb_remove_index is the one that does not move the others. */
+VDB_API vdb_error vdb_refresh_vector(vdb_database *db, size_t index);
+/* Later indices, those of removed rows too, shift down by one. vdb_remove_index is the one that does not move others. */
 VDB_API vdb_error vdb_remove_vector(vdb_database *db, size_t index);
 /* NULL for an empty database, k = 0 and any error. */
 VDB_API vdb_result_set *vdb_search(const vdb_database *db, const float *query, size_t k);
 VDB_API void vdb_free_result_set(vdb_result_set *set);
+/* Writes a new file beside the old one, which it replaces in one step. Symbolic links are followed; mode, owner and
+ * group of the old file are kept. Refused by name: see VDB_ERROR_NOT_REGULAR to VDB_ERROR_FOLDER. */
 VDB_API vdb_error vdb_save(const vdb_database *db, const char *path);
 /* Loads both formats into memory. NULL on any error; vdb_open says which. */
 VDB_API vdb_database *vdb_load(const char *path);
@@ -221,6 +252,12 @@ VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out);
  * find all of the new rows, or none yet. */
 VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                           vdb_add_mode mode, uint64_t *indices);
+/* As vdb_add; while rows enter a graph, which may take long, `go_on` is asked now and then, on the caller's thread, whether
+ * to go on: with how many of `count` are in. If it answers 0 the call ends with VDB_ERROR_INTERRUPTED, and nothing was
+ * added. It must not call the database. */
+VDB_API vdb_error vdb_add_watched(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+                                  vdb_add_mode mode, uint64_t *indices,
+                                  int (*go_on)(size_t done, size_t count, void *context), void *context);
 /* Memory for `count` more rows at once. */
 VDB_API vdb_error vdb_reserve(vdb_database *db, size_t count);
 /* The lowest index with this id. */
@@ -245,6 +282,16 @@ typedef enum {
   VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums only by vdb_verify */
 } vdb_open_mode;
 
+/* What may be at the path already. Against lost updates: who reads a file, changes the database and saves it again, asks
+ * for VDB_SAVE_SAME, and holds a lock if nobody else's work should be in vain (flock(LOCK_EX) on the file, taken again
+ * until the path still names the locked file: `octavo vdb` does so). */
+typedef enum {
+  VDB_SAVE_ANY = 0, /* anything, as vdb_save */
+  VDB_SAVE_NEW = 1, /* nothing, or VDB_ERROR_CHANGED */
+  VDB_SAVE_SAME = 2 /* what the database was opened from or saved to last, or VDB_ERROR_CHANGED */
+} vdb_save_mode;
+
+VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode);
 /* `threads` as in vdb_options. */
 VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out);
 /* Reads a whole file of either format, and says in `message` (may be NULL) what is wrong with it. */
@@ -258,13 +305,17 @@ VDB_API vdb_error vdb_set_kernels(const char *name);
 #ifdef __cplusplus
 }
 #endif
-#ifndef VDB_DECLARATIONS_ONLY
+#endif /* VDB_H */
+
+#if (!defined(VDB_DECLARATIONS_ONLY) || defined(VDB_IMPLEMENTATION)) && !defined(VDB_IMPLEMENTED)
+#define VDB_IMPLEMENTED
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 2 Platform
  *
- * gcc or clang on a little-endian POSIX system. The code is the common part of C11 and C++17. Functions that a strict
- * -std=c11 hides in the system's headers are declared here, as POSIX has them.
+ * gcc or clang on a little-endian POSIX system. The code is the common part of C11 and C++11. On Linux the functions of
+ * unistd.h, and those that a strict -std=c11 hides, are declared here under names of our own: so a program may call
+ * what is its own link, read or write.
  */
 #if !defined(__GNUC__)
 #error "vdb.h needs gcc or clang (vector extensions and per-function targets)"
@@ -282,11 +333,12 @@ VDB_API vdb_error vdb_set_kernels(const char *name);
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 #ifdef VDB_MULTITHREADED
 #include <pthread.h>
+#include <sched.h>
 #endif
-#if defined(__x86_64__)
+#if defined(VDB_PLAIN)
+#elif defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
 #define VDB_X86 1
@@ -296,16 +348,53 @@ VDB_API vdb_error vdb_set_kernels(const char *name);
 #define VDB_ARM 1
 #endif
 
-#if !defined(__cplusplus) && defined(__STRICT_ANSI__) && defined(__linux__)
-extern int fsync(int);
-extern ssize_t pread(int, void *, size_t, off_t);
-extern int madvise(void *, size_t, int);
-extern long syscall(long, ...);
+#if defined(__linux__) && defined(__LP64__)
+#ifdef __cplusplus
+#define VDB_SYSTEM(returns, name, arguments) extern "C" returns vdb_sys_##name arguments __asm__(#name)
+#else
+#define VDB_SYSTEM(returns, name, arguments) extern returns vdb_sys_##name arguments __asm__(#name)
+#endif
+VDB_SYSTEM(int, close, (int));
+VDB_SYSTEM(long, write, (int, const void *, size_t));
+VDB_SYSTEM(long, pread, (int, void *, size_t, long));
+VDB_SYSTEM(long, lseek, (int, long, int));
+VDB_SYSTEM(int, fsync, (int));
+VDB_SYSTEM(int, unlink, (const char *));
+VDB_SYSTEM(int, linkat, (int, const char *, int, const char *, int));
+VDB_SYSTEM(long, readlink, (const char *, char *, size_t));
+VDB_SYSTEM(int, fchown, (int, unsigned, unsigned));
+VDB_SYSTEM(int, fchmod, (int, unsigned));
+VDB_SYSTEM(int, getpid, (void));
+VDB_SYSTEM(int, get_nprocs, (void));
+VDB_SYSTEM(int, madvise, (void *, size_t, int));
+VDB_SYSTEM(long, syscall, (long, ...));
+#define VDB_HERE (-100) /* AT_FDCWD */
+#else
+#include <unistd.h>
+#define vdb_sys_close close
+#define vdb_sys_write write
+#define vdb_sys_pread pread
+#define vdb_sys_lseek lseek
+#define vdb_sys_fsync fsync
+#define vdb_sys_unlink unlink
+#define vdb_sys_linkat linkat
+#define vdb_sys_readlink readlink
+#define vdb_sys_fchown fchown
+#define vdb_sys_fchmod fchmod
+#define vdb_sys_getpid getpid
+#define vdb_sys_madvise madvise
+#define vdb_sys_syscall syscall
+#define VDB_HERE AT_FDCWD
+static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
 #endif
 
+#if !defined(VDB_MALLOC) && !defined(VDB_FREE) && !defined(VDB_REALLOC)
+#define VDB_REALLOC realloc
+#endif
 #ifndef VDB_MALLOC
 #define VDB_MALLOC malloc
-#define VDB_REALLOC realloc
+#endif
+#ifndef VDB_FREE
 #define VDB_FREE free
 #endif
 
@@ -333,7 +422,7 @@ static inline void vdb_advise_huge(void *memory, size_t bytes) {
 #ifdef __linux__
   uintptr_t page = (uintptr_t)1 << 21, begin = ((uintptr_t)memory + page - 1) & ~(page - 1);
   uintptr_t end = ((uintptr_t)memory + bytes) & ~(page - 1);
-  if (begin < end) (void)madvise((unsigned char *)memory + (begin - (uintptr_t)memory), end - begin, 14); /* HUGEPAGE */
+  if (begin < end) (void)vdb_sys_madvise((unsigned char *)memory + (begin - (uintptr_t)memory), end - begin, 14); /* HUGEPAGE */
 #else
   (void)memory, (void)bytes;
 #endif
@@ -486,8 +575,9 @@ typedef struct {
   /* The (row, query) pairs whose upper bound is not below the query's threshold; `hits` has room for all. */
   size_t (*gate_tile)(const float *scores, size_t width, const vdb_row_terms *rows, size_t count,
                       const vdb_query_terms *queries, vdb_hit *hits);
-  /* sums[0] = dot product (squares == 0) or sum of squared differences; sums[1] = sum of row[j]^2. In double, in the
-   * one order that every kernel set keeps: 16 lanes, j modulo 16, then halves added to halves. Rows: f32, unpadded. */
+  /* sums[0] = dot product (squares == 0) or sum of squared differences; sums[1] = sum of row[j]^2, which nobody wants
+   * of squares: 0. All in double, the differences too, every square rounded before it is added, in the one order that
+   * every kernel set keeps: 16 lanes, j modulo 16, then halves added to halves. Rows: f32, unpadded. */
   void (*exact)(const float *query, const float *row, size_t dimensions, int squares, double sums[2]);
   void (*decode)(vdb_element element, const void *row, float scale, size_t dimensions, float *out);
   uint32_t (*crc32c)(uint32_t crc, const void *bytes, size_t size);
@@ -524,6 +614,16 @@ VDB_INLINE void vdb_fetch(const void *row, size_t bytes) { __builtin_prefetch((c
 
 /* Under -ffast-math the compiler may add in another order, but not what it cannot look through. */
 VDB_INLINE void vdb_keep_order(double *lanes) { __asm__ volatile("" : : "r"(lanes) : "memory"); }
+
+/* Rounds a product before it is added: unlike the product of two floats, the square of a difference has more digits
+ * than a double, and the compiler fuses the two operations where the machine can, which rounds once. */
+#if defined(__x86_64__)
+#define VDB_ROUNDED(product) __asm__("" : "+x"(product))
+#elif defined(__aarch64__)
+#define VDB_ROUNDED(product) __asm__("" : "+w"(product))
+#else
+#define VDB_ROUNDED(product) __asm__("" : "+m"(product))
+#endif
 
 /* Appends a hit per set bit of `reached`: bit i is query q + i of row r, with the bound upper[i]. */
 static inline size_t vdb_collect(unsigned reached, const float *upper, size_t r, size_t q, vdb_hit *hits,
@@ -640,7 +740,11 @@ static inline uint32_t vdb_crc_multiply(uint32_t a, uint32_t b) {
 /* With an instruction: it takes three cycles but a new one may start in each, so three stretches are read side by side.
  * The first two are then moved past what follows them: x^(8 n) modulo the polynomial for n bytes. */
 #if defined(VDB_X86)
+#if defined(__clang__) && __clang_major__ >= 14 /* where it is a feature of its own */
+#define VDB_CRC_TARGET VDB_TARGET("sse4.2,crc32")
+#else
 #define VDB_CRC_TARGET VDB_TARGET("sse4.2")
+#endif
 VDB_INLINE VDB_CRC_TARGET uint32_t vdb_crc_word(uint32_t crc, uint64_t word) {
   return (uint32_t)_mm_crc32_u64(crc, word);
 }
@@ -889,19 +993,24 @@ VDB_INLINE void vdb_exact_as_plain(const float *query, const float *row, size_t 
   for (; j + 16 <= dimensions; j += 16) {
     VDB_UNROLL for (int v = 0; v < 8; v++) {
       vdb_f32x4 q = vdb_load_plain(query + j + v / 2 * 4), x = vdb_load_plain(row + j + v / 2 * 4);
-      vdb_f64x2 wide = vdb_widen_plain(x, v % 2), factor = vdb_widen_plain(squares ? q - x : q, v % 2);
-      products[v] += factor * (squares ? factor : wide);
-      norms[v] += wide * wide;
+      vdb_f64x2 wide = vdb_widen_plain(x, v % 2), factor = vdb_widen_plain(q, v % 2);
+      if (squares) factor -= wide;
+      vdb_f64x2 product = factor * (squares ? factor : wide);
+      if (squares) VDB_ROUNDED(product);
+      products[v] += product;
+      if (!squares) norms[v] += wide * wide;
     }
   }
   memcpy(lanes[0], products, sizeof products);
   memcpy(lanes[1], norms, sizeof norms);
   for (size_t l = 0; j < dimensions; j++, l++) {
-    float difference = query[j] - row[j];
-    lanes[0][l] += squares ? (double)difference * (double)difference : (double)query[j] * (double)row[j];
-    lanes[1][l] += (double)row[j] * (double)row[j];
+    double q = query[j], x = row[j], product = squares ? (q - x) * (q - x) : q * x;
+    VDB_ROUNDED(product);
+    lanes[0][l] += product;
+    if (!squares) lanes[1][l] += x * x;
   }
   for (int s = 0; s < 2; s++) {
+    vdb_keep_order(lanes[s]);
     for (int half = 8; half; half /= 2) {
       for (int l = 0; l < half; l++) lanes[s][l] += lanes[s][l + half];
       vdb_keep_order(lanes[s]);
@@ -1142,9 +1251,17 @@ VDB_INLINE VDB_TARGET(VDB_AVX512) double vdb_fold_f64_avx512(__m512d low, __m512
 /* Half a step of exact: 8 of the 16 lanes. */
 VDB_INLINE VDB_TARGET(VDB_AVX512) void vdb_exact_step_avx512(__m256 q, __m256 x, int squares, __m512d *products,
                                                              __m512d *norms) {
-  __m512d wide = _mm512_cvtps_pd(x), factor = _mm512_cvtps_pd(squares ? _mm256_sub_ps(q, x) : q);
-  *products = _mm512_fmadd_pd(factor, squares ? factor : wide, *products);
-  *norms = _mm512_fmadd_pd(wide, wide, *norms);
+  __m512d wide = _mm512_cvtps_pd(x), factor = _mm512_cvtps_pd(q);
+  if (squares) {
+    factor = _mm512_sub_pd(factor, wide);
+    __m512d square = _mm512_mul_pd(factor, factor);
+    VDB_ROUNDED(square);
+    *products = _mm512_add_pd(square, *products);
+    VDB_ROUNDED(*products); /* the fold adds in its own order */
+  } else {
+    *products = _mm512_fmadd_pd(factor, wide, *products);
+    *norms = _mm512_fmadd_pd(wide, wide, *norms);
+  }
 }
 
 VDB_INLINE VDB_TARGET(VDB_AVX512) void vdb_exact_as_avx512(const float *query, const float *row, size_t dimensions,
@@ -1386,7 +1503,7 @@ static inline void vdb_pack_amx(vdb_element element, const float *const *queries
   }
   size_t products = element == VDB_BF16 ? 2 : 3;
   vdb_pack_halves(queries, dimensions, panel);
-  panel->relative = (element == VDB_BF16 ? 0x1p-16f : 0x1p-15f) + vdb_rounding(products * dimensions) * 1.02f;
+  panel->relative = (element == VDB_BF16 /* 2^-16, 2^-15 */ ? 1.52587890625e-5f : 3.0517578125e-5f) + vdb_rounding(products * dimensions) * 1.02f;
 }
 
 /* 32 floats of a row, the first `left` of them, as bf16. */
@@ -1755,9 +1872,17 @@ VDB_INLINE VDB_TARGET(VDB_AVX2) double vdb_fold_f64_avx2(const __m256d *v) {
 /* A quarter of a step of exact: 4 of the 16 lanes. */
 VDB_INLINE VDB_TARGET(VDB_AVX2) void vdb_exact_step_avx2(__m128 q, __m128 x, int squares, __m256d *products,
                                                          __m256d *norms) {
-  __m256d wide = _mm256_cvtps_pd(x), factor = _mm256_cvtps_pd(squares ? _mm_sub_ps(q, x) : q);
-  *products = _mm256_fmadd_pd(factor, squares ? factor : wide, *products);
-  *norms = _mm256_fmadd_pd(wide, wide, *norms);
+  __m256d wide = _mm256_cvtps_pd(x), factor = _mm256_cvtps_pd(q);
+  if (squares) {
+    factor = _mm256_sub_pd(factor, wide);
+    __m256d square = _mm256_mul_pd(factor, factor);
+    VDB_ROUNDED(square);
+    *products = _mm256_add_pd(square, *products);
+    VDB_ROUNDED(*products); /* the fold adds in its own order */
+  } else {
+    *products = _mm256_fmadd_pd(factor, wide, *products);
+    *norms = _mm256_fmadd_pd(wide, wide, *norms);
+  }
 }
 
 VDB_INLINE VDB_TARGET(VDB_AVX2) void vdb_exact_as_avx2(const float *query, const float *row, size_t dimensions,
@@ -1868,7 +1993,7 @@ static inline unsigned vdb_features(void) {
   const unsigned amx = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tile, int8 */
   if ((saved & 0x60000u) != 0x60000u || (d7 & amx) != amx || !bf16) return features;
 #ifdef __linux__
-  if (syscall(158, 0x1023, 18) == 0) features |= VDB_HAS_AMX; /* arch_prctl: may this process use the tiles' data? */
+  if (vdb_sys_syscall(158, 0x1023, 18) == 0) features |= VDB_HAS_AMX; /* arch_prctl: may this process use the tiles' data? */
 #endif
   return features;
 }
@@ -1984,7 +2109,7 @@ static inline const vdb_kernel_set *vdb_active(void) {
  *
  * The pool runs `tasks` calls of one function on its workers and on the caller. It is made at the first call that wants
  * it and serves one job at a time: who finds it busy works alone, since the cores are busy too. After a fork() the
- * child makes its own.
+ * first thread of the child that wants it makes it anew; the others wait for that.
  */
 typedef void (*vdb_task)(void *context, size_t task);
 
@@ -2002,7 +2127,7 @@ typedef struct {
   pthread_cond_t work, done;
   pthread_t *threads;
   size_t thread_count;
-  long process; /* whose threads these are */
+  long process; /* whose threads these are; -p while a thread of process p, after a fork, makes the pool its own */
   int busy, stopping;
   vdb_task run;
   void *context;
@@ -2120,12 +2245,28 @@ static inline void vdb_pool_reset(vdb_pool *pool) {
   pool->thread_count = 0;
   pool->busy = pool->stopping = 0;
   pool->tasks = pool->next = pool->unfinished = 0;
-  pool->process = (long)getpid();
+  __atomic_store_n(&pool->process, (long)vdb_sys_getpid(), __ATOMIC_RELEASE);
+}
+
+/* In a child of fork() the pool is the parent's, whose threads are not here and whose mutex may be locked. One thread
+ * makes it anew. A child that is forked meanwhile finds the number of another process, and begins again. */
+static inline void vdb_pool_adopt(vdb_pool *pool) {
+  long process = (long)vdb_sys_getpid(), found = __atomic_load_n(&pool->process, __ATOMIC_ACQUIRE);
+  while (found != process) {
+    if (found == -process) {
+      sched_yield();
+      found = __atomic_load_n(&pool->process, __ATOMIC_ACQUIRE);
+    } else if (__atomic_compare_exchange_n(&pool->process, &found, -process, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+      VDB_FREE(pool->threads);
+      vdb_pool_reset(pool);
+      return;
+    }
+  }
 }
 
 /* Joins the workers; those of a parent process are not ours to join. */
 static inline void vdb_pool_stop(vdb_pool *pool) {
-  if (pool->process == (long)getpid()) {
+  if (pool->process == (long)vdb_sys_getpid()) {
     pthread_mutex_lock(&pool->mutex);
     pool->stopping = 1;
     pthread_cond_broadcast(&pool->work);
@@ -2150,7 +2291,7 @@ static inline void vdb_pool_start(vdb_pool *pool, size_t workers) {
 
 /* 1 if the job was done by the pool, 0 if the pool was busy and nothing was done. */
 static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
-  if (pool->process != (long)getpid()) vdb_pool_reset(pool); /* after a fork; the child has one thread so far */
+  vdb_pool_adopt(pool);
   pthread_mutex_lock(&pool->mutex);
   if (pool->busy) {
     pthread_mutex_unlock(&pool->mutex);
@@ -2172,7 +2313,7 @@ static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb
 }
 
 static inline size_t vdb_cores(void) {
-  long cores = sysconf(_SC_NPROCESSORS_ONLN);
+  long cores = vdb_sys_get_nprocs();
   return cores < 1 ? 1 : cores > 256 ? 256 : (size_t)cores;
 }
 
@@ -2208,11 +2349,13 @@ static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb
  * once; HNSW: after a sweep); `live` says which indices are rows.
  */
 #define VDB_NO_ROW 0xffffffffu
+#define VDB_SMALL 8.67361737988403547e-19 /* 2^-60 */
+#define VDB_GREAT 1.15292150460684698e18  /* 2^60 */
 
 typedef struct {
   unsigned char *vectors; /* [block_rows][dimensions] elements */
   int8_t *codes;          /* [block_rows][dimensions]; I8: the vectors themselves; otherwise NULL but for F32_I8 */
-  float *norms;           /* [block_rows] the norm, or -1 where it is outside 2^-60..2^60 and not 0 */
+  float *norms;           /* [block_rows] the norm; -1 where it is outside 2^-60..2^60 and not 0, or not known */
   float *scales;          /* [block_rows] of the codes; NULL without codes */
   float *residuals;       /* [block_rows] at least |vector - scale * codes|; NULL unless F32_I8 */
   uint32_t *links;        /* HNSW: [block_rows][1 + 2 * options.links]: how many, then neighbours on the lowest level */
@@ -2231,18 +2374,27 @@ typedef struct {
   struct vdb_workshop *workshop;       /* what walks and insertion need; NULL until the first of them */
 } vdb_graph;
 
-/* Ids and metadata: per row one record in an arena, { u32 id bytes, u32 metadata bytes, id, NUL, metadata }, 8-byte
- * aligned. The id table is open addressing by vdb_hash over rows with an id. */
-typedef struct vdb_chunk {
-  struct vdb_chunk *next;
-  size_t size, used;
-} vdb_chunk; /* the bytes follow */
+/* Ids and metadata: per row one record, { u32 id bytes, u32 metadata bytes, id, NUL, metadata }, 8-byte aligned. Each
+ * is an allocation of its own, so that what a removed or replaced row had is given back at once, and nobody else's id
+ * moves; those that a file brought lie together in its text, which goes when most of it is dead. The id table is open
+ * addressing by vdb_hash over rows with an id. */
+typedef struct {
+  uint32_t users; /* the database, while a row has it, and result sets; counted atomically */
+  uint32_t unused;
+} vdb_record_head; /* before a record; one of a file has none */
+
+typedef struct {
+  size_t size, dead, moved; /* bytes; dead: of removed rows; moved: below this row no record is in here any more */
+  uint32_t users;           /* the database and result sets; counted atomically */
+  uint32_t unused;
+} vdb_loaded; /* the text of a file that was read follows */
 
 typedef struct {
   unsigned char **records; /* [row capacity]; NULL while no row has an id or metadata, and in a mapped database */
   void **borrowed;         /* [row capacity] of vdb_add_vector's metadata; NULL while none was given */
-  vdb_chunk *chunks;
-  size_t wasted;           /* bytes of records of removed rows */
+  vdb_loaded *loaded;      /* NULL if no file was read, or all of its records are gone */
+  size_t bytes;            /* of records that are not in it */
+  int lent;                /* an id was pointed at (vdb_get_vector): loaded ones stay where they are; set atomically */
   uint32_t *table;         /* [table_size], a power of two; VDB_NO_ROW: empty, VDB_GONE: removed */
   size_t table_size, table_used;
 } vdb_records;
@@ -2258,6 +2410,12 @@ typedef struct {
   const unsigned char *text;
   size_t text_size;
 } vdb_mapping;
+
+/* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest. */
+typedef struct {
+  uint64_t size; /* 0: none */
+  uint32_t crc;
+} vdb_identity;
 
 struct vdb_database {
   size_t dimensions, count;
@@ -2275,6 +2433,7 @@ struct vdb_database {
   vdb_graph graph;
   vdb_records records;
   vdb_mapping mapping;
+  vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
   vdb_lock lock;
   vdb_pool *pool;
 };
@@ -2370,8 +2529,15 @@ static inline size_t vdb_graph_bytes(const vdb_database *db);
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
 static inline int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
   if (count > SIZE_MAX / item) return 0;
+#ifdef VDB_REALLOC
   unsigned char *grown = (unsigned char *)VDB_REALLOC(*array, count * item);
   if (!grown) return 0;
+#else
+  unsigned char *grown = (unsigned char *)VDB_MALLOC(count * item);
+  if (!grown) return 0;
+  if (old_count) memcpy(grown, *array, old_count * item);
+  VDB_FREE(*array);
+#endif
   memset(grown + old_count * item, 0, (count - old_count) * item);
   *array = grown;
   return 1;
@@ -2483,7 +2649,7 @@ static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded
   double sums[2];
   vdb_active()->exact(vector, vector, dimensions, 0, sums);
   double norm = sqrt(sums[1]);
-  block->norms[place] = norm == 0.0 || (norm > 0x1p-60 && norm < 0x1p60) ? (float)norm : -1.0f;
+  block->norms[place] = norm == 0.0 || (norm > VDB_SMALL && norm < VDB_GREAT) ? (float)norm : -1.0f;
   if (db->options.storage != VDB_STORAGE_F32_I8) return;
   int8_t *codes = block->codes + place * dimensions;
   float scale = block->scales[place] = vdb_to_i8(vector, dimensions, codes);
@@ -2536,33 +2702,117 @@ static inline int vdb_record_at(const vdb_database *db, size_t row, const char *
   return record != NULL;
 }
 
-/* `bytes` (a multiple of 8) of the arena; a chunk is never moved, so that ids can be pointed at. */
-static inline unsigned char *vdb_arena_take(vdb_records *records, size_t bytes) {
-  vdb_chunk *chunk = records->chunks;
-  if (!chunk || chunk->size - chunk->used < bytes) {
-    size_t size = vdb_max(VDB_CHUNK_BYTES, bytes);
-    chunk = (vdb_chunk *)VDB_MALLOC(sizeof(vdb_chunk) + size);
-    if (!chunk) return NULL;
-    chunk->size = size;
-    chunk->used = 0;
-    chunk->next = records->chunks;
-    records->chunks = chunk;
-  }
-  unsigned char *out = (unsigned char *)(chunk + 1) + chunk->used;
-  chunk->used += bytes;
-  return out;
+/* Whether a record lies in the text of a file. */
+VDB_INLINE int vdb_is_loaded(const vdb_records *records, const unsigned char *record) {
+  if (!records->loaded) return 0;
+  uintptr_t place = (uintptr_t)record - (uintptr_t)(records->loaded + 1); /* wraps if it lies before */
+  return place < records->loaded->size;
 }
 
-static inline void vdb_arena_free(vdb_chunk *chunk) {
-  while (chunk) {
-    vdb_chunk *next = chunk->next;
-    VDB_FREE(chunk);
-    chunk = next;
-  }
+VDB_INLINE vdb_record_head *vdb_head_of(const unsigned char *record) {
+  return (vdb_record_head *)(void *)(uintptr_t)(record - sizeof(vdb_record_head));
 }
 
-static inline void vdb_table_enter(vdb_database *db, size_t row, const char *id, size_t size) {
-  size_t mask = db->records.table_size - 1, place = (size_t)vdb_hash(id, size) & mask;
+/* Memory for a record, with one user. Allocators keep about as much as the head beside each. */
+static inline unsigned char *vdb_record_make(vdb_records *records, size_t bytes) {
+  vdb_record_head *head = (vdb_record_head *)VDB_MALLOC(sizeof(vdb_record_head) + bytes);
+  if (!head) return NULL;
+  head->users = 1;
+  head->unused = 0;
+  records->bytes += bytes + 2 * sizeof(vdb_record_head);
+  return (unsigned char *)(head + 1);
+}
+
+/* One user less of a record that is not a file's. */
+static inline void vdb_record_leave(unsigned char *record) {
+  vdb_record_head *head = vdb_head_of(record);
+  if (__atomic_sub_fetch(&head->users, 1u, __ATOMIC_ACQ_REL) == 0) VDB_FREE(head);
+}
+
+static inline void vdb_loaded_leave(vdb_loaded *loaded) {
+  if (loaded && __atomic_sub_fetch(&loaded->users, 1u, __ATOMIC_ACQ_REL) == 0) VDB_FREE(loaded);
+}
+
+/* What keeps the id of a row where it is, whatever becomes of the row. */
+typedef struct {
+  const char *id;        /* NULL if the row has none */
+  unsigned char *record; /* NULL if it lies in `loaded`, or in a mapped file */
+  vdb_loaded *loaded;
+} vdb_hold;
+
+static inline vdb_hold vdb_hold_record(const vdb_database *db, size_t row) {
+  vdb_hold hold = {NULL, NULL, NULL};
+  const unsigned char *metadata;
+  size_t id_size, size;
+  vdb_record_at(db, row, &hold.id, &id_size, &metadata, &size);
+  if (!hold.id || db->mapping.base) return hold;
+  if (vdb_is_loaded(&db->records, db->records.records[row])) hold.loaded = db->records.loaded;
+  else hold.record = db->records.records[row];
+  __atomic_add_fetch(hold.loaded ? &hold.loaded->users : &vdb_head_of(hold.record)->users, 1u, __ATOMIC_RELAXED);
+  return hold;
+}
+
+static inline void vdb_hold_end(const vdb_hold *hold) {
+  if (hold->record) vdb_record_leave(hold->record);
+  vdb_loaded_leave(hold->loaded);
+}
+
+static inline size_t vdb_bytes_of_record(const unsigned char *record) {
+  uint32_t sizes[2];
+  memcpy(sizes, record, sizeof sizes);
+  return vdb_record_bytes(sizes[0], sizes[1]);
+}
+
+/* Moves records out of the text of a file, about `budget` bytes of them, and gives the text back when none is left. 0
+ * for want of memory: what was moved is moved, and the rest is where it was. */
+static inline int vdb_leave_text(vdb_database *db, size_t budget) {
+  vdb_records *records = &db->records;
+  vdb_loaded *loaded = records->loaded;
+  for (size_t spent = 0; loaded->moved < db->slots && spent < budget; loaded->moved++, spent += sizeof(void *)) {
+    unsigned char *record = records->records[loaded->moved], *own;
+    if (!record || !vdb_is_loaded(records, record)) continue;
+    size_t bytes = vdb_bytes_of_record(record);
+    if (!(own = vdb_record_make(records, bytes))) return 0;
+    memcpy(own, record, bytes);
+    records->records[loaded->moved] = own;
+    loaded->dead += bytes;
+    spent += bytes;
+  }
+  if (loaded->moved < db->slots) return 1;
+  records->loaded = NULL;
+  vdb_loaded_leave(loaded);
+  return 1;
+}
+
+/* A row's record has no row any more. Once half of a file's text is dead the rest moves out of it, a little with each
+ * row that goes, so that no call takes long for it. */
+static inline void vdb_discard_record(vdb_database *db, unsigned char *record) {
+  vdb_records *records = &db->records;
+  size_t bytes = vdb_bytes_of_record(record);
+  if (!vdb_is_loaded(records, record)) {
+    records->bytes -= bytes + 2 * sizeof(vdb_record_head);
+    vdb_record_leave(record);
+  } else {
+    records->loaded->dead += bytes;
+  }
+  if (records->loaded && records->loaded->dead > records->loaded->size / 2 &&
+      !__atomic_load_n(&records->lent, __ATOMIC_RELAXED))
+    (void)vdb_leave_text(db, 4 * bytes + 4096);
+}
+
+static inline void vdb_release_records(vdb_database *db) {
+  vdb_records *records = &db->records;
+  for (size_t row = 0; records->records && row < db->capacity; row++) {
+    unsigned char *record = records->records[row];
+    if (record && !vdb_is_loaded(records, record)) vdb_record_leave(record);
+  }
+  vdb_loaded_leave(records->loaded);
+  VDB_FREE(records->records);
+  VDB_FREE(records->borrowed);
+}
+
+static inline void vdb_table_enter(vdb_database *db, size_t row, uint64_t hash) {
+  size_t mask = db->records.table_size - 1, place = (size_t)hash & mask;
   while (db->records.table[place] < VDB_GONE) place = (place + 1) & mask;
   if (db->records.table[place] == VDB_NO_ROW) db->records.table_used++;
   db->records.table[place] = (uint32_t)row;
@@ -2585,16 +2835,17 @@ static inline vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
   db->records.table_used = 0;
   for (size_t row = 0; row < db->slots; row++)
     if (vdb_is_live(db, row) && vdb_record_at(db, row, &id, &id_size, &metadata, &metadata_size) && id)
-      vdb_table_enter(db, row, id, id_size);
+      vdb_table_enter(db, row, vdb_hash(id, id_size));
   return VDB_OK;
 }
 
 /* Rows with this id, one a call, in table order; `*place` starts at 0. VDB_NO_ROW when there are no more. Rows of equal
  * id lie one after the other in the table, so thousands of one id make that id slow, and no other. */
-static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
+static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
+                                      size_t *place) {
   const vdb_records *records = &db->records;
   if (!records->table_size || !size) return VDB_NO_ROW;
-  size_t mask = records->table_size - 1, start = (size_t)vdb_hash(id, size);
+  size_t mask = records->table_size - 1, start = (size_t)hash;
   while (*place < records->table_size) {
     uint32_t row = records->table[(start + (*place)++) & mask];
     const char *other;
@@ -2610,6 +2861,10 @@ static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, si
   return VDB_NO_ROW;
 }
 
+static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
+  return vdb_table_seek(db, id, size, db->records.table_size ? vdb_hash(id, size) : 0, place);
+}
+
 static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
   uint32_t lowest = VDB_NO_ROW, row;
   for (size_t place = 0; (row = vdb_table_next(db, id, size, &place)) != VDB_NO_ROW;)
@@ -2623,22 +2878,22 @@ static inline vdb_error vdb_table_room(vdb_database *db, size_t ids) {
   return vdb_rebuild_table(db, vdb_max(ids, db->records.table_used / 2));
 }
 
-/* Copies id and metadata into the arena and enters the id into the table, where there must be room. */
-static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const char *id, size_t id_size,
+/* Copies id and metadata and enters the id into the table, where there must be room. */
+static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const char *id, size_t id_size, uint64_t hash,
                                        const void *metadata, size_t metadata_size) {
   uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size};
   if (!id_size && !metadata_size) return VDB_OK;
   if (!db->records.records &&
       !vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *)))
     return VDB_ERROR_OUT_OF_MEMORY;
-  unsigned char *record = vdb_arena_take(&db->records, vdb_record_bytes(id_size, metadata_size));
+  unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
   if (!record) return VDB_ERROR_OUT_OF_MEMORY;
   memcpy(record, sizes, sizeof sizes);
   if (id_size) memcpy(record + sizeof sizes, id, id_size);
   record[sizeof sizes + id_size] = 0;
   if (metadata_size) memcpy(record + sizeof sizes + id_size + 1, metadata, metadata_size);
   db->records.records[row] = record;
-  if (id_size) vdb_table_enter(db, row, id, id_size);
+  if (id_size) vdb_table_enter(db, row, hash);
   return VDB_OK;
 }
 
@@ -2654,8 +2909,9 @@ static inline void vdb_drop_record(vdb_database *db, size_t row) {
     while (records->table[place] != (uint32_t)row) place = (place + 1) & mask;
     records->table[place] = VDB_GONE;
   }
-  records->wasted += vdb_record_bytes(id_size, metadata_size);
+  unsigned char *record = records->records[row];
   records->records[row] = NULL;
+  vdb_discard_record(db, record);
 }
 
 /* --- the whole --- */
@@ -2680,9 +2936,7 @@ static inline void vdb_release(vdb_database *db) {
   vdb_graph_release(db);
   if (db->mapping.base) munmap(db->mapping.base, db->mapping.size); /* the table lies in the file */
   else VDB_FREE(db->records.table);
-  vdb_arena_free(db->records.chunks);
-  VDB_FREE(db->records.records);
-  VDB_FREE(db->records.borrowed);
+  vdb_release_records(db);
   VDB_FREE(db->blocks);
   VDB_FREE(db->live);
   VDB_FREE(db->free_rows);
@@ -2729,13 +2983,16 @@ static inline vdb_error vdb_allocate(size_t dimensions, vdb_metric metric, const
  *     Euclidean   <q, x> (codes, tiles)    score - |x|^2 / 2               (|q|^2 - d^2) / 2
  *
  * Every bound has slack for the rounding of the answer's distance to float, so that rows of equal float distance are
- * all looked at and the lower index wins. Rows whose norm is outside 2^-60..2^60 have no useful bound in float: they
- * are always on the shortlist.
+ * all looked at and the lower index wins. Most of it is relative to the row; `constant` of vdb_scan is the absolute part,
+ * for what float cannot tell apart near zero: a dot product of 1e-47 is answered as 0, and ties with others. Those of
+ * 1e39 and more are all answered as infinite, and tie: `lowest` and `highest`. Rows whose norm is outside 2^-60..2^60
+ * have no useful bound in float: they are always on the shortlist.
  */
 typedef enum { VDB_FORM_COSINE, VDB_FORM_DOT, VDB_FORM_SQUARES, VDB_FORM_EXPANDED } vdb_form;
 
 #define VDB_SLACK 9.5367432e-7f /* 2^-20 */
 #define VDB_UNBOUNDED 3.0e38f   /* upper bound of a row that must be measured */
+#define VDB_LEAST 2.3509887e-38f /* 2^-125: more than what a float below 2^-126 may be wrong by, flushed to zero or not */
 #define VDB_SCAN_ROWS VDB_TILE_ROWS
 #define VDB_PARALLEL_BYTES ((size_t)1 << 19) /* of rows: below this waking a thread costs more than it saves */
 
@@ -2811,7 +3068,7 @@ static inline void vdb_ask(const vdb_database *db, const float *query, void *mem
   out->scale = 1.0f;
   if (db->metric == VDB_METRIC_EUCLIDEAN) {
     memcpy(scaled, values, padded * sizeof(float));
-    out->wild = !(norm < 0x1p60);
+    out->wild = !(norm < VDB_GREAT);
   } else {
     double inverse = norm > 0.0 ? 1.0 / norm : 0.0;
     for (size_t j = 0; j < padded; j++) scaled[j] = (float)(values[j] * inverse);
@@ -2882,7 +3139,9 @@ typedef struct {
   vdb_form form;
   float gamma, delta; /* see vdb_row_terms */
   float constant;     /* error of the key that does not depend on the row */
+  float floor;        /* the same for squares, where it is part of the upper bound */
   float highest;      /* keys count no more than this: below VDB_UNBOUNDED; where dot products leave float, and tie */
+  float lowest;       /* keys below this count as -infinity: there dot products leave float, and tie, on the other side */
   float *decoded;
 } vdb_scan;
 
@@ -2953,10 +3212,11 @@ static inline float vdb_key_of(const vdb_scan *scan, float distance) {
   if (!vdb_is_finite(distance)) return -INFINITY;
   switch (scan->form) {
     case VDB_FORM_COSINE: key = 1.0 - d; break;
-    case VDB_FORM_DOT: key = square > 0.0 ? -d / sqrt(square) : -INFINITY; break;
+    case VDB_FORM_DOT: key = square > 0.0 ? -d / sqrt(square) - scan->constant : -INFINITY; break;
     case VDB_FORM_SQUARES: key = -d * d * (1.0 + 1.0e-6); break;
     default: key = (square - d * d) / 2.0 - 1.0e-6 * (square + d * d) - scan->constant;
   }
+  if (key < scan->lowest) return -INFINITY;
   return key < scan->highest ? (float)key : scan->highest;
 }
 
@@ -3030,10 +3290,19 @@ static inline vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question 
   scan.form = form;
   scan.gamma = (relative + 2.0f * VDB_SLACK) * norm + missing;
   scan.delta = norm * 1.000001f;
-  scan.constant = form == VDB_FORM_EXPANDED ? (float)(question->square * VDB_SLACK) : 0.0f;
+  scan.constant = 0.0f;
+  scan.floor = (float)(db->dimensions + 16) * VDB_LEAST;
+  scan.highest = 2.0e38f;
+  scan.lowest = -INFINITY;
   scan.decoded = decoded;
   if (form == VDB_FORM_SQUARES) scan.gamma = relative + VDB_SLACK;
-  scan.highest = form == VDB_FORM_DOT ? (float)(3.0e38 / fmax(sqrt(question->square), 1.5)) : 2.0e38f;
+  if (form == VDB_FORM_EXPANDED) scan.constant = (float)(question->square * VDB_SLACK) + 8.0f * VDB_LEAST;
+  if (form == VDB_FORM_DOT) {
+    double length = fmax(sqrt(question->square), 1.0e-60);
+    scan.constant = (float)fmin(VDB_LEAST / length, 1.0e38);
+    scan.highest = (float)(3.0e38 / fmax(length, 1.5));
+    scan.lowest = (float)fmax(-3.0e38 / length, -3.0e38);
+  }
   return scan;
 }
 
@@ -3069,7 +3338,7 @@ static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_
     for (size_t i = 0; i < VDB_TILE_ROWS; i++) out->beta[i] = norms[i] * norms[i] * (VDB_SLACK - 0.5f);
   } else if (scan->form == VDB_FORM_SQUARES) {
     for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
-      out->alpha[i] = scan->gamma - 1.0f, out->beta[i] = 1.0e-36f; /* beta: what underflow can hide */
+      out->alpha[i] = scan->gamma - 1.0f, out->beta[i] = scan->floor; /* what underflow can hide */
       out->rho[i] = out->residual[i] = 0.0f;
     }
   }
@@ -3087,6 +3356,7 @@ static inline float vdb_lower_of(const vdb_scan *scan, const vdb_row_terms *term
   float error = terms->rho[i] * scan->gamma + terms->residual[i] * scan->delta;
   if (scan->form == VDB_FORM_EXPANDED) error += terms->rho[i] * terms->rho[i] * VDB_SLACK;
   float lower = upper - 2.0f * error * (1.0f + VDB_SLACK) - 2.0f * scan->constant - VDB_SLACK * fabsf(upper);
+  if (lower < scan->lowest) return -INFINITY;
   return lower < scan->highest ? lower : scan->highest;
 }
 
@@ -3874,12 +4144,37 @@ static inline size_t vdb_enter_rows(const vdb_database *db, const vdb_aim *aim, 
   return entered;
 }
 
+/* Who may stop an insertion; see vdb_add_watched. */
+typedef struct {
+  int (*go_on)(size_t done, size_t count, void *context);
+  void *context;
+#ifdef VDB_MULTITHREADED
+  pthread_t caller;
+#endif
+  int stopped; /* written by the caller's thread; read and written atomically */
+} vdb_watch;
+
 typedef struct {
   vdb_database *db;
   const uint32_t *rows; /* of the batch */
   size_t count, reverse_count, tasks;
+  vdb_watch *watch;     /* NULL for none */
+  size_t entered, all;  /* rows of the call: in earlier batches, and all */
   unsigned char done[VDB_BATCH]; /* of task i */
 } vdb_insertion;
+
+/* Whether the insertion was stopped; on the caller's thread, asks. */
+static inline int vdb_is_stopped(const vdb_insertion *job) {
+  vdb_watch *watch = job->watch;
+  if (!watch) return 0;
+  if (__atomic_load_n(&watch->stopped, __ATOMIC_RELAXED)) return 1;
+#ifdef VDB_MULTITHREADED
+  if (!pthread_equal(watch->caller, pthread_self())) return 0;
+#endif
+  if (watch->go_on(job->entered, job->all, watch->context)) return 0;
+  __atomic_store_n(&watch->stopped, 1, __ATOMIC_RELAXED);
+  return 1;
+}
 
 /* Candidates for the links of a row of a batch on one level, into the pool: from a walk that begins at `at`, which
  * moves to the nearest, and from the rows of the batch before it. */
@@ -3929,8 +4224,10 @@ static inline void vdb_link_task(void *context, size_t task) {
   vdb_insertion *job = (vdb_insertion *)context;
   vdb_walker *walker = vdb_take_walker(job->db, vdb_build_room(job->db));
   if (!walker) return;
-  for (size_t i = task * job->count / job->tasks; i < (task + 1) * job->count / job->tasks; i++)
+  for (size_t i = task * job->count / job->tasks; i < (task + 1) * job->count / job->tasks; i++) {
+    if (vdb_is_stopped(job)) break;
     vdb_link_row(job, i, walker);
+  }
   vdb_give_walker(job->db, walker);
   job->done[task] = 1;
 }
@@ -4045,11 +4342,13 @@ static inline void vdb_leave_tower(vdb_database *db, size_t row) {
   db->graph.towers[db->graph.tower_of[row] + 1] = levels;
 }
 
-static inline void vdb_insert_batch(vdb_insertion *job) {
+/* 0 if it was stopped; then nobody links to the rows of the batch. */
+static inline int vdb_insert_batch(vdb_insertion *job) {
   vdb_database *db = job->db;
   vdb_let_readers_in(&db->lock); /* what follows writes only links that no walk can meet yet */
   vdb_run_insertion(job, job->count, 8, vdb_link_task);
   vdb_keep_readers_out(&db->lock);
+  if (vdb_is_stopped(job)) return 0;
   job->reverse_count = vdb_collect_reverse(job);
   vdb_run_insertion(job, job->reverse_count, 64, vdb_link_back_task);
   for (size_t i = 0; i < job->count; i++) {
@@ -4058,6 +4357,7 @@ static inline void vdb_insert_batch(vdb_insertion *job) {
     db->graph.entry = job->rows[i];
     db->graph.top = levels;
   }
+  return 1;
 }
 
 /* --- reachability --- */
@@ -4123,11 +4423,23 @@ static inline void vdb_connect(vdb_database *db) {
   vdb_give_walker(db, walker);
 }
 
+/* Of rows that were to be inserted, the first `linked` were: they stay as way points, as if removed. */
+static inline void vdb_graph_give_up(vdb_database *db, const uint32_t *rows, size_t count, size_t linked) {
+  db->graph.workshop->unchecked += linked;
+  for (size_t i = count; i-- > linked;) {
+    vdb_leave_tower(db, rows[i]);
+    vdb_links_at(db, rows[i])[0] = 0;
+    vdb_free_row(db, rows[i]);
+  }
+}
+
 /* Makes rows that are stored and described part of the graph, and live; vdb_graph_make_room has been called. Until they
  * are live all together, searches that were let in only pass over them. */
-static inline void vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count) {
+static inline vdb_error vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count, vdb_watch *watch) {
   vdb_insertion job;
   job.db = db;
+  job.watch = watch;
+  job.all = count;
   for (size_t i = 0; i < count; i++) {
     vdb_place_tower(db, rows[i]);
     vdb_links_at(db, rows[i])[0] = 0;
@@ -4135,15 +4447,20 @@ static inline void vdb_graph_insert(vdb_database *db, const uint32_t *rows, size
   for (size_t begin = 0; begin < count; begin += job.count) {
     size_t linked = 0;
     job.rows = rows + begin;
+    job.entered = begin;
     for (job.count = 0; job.count < vdb_min(VDB_BATCH, count - begin); job.count++) {
       linked += 1 + vdb_levels_at(db, job.rows[job.count]);
       if (linked > VDB_BATCH * VDB_BATCH_LINKED) break;
     }
-    vdb_insert_batch(&job);
+    if (!vdb_insert_batch(&job)) {
+      vdb_graph_give_up(db, rows, count, begin);
+      return VDB_ERROR_INTERRUPTED;
+    }
   }
   vdb_make_live(db, rows, count);
   db->graph.workshop->unchecked += count;
   if (db->graph.workshop->unchecked >= (db->slots - db->free_count) / 8) vdb_connect(db);
+  return VDB_OK;
 }
 
 /* --- removal --- */
@@ -4469,11 +4786,12 @@ typedef struct {
   size_t used;
   uint64_t position; /* in the file, the buffer's bytes included */
   uint32_t crc;      /* of the section so far, the buffer's bytes not included */
+  vdb_identity identity; /* of the file, once it is written */
 } vdb_writer;
 
 static inline void vdb_write_all(vdb_writer *writer, const unsigned char *bytes, size_t size) {
   while (size && !writer->failed) {
-    ssize_t written = write(writer->file, bytes, size);
+    long written = vdb_sys_write(writer->file, bytes, size);
     if (written < 0 && errno == EINTR) continue;
     if (written <= 0) {
       writer->failed = written < 0 ? errno : ENOSPC;
@@ -4652,23 +4970,139 @@ static inline void vdb_write_sections(vdb_writer *writer, const vdb_database *db
   }
   header.file_size = writer->position;
   header.crc = vdb_crc32c(0, &header, sizeof header - sizeof header.crc);
-  if (!writer->failed && lseek(writer->file, 0, SEEK_SET) != 0) writer->failed = errno;
+  writer->identity.size = header.file_size;
+  writer->identity.crc = header.crc;
+  if (!writer->failed && vdb_sys_lseek(writer->file, 0, SEEK_SET) != 0) writer->failed = errno;
   vdb_write_all(writer, (const unsigned char *)&header, sizeof header);
-  while (!writer->failed && fsync(writer->file))
+  while (!writer->failed && vdb_sys_fsync(writer->file))
     if (errno != EINTR) writer->failed = errno;
 }
 
-/* A new file beside `path`; `name` has room for 64 characters more than the path. -1 on failure. */
-static inline int vdb_create_beside(const char *path, char *name, size_t name_size) {
-  static unsigned counter;
-  for (int attempt = 0; attempt < 100; attempt++) { /* a killed process of our number may have left some */
-    unsigned number = __atomic_fetch_add(&counter, 1u, __ATOMIC_RELAXED);
-    snprintf(name, name_size, "%s.tmp-%ld-%u", path, (long)getpid(), number);
-    int file = open(name, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    if (file >= 0) fcntl(file, F_SETFD, FD_CLOEXEC);
-    if (file >= 0 || errno != EEXIST) return file;
+/* --- where to --- */
+#define VDB_NAME_ROOM 8192u /* longer than any path that a system takes */
+
+/* The file that a path leads to. */
+typedef struct {
+  char *path, *other, *temporary; /* [VDB_NAME_ROOM] each; path: without a symbolic link at its end */
+  int exists;
+  struct stat status;             /* if it exists */
+  vdb_error error;                /* why it cannot be replaced; VDB_ERROR_IO for what errno says */
+} vdb_target;
+
+static inline int vdb_target_failed(vdb_target *target, vdb_error error, int number) {
+  target->error = error;
+  return number;
+}
+
+/* Follows symbolic links at the end of target->path, to a file that need not be there. 0 or errno. */
+static inline int vdb_follow_links(vdb_target *target) {
+  for (int hops = 0; hops < 40; hops++) {
+    long size = vdb_sys_readlink(target->path, target->other, VDB_NAME_ROOM);
+    if (size < 0) return errno == EINVAL || errno == ENOENT ? 0 : errno; /* no link, or nothing */
+    const char *slash = strrchr(target->path, '/');
+    size_t folder = slash && target->other[0] != '/' ? (size_t)(slash - target->path) + 1 : 0;
+    if (folder + (size_t)size + 64 >= VDB_NAME_ROOM) return ENAMETOOLONG; /* 64: for a temporary name */
+    memcpy(target->path + folder, target->other, (size_t)size);
+    target->path[folder + (size_t)size] = 0;
   }
+  return ELOOP;
+}
+
+/* What is at `path`, and whether it may be replaced. 0 or errno. */
+static inline int vdb_find_target(const char *path, vdb_target *target) {
+  struct stat seen;
+  if (!*path) return vdb_target_failed(target, VDB_ERROR_IO, ENOENT);
+  if (strlen(path) + 64 >= VDB_NAME_ROOM) return vdb_target_failed(target, VDB_ERROR_IO, ENAMETOOLONG);
+  memcpy(target->path, path, strlen(path) + 1);
+  target->exists = stat(path, &seen) == 0;
+  if (!target->exists && errno != ENOENT) return vdb_target_failed(target, VDB_ERROR_IO, errno);
+  if (target->exists && !S_ISREG(seen.st_mode))
+    return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, S_ISDIR(seen.st_mode) ? EISDIR : EINVAL);
+  int failed = vdb_follow_links(target);
+  if (failed) return vdb_target_failed(target, VDB_ERROR_IO, failed);
+  if (!target->exists) return 0;
+  target->status = seen;
+  /* A link of /proc may lead to a file that has no name any more. */
+  if (stat(target->path, &seen) || seen.st_ino != target->status.st_ino || seen.st_dev != target->status.st_dev)
+    return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, ENOENT);
+  return seen.st_nlink > 1 ? vdb_target_failed(target, VDB_ERROR_LINKED, EMLINK) : 0;
+}
+
+/* The name of a new file beside the target: its own, cut to `most` bytes where a file system takes no longer one, with
+ * what tells it from others. */
+static inline void vdb_name_temporary(vdb_target *target, size_t most) {
+  static unsigned counter;
+  unsigned number = __atomic_fetch_add(&counter, 1u, __ATOMIC_RELAXED);
+  const char *slash = strrchr(target->path, '/'), *name = slash ? slash + 1 : target->path;
+  size_t size = strlen(name);
+  for (size = vdb_min(size, most); size && ((unsigned char)name[size] & 0xc0u) == 0x80u;) size--; /* whole letters */
+  size += (size_t)(name - target->path);
+  memcpy(target->temporary, target->path, size);
+  snprintf(target->temporary + size, 64, ".tmp-%ld-%u", (long)vdb_sys_getpid(), number);
+}
+
+/* An open file of a new name beside the target. -1 on failure. Names are tried again, for a killed process of our number
+ * may have left some. */
+static inline int vdb_create_beside(vdb_target *target) {
+  static const size_t lengths[] = {VDB_NAME_ROOM, 200, 100, 20};
+  int file = -1, length = 0;
+  for (int attempt = 0; attempt < 100 && file < 0; attempt++) {
+    vdb_name_temporary(target, lengths[length]);
+    file = open(target->temporary, O_WRONLY | O_CREAT | O_EXCL, target->exists ? 0600 : 0666);
+    if (file < 0 && errno == ENAMETOOLONG && length < 3) length++;
+    else if (file < 0 && errno != EEXIST) break;
+  }
+  if (file >= 0) fcntl(file, F_SETFD, FD_CLOEXEC);
+  return file;
+}
+
+/* Gives the new file the owner, group and mode of the one whose place it will take. 0 or errno. */
+static inline int vdb_take_over(int file, const struct stat *old) {
+  struct stat own;
+  if (fstat(file, &own)) return errno;
+  int others = own.st_uid != old->st_uid || own.st_gid != old->st_gid;
+  unsigned user = own.st_uid == old->st_uid ? (unsigned)-1 : (unsigned)old->st_uid;
+  if (others && vdb_sys_fchown(file, user, (unsigned)old->st_gid)) return errno;
+  if ((others || own.st_mode != old->st_mode) && vdb_sys_fchmod(file, old->st_mode & 07777u)) return errno;
+  return 0;
+}
+
+/* The new file, open for writing. -1 with errno and target->error set on failure. */
+static inline int vdb_create_new(vdb_target *target) {
+  int file = vdb_create_beside(target), failed = 0;
+  target->error = VDB_ERROR_IO;
+  if (file < 0) {
+    if (target->exists && (errno == EACCES || errno == EPERM || errno == EROFS)) target->error = VDB_ERROR_FOLDER;
+    return -1;
+  }
+  if (target->exists) failed = vdb_take_over(file, &target->status);
+  if (!failed) return file;
+  vdb_sys_close(file);
+  vdb_sys_unlink(target->temporary);
+  target->error = VDB_ERROR_OWNER;
+  errno = failed;
   return -1;
+}
+
+/* The identity of an open file. 0 or errno. */
+static inline int vdb_identify(int file, uint64_t size, vdb_identity *out);
+
+/* Whether what is at the path is what `mode` wants. 0, or errno with target->error set. */
+static inline int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
+  struct stat status;
+  vdb_identity identity = {0, 0};
+  int failed = 0, file;
+  if (mode == VDB_SAVE_ANY) return 0;
+  if (mode == VDB_SAVE_NEW)
+    return stat(target->path, &status) == 0 ? vdb_target_failed(target, VDB_ERROR_CHANGED, EEXIST) : 0;
+  file = open(target->path, O_RDONLY | O_NONBLOCK);
+  if (file < 0 && errno == ENOENT) return vdb_target_failed(target, VDB_ERROR_CHANGED, ENOENT);
+  if (file < 0 || fstat(file, &status)) failed = errno;
+  else failed = vdb_identify(file, (uint64_t)status.st_size, &identity);
+  if (file >= 0) vdb_sys_close(file);
+  if (failed) return vdb_target_failed(target, VDB_ERROR_IO, failed);
+  int same = db->identity.size && identity.size == db->identity.size && identity.crc == db->identity.crc;
+  return same ? 0 : vdb_target_failed(target, VDB_ERROR_CHANGED, ESTALE);
 }
 
 /* The folder that holds `path`, to be synced after the rename. -1 if it may not be read: it is left to the system. */
@@ -4683,48 +5117,64 @@ static inline int vdb_open_folder(const char *path, char *name) {
   return folder;
 }
 
+/* Gives the finished file the name that nothing may have yet. 0 or errno. */
+static inline int vdb_name_new(vdb_target *target) {
+  if (vdb_sys_linkat(VDB_HERE, target->temporary, VDB_HERE, target->path, 0) == 0)
+    return vdb_sys_unlink(target->temporary) ? errno : 0;
+  if (errno == EEXIST) return vdb_target_failed(target, VDB_ERROR_CHANGED, EEXIST);
+  return rename(target->temporary, target->path) ? errno : 0; /* a file system without hard links */
+}
+
 /* Puts the finished file in place. Not every file system can sync a folder; EINVAL says that it cannot. */
-static inline int vdb_replace(const char *temporary, const char *path, char *name) {
-  int failed = 0, folder = vdb_open_folder(path, name);
-  if (rename(temporary, path)) {
+static inline int vdb_replace(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
+  target->error = VDB_ERROR_IO;
+  int folder = vdb_open_folder(target->path, target->other), failed = vdb_check_target(db, target, mode);
+  if (!failed && mode == VDB_SAVE_NEW) {
+    failed = vdb_name_new(target);
+  } else if (!failed && rename(target->temporary, target->path)) {
     failed = errno;
-    unlink(temporary);
-  } else {
-    while (folder >= 0 && !failed && fsync(folder))
-      if (errno != EINTR) failed = errno;
-    if (failed == EINVAL) failed = 0;
+    if (target->exists && (failed == EPERM || failed == EACCES)) target->error = VDB_ERROR_FOLDER;
   }
-  if (folder >= 0) close(folder);
+  if (failed) vdb_sys_unlink(target->temporary);
+  while (folder >= 0 && !failed && vdb_sys_fsync(folder) && errno != EINVAL)
+    if (errno != EINTR) failed = errno;
+  if (folder >= 0) vdb_sys_close(folder);
   return failed;
 }
 
-/* Writes a new file beside the old one and renames it. A symbolic link at `path` is replaced, not followed. After a
- * failure the old file is as it was; only if syncing the folder fails is the new one there already. */
-static inline vdb_error vdb_write_file(const vdb_database *db, const char *path) {
+/* Writes a new file beside the old one and renames it. After a failure the old file is as it was; only if syncing the
+ * folder fails is the new one there already. */
+static inline vdb_error vdb_write_file(const vdb_database *db, const char *path, vdb_save_mode mode,
+                                       vdb_identity *identity) {
   vdb_writer writer;
-  size_t name_size = strlen(path) + 64;
+  vdb_target target;
   memset(&writer, 0, sizeof writer);
-  writer.buffer = (unsigned char *)vdb_aligned_alloc(VDB_PIECE + 2 * name_size);
+  memset(&target, 0, sizeof target);
+  writer.buffer = (unsigned char *)vdb_aligned_alloc(VDB_PIECE + 3 * VDB_NAME_ROOM);
   if (!writer.buffer) {
     errno = ENOMEM;
     return VDB_ERROR_OUT_OF_MEMORY;
   }
-  char *temporary = (char *)writer.buffer + VDB_PIECE, *folder = temporary + name_size;
-  writer.file = vdb_create_beside(path, temporary, name_size);
-  if (writer.file < 0) {
+  target.path = (char *)writer.buffer + VDB_PIECE;
+  target.other = target.path + VDB_NAME_ROOM;
+  target.temporary = target.other + VDB_NAME_ROOM;
+  writer.failed = vdb_find_target(path, &target);
+  if (!writer.failed) writer.failed = vdb_check_target(db, &target, mode);
+  if (!writer.failed && (writer.file = vdb_create_new(&target)) < 0) {
     writer.failed = errno;
-  } else {
+  } else if (!writer.failed) {
     vdb_write_sections(&writer, db);
-    if (close(writer.file) && !writer.failed) writer.failed = errno;
+    if (vdb_sys_close(writer.file) && !writer.failed) writer.failed = errno;
     if (writer.failed)
-      unlink(temporary);
+      vdb_sys_unlink(target.temporary);
     else
-      writer.failed = vdb_replace(temporary, path, folder);
+      writer.failed = vdb_replace(db, &target, mode);
   }
   vdb_aligned_free(writer.buffer);
+  *identity = writer.identity;
   if (!writer.failed) return VDB_OK;
   errno = writer.failed;
-  return VDB_ERROR_IO;
+  return target.error;
 }
 
 /* --- reading --- */
@@ -4762,7 +5212,7 @@ static inline vdb_error vdb_fault_inside(vdb_reader *reader, const vdb_header *h
 static inline int vdb_read_bytes(int file, void *to, size_t size, uint64_t at) {
   unsigned char *bytes = (unsigned char *)to;
   while (size) {
-    ssize_t got = pread(file, bytes, size, (off_t)at);
+    long got = vdb_sys_pread(file, bytes, size, (long)at);
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) return got < 0 ? errno : VDB_FILE_ENDS;
     bytes += got;
@@ -4770,6 +5220,16 @@ static inline int vdb_read_bytes(int file, void *to, size_t size, uint64_t at) {
     at += (uint64_t)got;
   }
   return 0;
+}
+
+static inline int vdb_identify(int file, uint64_t size, vdb_identity *out) {
+  unsigned char head[sizeof(vdb_header) - 4]; /* with its own checksum behind it, every header would have the same */
+  size_t have = size < sizeof head ? (size_t)size : sizeof head;
+  memset(head, 0, sizeof head);
+  int failed = vdb_read_bytes(file, head, have, 0);
+  out->size = size;
+  out->crc = vdb_crc32c(0, head, have);
+  return failed == VDB_FILE_ENDS ? 0 : failed; /* somebody is writing it: it is none that we know */
 }
 
 static inline vdb_error vdb_read_fault(vdb_reader *reader, int failed, const char *where, uint64_t at) {
@@ -4961,7 +5421,7 @@ static inline vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *hea
 
 /* Comparisons of bits: they order floats that are not negative, and hold under -ffast-math. */
 static inline vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
-  uint32_t least = vdb_bits(0x1p-60f), most = vdb_bits(0x1p60f), infinity = 0x7f800000u;
+  uint32_t least = vdb_bits((float)VDB_SMALL), most = vdb_bits((float)VDB_GREAT), infinity = 0x7f800000u;
   for (size_t row = 0; row < db->slots; row++) {
     const vdb_block *block = vdb_block_of(db, row);
     size_t place = vdb_row_in_block(db, row);
@@ -5032,26 +5492,25 @@ static inline vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *h
 /* Records come in the order of rows and fill the text. Fills records.records; `*ids` becomes how many have an id. */
 static inline vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *header, vdb_database *db,
                                           const uint64_t *offsets, size_t *ids) {
-  vdb_chunk *chunk = db->records.chunks;
-  unsigned char *text = (unsigned char *)(chunk + 1);
-  size_t next = 0;
+  size_t next = 0, size = db->records.loaded->size;
+  unsigned char *text = (unsigned char *)(db->records.loaded + 1);
   *ids = 0;
   for (size_t row = 0; row < db->slots; row++) {
     uint32_t sizes[2];
     if (!offsets[row]) continue;
-    if (offsets[row] - 1 != next || !vdb_is_live(db, row) || chunk->size - next < 16)
+    if (offsets[row] - 1 != next || !vdb_is_live(db, row) || size - next < 16)
       return vdb_fault_inside(reader, header, VDB_OFFSETS, "an impossible offset", 8 * row);
     unsigned char *record = text + next;
     memcpy(sizes, record, sizeof sizes);
     uint64_t bytes = ((uint64_t)sizes[0] + sizes[1] + 9 + 7) / 8 * 8;
-    if (sizes[0] > VDB_MAX_ID || sizes[1] > INT32_MAX || sizes[0] + sizes[1] == 0 || bytes > chunk->size - next ||
+    if (sizes[0] > VDB_MAX_ID || sizes[1] > INT32_MAX || sizes[0] + sizes[1] == 0 || bytes > size - next ||
         memchr(record + 8, 0, sizes[0]) || record[8 + sizes[0]])
       return vdb_fault_inside(reader, header, VDB_TEXT, "an impossible record", next);
     db->records.records[row] = record;
     *ids += sizes[0] != 0;
     next += (size_t)bytes;
   }
-  return next == chunk->size ? VDB_OK : vdb_fault_inside(reader, header, VDB_TEXT, "bytes after the last record", next);
+  return next == size ? VDB_OK : vdb_fault_inside(reader, header, VDB_TEXT, "bytes after the last record", next);
 }
 
 /* Every row with an id is in the table once, and no empty place lies between where its search begins and where it is.
@@ -5119,14 +5578,15 @@ static inline int vdb_make_variable_room(const vdb_header *header, vdb_database 
   if (db->free_capacity && !vdb_grow((void **)&db->free_rows, 0, db->free_capacity, sizeof(uint32_t))) return 0;
   if (!header->section[VDB_OFFSETS].size) return 1;
   *offsets = (uint64_t *)VDB_MALLOC((size_t)header->section[VDB_OFFSETS].size);
-  vdb_chunk *chunk = records->chunks = (vdb_chunk *)VDB_MALLOC(sizeof(vdb_chunk) + text);
-  if (chunk) {
-    chunk->next = NULL;
-    chunk->size = chunk->used = text;
+  vdb_loaded *loaded = records->loaded = (vdb_loaded *)VDB_MALLOC(sizeof(vdb_loaded) + text);
+  if (loaded) {
+    memset(loaded, 0, sizeof *loaded);
+    loaded->size = text;
+    loaded->users = 1;
   }
   if (table) records->table = (uint32_t *)VDB_MALLOC(table);
   records->table_size = records->table ? table / sizeof(uint32_t) : 0;
-  return *offsets && chunk && (records->table || !table) &&
+  return *offsets && loaded && (records->table || !table) &&
          vdb_grow((void **)&records->records, 0, db->capacity, sizeof(unsigned char *));
 }
 
@@ -5140,7 +5600,7 @@ static inline vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *head
              : part == VDB_OFFSETS   ? (void *)offsets
              : part == VDB_TABLE     ? (void *)db->records.table
                                      : NULL;
-  if (part == VDB_TEXT && db->records.chunks) to = db->records.chunks + 1;
+  if (part == VDB_TEXT && db->records.loaded) to = db->records.loaded + 1;
   job.file = reader->file;
   job.part = part;
   job.db = db;
@@ -5179,6 +5639,8 @@ static inline vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *he
   }
   for (size_t i = 0; i << db->block_shift < db->slots; i++)
     vdb_clear_after(db, (i << db->block_shift) + vdb_rows_of_block(db, i) - 1);
+  for (size_t row = 0; row < db->slots && !error && vdb_element_of(db->options.storage) == VDB_F32; row++)
+    if (vdb_norm_at(db, row) < 0.0f) vdb_describe_row(db, row, NULL); /* it was lent when it was saved */
   VDB_FREE(offsets);
   return error;
 }
@@ -5289,7 +5751,8 @@ static inline vdb_error vdb_read_first_row(vdb_reader *reader, vdb_database *db,
     error = vdb_fault(reader, VDB_ERROR_CORRUPT, "id", "a 0 inside", vdb_taken(reader) - id_size);
   if (error) return error;
   if (id_size) error = vdb_table_room(db, 1);
-  if (!error) error = vdb_put_record(db, row, (const char *)room, id_size, NULL, 0);
+  uint64_t hash = vdb_hash((const char *)room, id_size);
+  if (!error) error = vdb_put_record(db, row, (const char *)room, id_size, hash, NULL, 0);
   if (error) return vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "id", "no memory for it", vdb_taken(reader));
   vdb_clear_after(db, row);
   vdb_describe_row(db, row, (float *)(void *)room);
@@ -5360,7 +5823,7 @@ static inline int vdb_open_file(const char *path, uint64_t *size) {
   if (!failed && (uint64_t)status.st_size > SIZE_MAX) failed = EFBIG;
   *size = (uint64_t)status.st_size;
   if (!failed) return file;
-  close(file);
+  vdb_sys_close(file);
   errno = failed;
   return -1;
 }
@@ -5378,9 +5841,10 @@ static inline vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint
   reader.buffer = (unsigned char *)vdb_aligned_alloc(VDB_PIECE);
   vdb_error error = reader.buffer ? vdb_read_either(&reader, mode, threads, out)
                                   : vdb_fault(&reader, VDB_ERROR_OUT_OF_MEMORY, "file", "no memory to read it", 0);
+  if (!error && vdb_identify(reader.file, reader.size, &(*out)->identity)) (*out)->identity.size = 0;
   int number = errno;
   vdb_aligned_free(reader.buffer);
-  close(reader.file);
+  vdb_sys_close(reader.file);
   if (error) {
     vdb_release(*out);
     *out = NULL;
@@ -5408,6 +5872,12 @@ VDB_API const char *vdb_error_text(vdb_error error) {
     case VDB_ERROR_IO: return "the file could not be read or written";
     case VDB_ERROR_CORRUPT: return "not a database file, or damaged";
     case VDB_ERROR_FULL: return "more rows than a database can hold";
+    case VDB_ERROR_NOT_REGULAR: return "the path names a folder, a pipe or a device, no regular file";
+    case VDB_ERROR_LINKED: return "the file has other names (hard links), which a save would part from it";
+    case VDB_ERROR_OWNER: return "the file is another user's or group's, and would not be after a save";
+    case VDB_ERROR_FOLDER: return "the file's folder does not let a new file take its place";
+    case VDB_ERROR_CHANGED: return "the file is not the one that the database was read from";
+    case VDB_ERROR_INTERRUPTED: return "interrupted";
   }
   return "unknown error";
 }
@@ -5502,7 +5972,8 @@ static inline size_t vdb_bytes_held(const vdb_database *db) {
   bytes += db->records.table_size * sizeof(uint32_t);
   if (db->records.records) bytes += db->capacity * sizeof(unsigned char *);
   if (db->records.borrowed) bytes += db->capacity * sizeof(void *);
-  for (const vdb_chunk *chunk = db->records.chunks; chunk; chunk = chunk->next) bytes += sizeof *chunk + chunk->size;
+  bytes += db->records.bytes;
+  if (db->records.loaded) bytes += sizeof(vdb_loaded) + db->records.loaded->size;
   return bytes + vdb_graph_bytes(db);
 }
 
@@ -5574,42 +6045,57 @@ static inline void vdb_drop_row(vdb_database *db, size_t row) {
   else (void)vdb_graph_removed(db, row); /* want of memory only puts the sweep off */
 }
 
-static inline size_t vdb_id_size(const vdb_record *records, size_t i) {
-  return records && records[i].id ? strlen(records[i].id) : 0;
+/* The id of a new row: asked for several times, measured once. */
+typedef struct {
+  size_t size;
+  uint64_t hash;
+} vdb_name;
+
+static inline vdb_name vdb_name_of(const vdb_record *record) {
+  vdb_name name = {record->id ? strlen(record->id) : 0, 0};
+  if (name.size && name.size <= VDB_MAX_ID) name.hash = vdb_hash(record->id, name.size);
+  return name;
 }
 
-/* Whether records may be added: sizes, ids twice in the call, ids there already. Counts ids, and those known. */
-static inline vdb_error vdb_check_new_records(vdb_database *db, size_t count, const vdb_record *records,
-                                              vdb_add_mode mode, size_t *ids, size_t *known) {
-  *ids = *known = 0;
-  if (!records) return VDB_OK;
-  for (size_t i = 0; i < count; i++) {
-    if (vdb_id_size(records, i) > VDB_MAX_ID || records[i].metadata_size > INT32_MAX ||
-        (records[i].metadata_size && !records[i].metadata))
-      return VDB_ERROR_INVALID_ARGUMENT;
-    *ids += vdb_id_size(records, i) != 0;
-  }
-  if (mode == VDB_ADD_ANY || !*ids) return VDB_OK;
+/* Whether an id is twice in a call, or there already. Counts those that are. */
+static inline vdb_error vdb_check_new_names(const vdb_database *db, size_t count, const vdb_record *records,
+                                            const vdb_name *names, vdb_add_mode mode, size_t ids, size_t *known) {
   size_t size = 16;
-  while (size < 2 * *ids) size *= 2;
+  vdb_error error = VDB_OK;
+  while (size < 2 * ids) size *= 2;
   uint32_t *seen = (uint32_t *)VDB_MALLOC(size * sizeof(uint32_t));
   if (!seen) return VDB_ERROR_OUT_OF_MEMORY;
   memset(seen, 0xff, size * sizeof(uint32_t));
-  vdb_error error = VDB_OK;
   for (size_t i = 0; i < count && !error; i++) {
-    size_t length = vdb_id_size(records, i);
+    size_t length = names[i].size, at = 0;
     if (!length) continue;
-    if (vdb_lowest_row(db, records[i].id, length) != VDB_NO_ROW) {
+    if (vdb_table_seek(db, records[i].id, length, names[i].hash, &at) != VDB_NO_ROW) {
       if (mode == VDB_ADD_UNIQUE) error = VDB_ERROR_DUPLICATE_ID;
       ++*known;
     }
-    size_t place = (size_t)vdb_hash(records[i].id, length) & (size - 1);
+    size_t place = (size_t)names[i].hash & (size - 1);
     for (; seen[place] != VDB_NO_ROW && !error; place = (place + 1) & (size - 1))
-      if (strcmp(records[seen[place]].id, records[i].id) == 0) error = VDB_ERROR_DUPLICATE_ID;
+      if (names[seen[place]].hash == names[i].hash && strcmp(records[seen[place]].id, records[i].id) == 0)
+        error = VDB_ERROR_DUPLICATE_ID;
     seen[place] = (uint32_t)i;
   }
   VDB_FREE(seen);
   return error;
+}
+
+/* Whether records may be added: sizes, ids twice in the call, ids there already. Counts ids, and those known. */
+static inline vdb_error vdb_check_new_records(const vdb_database *db, size_t count, const vdb_record *records,
+                                              vdb_name *names, vdb_add_mode mode, size_t *ids, size_t *known) {
+  *ids = *known = 0;
+  for (size_t i = 0; records && i < count; i++) {
+    names[i] = vdb_name_of(&records[i]);
+    if (names[i].size > VDB_MAX_ID || records[i].metadata_size > INT32_MAX ||
+        (records[i].metadata_size && !records[i].metadata))
+      return VDB_ERROR_INVALID_ARGUMENT;
+    *ids += names[i].size != 0;
+  }
+  if (mode == VDB_ADD_ANY || !*ids) return VDB_OK;
+  return vdb_check_new_names(db, count, records, names, mode, *ids, known);
 }
 
 /* Takes rows for `count` vectors: free ones first, the last freed first, then new ones. */
@@ -5624,25 +6110,29 @@ static inline void vdb_return_rows(vdb_database *db, size_t count, const uint32_
     if (rows[i] < old_slots) vdb_free_row(db, rows[i]);
 }
 
-/* Drops the rows of the ids that a call replaces, but for those just added. */
-static inline void vdb_drop_replaced(vdb_database *db, const vdb_record *records, const uint32_t *rows, size_t count) {
+/* Drops the rows of the ids that a call replaces, but for those just added: their copies of the ids are asked for, since
+ * the caller's may be what vdb_get_vector gave for a row that is dropped. */
+static inline void vdb_drop_replaced(vdb_database *db, const uint32_t *rows, size_t count) {
   for (size_t i = 0; i < count; i++) {
-    size_t length = vdb_id_size(records, i), place = 0;
+    const char *id;
+    const unsigned char *metadata;
+    size_t length, size, place = 0;
     uint32_t row;
-    while (length && (row = vdb_table_next(db, records[i].id, length, &place)) != VDB_NO_ROW)
+    vdb_record_at(db, rows[i], &id, &length, &metadata, &size);
+    while (length && (row = vdb_table_next(db, id, length, &place)) != VDB_NO_ROW)
       if (row != rows[i]) vdb_drop_row(db, row);
   }
 }
 
 /* Stores rows that have their place; they are not live yet. */
 static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, const vdb_record *records,
-                                      const uint32_t *rows, size_t count) {
+                                      const vdb_name *names, const uint32_t *rows, size_t count) {
   vdb_error error = vdb_store_rows(db, vectors, rows, count);
   size_t done = 0;
   while (records && done < count && !error) {
     const vdb_record *record = &records[done];
-    size_t id_size = vdb_id_size(records, done);
-    error = vdb_put_record(db, rows[done], record->id, id_size, record->metadata, record->metadata_size);
+    error = vdb_put_record(db, rows[done], record->id, names[done].size, names[done].hash, record->metadata,
+                           record->metadata_size);
     if (!error) done++;
   }
   if (error)
@@ -5652,27 +6142,43 @@ static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, co
   return error;
 }
 
-/* Under the writer's lock. `rows` [count] is filled. */
-static inline vdb_error vdb_add_rows(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
-                                     vdb_add_mode mode, uint32_t *rows) {
-  size_t ids, known, old_slots = db->slots;
-  vdb_error error = vdb_check_new_records(db, count, records, mode, &ids, &known);
+/* Under the writer's lock. `rows` [count] is filled; `names` is room for as many. */
+static inline vdb_error vdb_add_named(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+                                      vdb_name *names, vdb_add_mode mode, vdb_watch *watch, uint32_t *rows) {
+  size_t ids, known, old_slots;
+  vdb_error error = vdb_check_new_records(db, count, records, names, mode, &ids, &known);
   if (error) return error;
+  if (db->options.index == VDB_INDEX_HNSW) (void)vdb_graph_removed(db, 0); /* what an interrupted call has left */
   size_t reused = vdb_min(count, db->free_count);
+  old_slots = db->slots;
   if (count - reused > VDB_MAX_ROWS - db->slots) return VDB_ERROR_FULL;
   error = vdb_make_room(db, db->slots + count - reused);
   if (!error && ids) error = vdb_table_room(db, ids);
   if (error) return error;
   vdb_take_rows(db, count, rows);
-  error = vdb_fill_rows(db, vectors, records, rows, count);
+  error = vdb_fill_rows(db, vectors, records, names, rows, count);
   if (error) {
     vdb_return_rows(db, count, rows, old_slots);
     return error;
   }
-  if (db->options.index == VDB_INDEX_HNSW) vdb_graph_insert(db, rows, count);
+  if (db->options.index == VDB_INDEX_HNSW) error = vdb_graph_insert(db, rows, count, watch);
   else vdb_make_live(db, rows, count);
-  if (known && mode == VDB_ADD_REPLACE) vdb_drop_replaced(db, records, rows, count);
+  if (error) {
+    for (size_t i = 0; i < count && db->records.records; i++) vdb_drop_record(db, rows[i]);
+    return error;
+  }
+  if (known && mode == VDB_ADD_REPLACE) vdb_drop_replaced(db, rows, count);
   return VDB_OK;
+}
+
+static inline vdb_error vdb_add_rows(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+                                     vdb_add_mode mode, vdb_watch *watch, uint32_t *rows) {
+  vdb_name few[16], *names = few;
+  if (records && count > 16 && !(names = (vdb_name *)VDB_MALLOC(count * sizeof(vdb_name))))
+    return VDB_ERROR_OUT_OF_MEMORY;
+  vdb_error error = vdb_add_named(db, vectors, count, records, names, mode, watch, rows);
+  if (names != few) VDB_FREE(names);
+  return error;
 }
 
 static inline int vdb_storable(const vdb_database *db, const float *vectors, size_t count) {
@@ -5684,8 +6190,16 @@ static inline int vdb_storable(const vdb_database *db, const float *vectors, siz
   return 1;
 }
 
-VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
-                          vdb_add_mode mode, uint64_t *indices) {
+VDB_API vdb_error vdb_add_watched(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+                                  vdb_add_mode mode, uint64_t *indices,
+                                  int (*go_on)(size_t done, size_t count, void *context), void *context) {
+  vdb_watch watch;
+  memset(&watch, 0, sizeof watch);
+  watch.go_on = go_on;
+  watch.context = context;
+#ifdef VDB_MULTITHREADED
+  watch.caller = pthread_self();
+#endif
   if (!db || (!vectors && count)) return VDB_ERROR_NULL_POINTER;
   if ((unsigned)mode > 2) return VDB_ERROR_INVALID_ARGUMENT;
   if (db->mapping.base) return VDB_ERROR_READ_ONLY;
@@ -5695,11 +6209,16 @@ VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, 
   uint32_t few[16], *rows = count <= 16 ? few : (uint32_t *)VDB_MALLOC(count * sizeof(uint32_t));
   if (!rows) return VDB_ERROR_OUT_OF_MEMORY;
   vdb_enter_write(&db->lock);
-  vdb_error error = vdb_add_rows(db, vectors, count, records, mode, rows);
+  vdb_error error = vdb_add_rows(db, vectors, count, records, mode, go_on ? &watch : NULL, rows);
   vdb_leave_write(&db->lock);
   for (size_t i = 0; i < count && !error && indices; i++) indices[i] = rows[i];
   if (rows != few) VDB_FREE(rows);
   return error;
+}
+
+VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+                          vdb_add_mode mode, uint64_t *indices) {
+  return vdb_add_watched(db, vectors, count, records, mode, indices, NULL, NULL);
 }
 
 VDB_API vdb_error vdb_reserve(vdb_database *db, size_t count) {
@@ -5724,7 +6243,7 @@ VDB_API vdb_error vdb_add_vector(vdb_database *db, const float *data, const char
     if (!error && !vdb_grow((void **)&db->records.borrowed, 0, db->capacity, sizeof(void *)))
       error = VDB_ERROR_OUT_OF_MEMORY;
   }
-  if (!error) error = vdb_add_rows(db, data, 1, &record, VDB_ADD_ANY, &row);
+  if (!error) error = vdb_add_rows(db, data, 1, &record, VDB_ADD_ANY, NULL, &row);
   if (!error && metadata) db->records.borrowed[row] = metadata;
   vdb_leave_write(&db->lock);
   return error;
@@ -5791,6 +6310,29 @@ VDB_API void vdb_free_record(vdb_record *record) {
   memset(record, 0, sizeof *record);
 }
 
+/* What is known of the row may be wrong from now on. Other threads that search see the old norm or none: both are right
+ * as long as nobody writes. */
+static inline float *vdb_lend_vector(const vdb_database *db, size_t row) {
+  float unknown = -1.0f;
+  if (vdb_element_of(db->options.storage) != VDB_F32) return NULL;
+  if (!db->mapping.base)
+    __atomic_store(&vdb_block_of(db, row)->norms[vdb_row_in_block(db, row)], &unknown, __ATOMIC_RELAXED);
+  return (float *)(uintptr_t)vdb_vector_at(db, row);
+}
+
+VDB_API vdb_error vdb_refresh_vector(vdb_database *db, size_t index) {
+  if (!db) return VDB_ERROR_NULL_POINTER;
+  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  vdb_enter_write(&db->lock);
+  vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
+  if (!error && vdb_element_of(db->options.storage) == VDB_F32) {
+    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL);
+    else error = VDB_ERROR_NOT_FINITE;
+  }
+  vdb_leave_write(&db->lock);
+  return error;
+}
+
 VDB_API vdb_error vdb_get_vector(const vdb_database *db, size_t index, float **data, char **id, void **metadata) {
   if (!db) return VDB_ERROR_NULL_POINTER;
   vdb_enter_read(vdb_lock_of(db));
@@ -5800,9 +6342,9 @@ VDB_API vdb_error vdb_get_vector(const vdb_database *db, size_t index, float **d
     const unsigned char *bytes;
     size_t id_size, size;
     vdb_record_at(db, index, &text, &id_size, &bytes, &size);
-    if (data)
-      *data = vdb_element_of(db->options.storage) == VDB_F32 ? (float *)(uintptr_t)vdb_vector_at(db, index) : NULL;
+    if (data) *data = vdb_lend_vector(db, index);
     if (id) *id = (char *)(uintptr_t)text;
+    if (id) __atomic_store_n(&((vdb_database *)(uintptr_t)db)->records.lent, 1, __ATOMIC_RELAXED);
     if (metadata) *metadata = db->records.borrowed ? db->records.borrowed[index] : NULL;
   }
   vdb_leave_read(vdb_lock_of(db));
@@ -5826,8 +6368,13 @@ VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *remove
   if (!db || !id) return VDB_ERROR_NULL_POINTER;
   if (db->mapping.base) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
-  for (size_t size = strlen(id); size && (row = vdb_table_next(db, id, size, &place)) != VDB_NO_ROW; count++)
-    vdb_drop_row(db, row);
+  size_t size = strlen(id);
+  row = vdb_table_next(db, id, size, &place);
+  if (row != VDB_NO_ROW) { /* `id` may be the row's own, as vdb_get_vector gave it: held until all are gone */
+    vdb_hold held = vdb_hold_record(db, row);
+    for (id = held.id; row != VDB_NO_ROW; row = vdb_table_next(db, id, size, &place), count++) vdb_drop_row(db, row);
+    vdb_hold_end(&held);
+  }
   vdb_leave_write(&db->lock);
   if (removed) *removed = count;
   return count ? VDB_OK : VDB_ERROR_NOT_FOUND;
@@ -5849,32 +6396,10 @@ static inline void vdb_move_row(vdb_database *db, size_t from, size_t to) {
   if (db->records.borrowed) db->records.borrowed[to] = db->records.borrowed[from];
 }
 
-/* Copies the records of all rows into a new arena, so that removed ones' bytes are given back. */
+/* Gives a file's text back if some of it is dead. */
 static inline vdb_error vdb_repack_records(vdb_database *db) {
-  vdb_records *records = &db->records, old = db->records;
-  if (!records->records || !records->wasted) return VDB_OK;
-  unsigned char **moved = NULL;
-  if (!vdb_grow((void **)&moved, 0, db->capacity, sizeof(unsigned char *))) return VDB_ERROR_OUT_OF_MEMORY;
-  records->chunks = NULL;
-  for (size_t row = 0; row < db->slots; row++) {
-    uint32_t sizes[2];
-    if (!old.records[row]) continue;
-    memcpy(sizes, old.records[row], sizeof sizes);
-    size_t bytes = vdb_record_bytes(sizes[0], sizes[1]);
-    moved[row] = vdb_arena_take(records, bytes);
-    if (!moved[row]) {
-      vdb_arena_free(records->chunks);
-      VDB_FREE(moved);
-      *records = old;
-      return VDB_ERROR_OUT_OF_MEMORY;
-    }
-    memcpy(moved[row], old.records[row], sizeof sizes + sizes[0] + 1 + sizes[1]);
-  }
-  vdb_arena_free(old.chunks);
-  VDB_FREE(old.records);
-  records->records = moved;
-  records->wasted = 0;
-  return VDB_OK;
+  if (!db->records.loaded || !db->records.loaded->dead) return VDB_OK;
+  return vdb_leave_text(db, SIZE_MAX) ? VDB_OK : VDB_ERROR_OUT_OF_MEMORY;
 }
 
 /* Moves live rows down over the others. `new_of_old` [slots] is filled. */
@@ -5926,15 +6451,46 @@ VDB_API vdb_error vdb_compact(vdb_database *db) {
   return error;
 }
 
+/* Moves what comes after `row`, which is gone, down by one, places of removed rows too. `new_of_old` [slots] is filled. */
+static inline void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
+  vdb_records *records = &db->records;
+  size_t last = db->slots - 1, kept = 0;
+  for (size_t i = 0; i <= last; i++) new_of_old[i] = i == row ? VDB_NO_ROW : (uint32_t)(i - (i > row));
+  for (size_t i = row; i < last; i++) {
+    uint64_t bit = (uint64_t)1 << (i & 63);
+    vdb_move_row(db, i + 1, i);
+    db->live[i >> 6] = (db->live[i >> 6] & ~bit) | (vdb_is_live(db, i + 1) ? bit : 0);
+  }
+  db->live[last >> 6] &= ~((uint64_t)1 << (last & 63));
+  if (records->records) records->records[last] = NULL;
+  if (records->borrowed) records->borrowed[last] = NULL;
+  if (records->loaded && records->loaded->moved > row) records->loaded->moved--;
+  for (size_t i = 0; i < records->table_size; i++)
+    if (records->table[i] < VDB_GONE) records->table[i] = new_of_old[records->table[i]];
+  for (size_t i = 0; i < db->free_count; i++)
+    if (db->free_rows[i] != row) db->free_rows[kept++] = new_of_old[db->free_rows[i]];
+  db->free_count = kept;
+  db->slots = last;
+  if (last) vdb_clear_after(db, last - 1);
+}
+
 VDB_API vdb_error vdb_remove_vector(vdb_database *db, size_t index) {
   if (!db) return VDB_ERROR_NULL_POINTER;
   if (db->mapping.base) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
+  size_t slots = db->slots;
+  uint32_t *new_of_old = error ? NULL : (uint32_t *)VDB_MALLOC(slots * sizeof(uint32_t));
+  if (!error && !new_of_old) error = VDB_ERROR_OUT_OF_MEMORY;
   if (!error) {
     vdb_drop_row(db, index);
-    error = vdb_compact_rows(db);
+    if (db->options.index == VDB_INDEX_HNSW) error = vdb_graph_sweep(db); /* nobody links to it any more */
   }
+  if (!error) {
+    vdb_close_gap(db, index, new_of_old);
+    if (db->options.index == VDB_INDEX_HNSW) vdb_graph_renumber(db, new_of_old, slots);
+  }
+  VDB_FREE(new_of_old);
   vdb_leave_write(&db->lock);
   return error;
 }
@@ -6142,30 +6698,40 @@ VDB_API vdb_error vdb_query(const vdb_database *db, const float *queries, size_t
 
 VDB_API void vdb_free_answer(vdb_answer *answer) { VDB_FREE(answer); }
 
-/* The result set, its results and their ids are one block. */
+/* The result set, its results and what holds their ids are one block; the ids of a mapped file are copied into it. */
+typedef struct {
+  vdb_result_set set; /* first: it is what the caller has */
+  size_t count;
+  vdb_hold *holds; /* [count] */
+} vdb_own_set;
+
 static inline vdb_result_set *vdb_result_set_make(const vdb_database *db, const vdb_found *found, size_t count) {
   size_t text = 0, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
-  for (size_t i = 0; i < count; i++)
+  for (size_t i = 0; i < count && db->mapping.base; i++)
     if (vdb_record_at(db, found[i].row, &id, &id_size, &metadata, &metadata_size) && id) text += id_size + 1;
-  vdb_result_set *set = (vdb_result_set *)VDB_MALLOC(sizeof(vdb_result_set) + count * sizeof(vdb_result) + text);
-  if (!set) return NULL;
-  set->results = (vdb_result *)(void *)(set + 1);
-  set->count = count;
-  char *place = (char *)(set->results + count);
+  vdb_own_set *own = (vdb_own_set *)VDB_MALLOC(sizeof *own + count * (sizeof(vdb_result) + sizeof(vdb_hold)) + text);
+  if (!own) return NULL;
+  vdb_result *results = own->set.results = (vdb_result *)(void *)(own + 1);
+  own->set.count = own->count = count;
+  own->holds = (vdb_hold *)(void *)(results + count);
+  char *place = (char *)(own->holds + count);
   for (size_t i = 0; i < count; i++) {
+    own->holds[i] = vdb_hold_record(db, found[i].row);
+    results[i].index = found[i].row;
+    results[i].distance = found[i].distance;
+    results[i].metadata = db->records.borrowed ? db->records.borrowed[found[i].row] : NULL;
+    results[i].id = (char *)(uintptr_t)own->holds[i].id;
+    if (own->holds[i].loaded) __atomic_store_n(&((vdb_database *)(uintptr_t)db)->records.lent, 1, __ATOMIC_RELAXED);
+    if (!results[i].id || !db->mapping.base) continue;
     vdb_record_at(db, found[i].row, &id, &id_size, &metadata, &metadata_size);
-    set->results[i].index = found[i].row;
-    set->results[i].distance = found[i].distance;
-    set->results[i].metadata = db->records.borrowed ? db->records.borrowed[found[i].row] : NULL;
-    set->results[i].id = id ? place : NULL;
-    if (!id) continue;
     memcpy(place, id, id_size);
     place[id_size] = 0;
+    results[i].id = place;
     place += id_size + 1;
   }
-  return set;
+  return &own->set;
 }
 
 VDB_API vdb_result_set *vdb_search(const vdb_database *db, const float *query, size_t k) {
@@ -6182,16 +6748,26 @@ VDB_API vdb_result_set *vdb_search(const vdb_database *db, const float *query, s
   return set;
 }
 
-VDB_API void vdb_free_result_set(vdb_result_set *set) { VDB_FREE(set); }
+VDB_API void vdb_free_result_set(vdb_result_set *set) {
+  vdb_own_set *own = (vdb_own_set *)(void *)set;
+  if (!own) return;
+  for (size_t i = 0; i < own->count; i++) vdb_hold_end(&own->holds[i]);
+  VDB_FREE(own);
+}
 
 /* --- files --- */
-VDB_API vdb_error vdb_save(const vdb_database *db, const char *path) {
+VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode) {
+  vdb_identity identity;
   if (!db || !path) return VDB_ERROR_NULL_POINTER;
+  if ((unsigned)mode > 2) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_enter_still(vdb_lock_of(db));
-  vdb_error error = vdb_write_file(db, path);
+  vdb_error error = vdb_write_file(db, path, mode, &identity);
+  if (!error) ((vdb_database *)(uintptr_t)db)->identity = identity; /* only those that save read it */
   vdb_leave_still(vdb_lock_of(db));
   return error;
 }
+
+VDB_API vdb_error vdb_save(const vdb_database *db, const char *path) { return vdb_save_as(db, path, VDB_SAVE_ANY); }
 
 VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out) {
   if (!path || !out) return VDB_ERROR_NULL_POINTER;
@@ -6215,5 +6791,4 @@ VDB_API vdb_error vdb_verify(const char *path, char *message, size_t message_siz
   return error;
 }
 
-#endif /* VDB_DECLARATIONS_ONLY */
-#endif /* VDB_H */
+#endif /* VDB_IMPLEMENTED */

@@ -7,9 +7,8 @@ static double oracle_distance(const float *q, const float *x, size_t dimensions,
   double lanes[3][16] = {{0}};
   for (size_t j = 0; j < dimensions; j++) {
     double a = q[j], b = x[j];
-    float difference = q[j] - x[j];
-    if (metric == VDB_METRIC_EUCLIDEAN) lanes[0][j % 16] += (double)difference * (double)difference;
-    else lanes[0][j % 16] += a * b;
+    volatile double product = metric == VDB_METRIC_EUCLIDEAN ? (a - b) * (a - b) : a * b; /* rounded, then added */
+    lanes[0][j % 16] += product;
     lanes[1][j % 16] += b * b;
     lanes[2][j % 16] += a * a;
   }
@@ -72,10 +71,11 @@ static void check_answers(vdb_database *db, const float *queries, size_t count, 
   vdb_free_answer(answer);
 }
 
-/* kind 0: plain; 1: many equal rows and zero vectors; 2: magnitudes over the whole of float; 3: far from the origin. */
-static void make_vector(float *vector, size_t dimensions, int kind, vdb_storage storage) {
+/* kind 0: plain; 1: many equal rows and zero vectors; 2: magnitudes over the whole of float; 3: far from the origin;
+ * 4: all of the magnitude `common`, so that distances leave float together and tie. */
+static void make_vector(float *vector, size_t dimensions, int kind, vdb_storage storage, float common) {
   static const float few[4] = {-1.0f, 0.0f, 0.5f, 1.0f};
-  float scale = 1.0f;
+  float scale = kind == 4 ? common : 1.0f;
   int narrow = storage == VDB_STORAGE_F16;
   if (kind == 2) scale = (float)pow(2.0, (double)random_below(narrow ? 20 : 240) - (narrow ? 10.0 : 120.0));
   int zero = kind == 1 && random_below(8) == 0;
@@ -95,9 +95,13 @@ static void check_case(vdb_metric metric, vdb_storage storage, size_t dimensions
   options.threads = threads;
   CHECK(vdb_new(dimensions, metric, &options, &db) == VDB_OK);
   float *vectors = (float *)malloc((count + queries) * dimensions * sizeof(float));
-  for (size_t i = 0; i < count + queries; i++) make_vector(vectors + i * dimensions, dimensions, kind, storage);
+  float rows_scale = (float)pow(2.0, (double)random_below(140) - 70.0);
+  float query_scale = (float)pow(2.0, (double)random_below(275) - 149.0);
+  if (storage == VDB_STORAGE_F16) rows_scale = 1.0f;
+  for (size_t i = 0; i < count + queries; i++)
+    make_vector(vectors + i * dimensions, dimensions, kind, storage, i < count ? rows_scale : query_scale);
   float *asked = vectors + count * dimensions;
-  if (count) memcpy(asked, vectors, dimensions * sizeof(float)); /* one query is a row */
+  if (count && kind != 4) memcpy(asked, vectors, dimensions * sizeof(float)); /* one query is a row */
   CHECK(vdb_add(db, vectors, count / 2, NULL, VDB_ADD_ANY, NULL) == VDB_OK);
   CHECK(vdb_add(db, vectors + count / 2 * dimensions, count - count / 2, NULL, VDB_ADD_ANY, NULL) == VDB_OK);
   vdb_query_options query = vdb_default_query_options(1 + random_below(12));
@@ -123,12 +127,55 @@ static void check_case(vdb_metric metric, vdb_storage storage, size_t dimensions
   vdb_destroy(db);
 }
 
+/* Dot products that float cannot hold are answered as 0 or infinity, and then the lower index wins. */
+static void check_ties(vdb_storage storage, float rows_scale, float query_scale) {
+  enum { rows = 300, queries = 20, dimensions = 16 };
+  static float vectors[(rows + queries) * dimensions];
+  vdb_options options = vdb_default_options();
+  vdb_database *db;
+  options.storage = storage;
+  CHECK(vdb_new(dimensions, VDB_METRIC_DOT_PRODUCT, &options, &db) == VDB_OK);
+  for (size_t i = 0; i < (rows + queries) * dimensions; i++)
+    vectors[i] = random_float() * (i < rows * dimensions ? rows_scale : query_scale);
+  CHECK(vdb_add(db, vectors, rows, NULL, VDB_ADD_ANY, NULL) == VDB_OK);
+  check_answers(db, vectors + rows * dimensions, queries, vdb_default_query_options(10));
+  check_answers(db, vectors + rows * dimensions, 1, vdb_default_query_options(10));
+  vdb_destroy(db);
+  float falling[3] = {3e10f, 2e10f, 1e10f}, asked = -3e38f;
+  CHECK(vdb_new(1, VDB_METRIC_DOT_PRODUCT, &options, &db) == VDB_OK);
+  CHECK(vdb_add(db, falling, 3, NULL, VDB_ADD_ANY, NULL) == VDB_OK);
+  for (size_t k = 1; k <= 3; k++) check_answers(db, &asked, 1, vdb_default_query_options(k));
+  vdb_destroy(db);
+}
+
+/* Differences of floats need more digits than a float has. */
+static void check_differences(void) {
+  float left[2] = {-1.0f, -1.0f}, right[2] = {16777216.0f, 16777216.0f};
+  CHECK(vdb_euclidean_distance(left, right, 2) == (float)(16777217.0 * sqrt(2.0)));
+  for (size_t round = 0; round < 2000; round++) {
+    float a[128], b[128];
+    double sum = 0.0;
+    for (size_t j = 0; j < 128; j++) {
+      a[j] = random_float(), b[j] = random_float();
+      sum += ((double)a[j] - b[j]) * ((double)a[j] - b[j]);
+    }
+    double distance = sqrt(sum), got = vdb_euclidean_distance(a, b, 128);
+    CHECK(fabs(got - distance) <= distance * 0.50001 / 8388608.0); /* half an ulp */
+  }
+}
+
 int main(int argc, char **argv) {
   static const char *const names[] = {"plain", "avx2", "avx512", "amx", "neon"};
   size_t rounds = argc > 1 ? (size_t)atoi(argv[1]) : 40, sets = 0;
   for (size_t set = 0; set < 5; set++) {
     if (vdb_set_kernels(names[set]) != VDB_OK) continue;
     sets++;
+    check_differences();
+    for (int storage = 0; storage < 5; storage += 4) { /* f32 and f32 with codes */
+      check_ties((vdb_storage)storage, 1e-17f, 1e-30f);
+      check_ties((vdb_storage)storage, 1e-10f, 1e-38f);
+      check_ties((vdb_storage)storage, 1e10f, 3e38f);
+    }
     for (size_t round = 0; round < rounds; round++) {
       random_state = 1000 + round; /* the same cases for every kernel set */
       vdb_metric metric = (vdb_metric)random_below(3);
@@ -136,7 +183,7 @@ int main(int argc, char **argv) {
       size_t dimensions = random_below(4) ? 1 + random_below(200) : 1 + random_below(1100);
       size_t count = random_below(3) ? random_below(600) : random_below(3000);
       if (count * dimensions > 300000) count = 300000 / dimensions;
-      check_case(metric, storage, dimensions, count, (int)random_below(4), 1 + (uint32_t)random_below(3));
+      check_case(metric, storage, dimensions, count, (int)random_below(5), 1 + (uint32_t)random_below(3));
     }
     printf("%s ", names[set]);
   }

@@ -426,7 +426,7 @@ static void full_disks(void) {
   }
   rmdir(mounted);
   CHECK(mkdir(mounted, 0777) == 0);
-  CHECK(vdb_save(small, mounted) == VDB_ERROR_IO && temporary_files(folder) == 0); /* a folder is in the way */
+  CHECK(vdb_save(small, mounted) == VDB_ERROR_NOT_REGULAR && temporary_files(folder) == 0); /* a folder is in the way */
   rmdir(mounted);
   CHECK(vdb_save(large, path) == VDB_OK && reason(path)[0] == 0);
   vdb_destroy(small);

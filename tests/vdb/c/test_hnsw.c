@@ -281,6 +281,83 @@ static void test_single(void) {
   free(rows);
 }
 
+/* Says stop when that many rows are in. */
+static int patient(size_t done, size_t count, void *context) {
+  CHECK(done <= count);
+  return done < *(size_t *)context;
+}
+
+/* A stopped insertion has added nothing, and what comes later finds its place. */
+static void test_stopped(void) {
+  const size_t d = 24;
+  float *rows = random_rows(2 * ROWS + QUERIES, d, 15), *queries = rows + 2 * ROWS * d;
+  vdb_record *records = (vdb_record *)calloc(2 * ROWS, sizeof(vdb_record));
+  vdb_query_options options = vdb_default_query_options(10);
+  for (size_t i = 0; i < 2 * ROWS; i++) records[i].id = i == 1700 ? "late" : NULL, records[i].metadata = "m", records[i].metadata_size = 1;
+  for (uint32_t threads = 1; threads <= 3; threads += 2) {
+    vdb_database *db = make(d, VDB_METRIC_EUCLIDEAN, VDB_STORAGE_F32, threads);
+    for (size_t turn = 0; turn < 5; turn++) {
+      size_t left = turn * 256; /* batches have 512 rows */
+      vdb_error error = vdb_add_watched(db, rows, ROWS, records, VDB_ADD_UNIQUE, NULL, patient, &left);
+      CHECK(error == VDB_ERROR_INTERRUPTED && vdb_count(db) == 0);
+      check_links(db, 0);
+    }
+    CHECK(db->slots <= 3 * ROWS); /* places are used again */
+    CHECK(vdb_add(db, rows, ROWS, records, VDB_ADD_UNIQUE, NULL) == VDB_OK && vdb_count(db) == ROWS);
+    for (size_t turn = 0; turn < 5; turn++) {
+      size_t left = turn * 256; /* batches have 512 rows */
+      uint64_t found;
+      CHECK(vdb_add_watched(db, rows + ROWS * d, ROWS, records + ROWS, VDB_ADD_REPLACE, NULL, patient, &left) ==
+            VDB_ERROR_INTERRUPTED);
+      CHECK(vdb_count(db) == ROWS && vdb_find(db, "late", &found) == (ROWS > 1700 ? VDB_OK : VDB_ERROR_NOT_FOUND));
+      CHECK(unreachable(db) == 0 && recall(db, queries, d, options) > 0.95);
+    }
+    CHECK(vdb_add(db, rows + ROWS * d, ROWS, records + ROWS, VDB_ADD_REPLACE, NULL) == VDB_OK);
+    check_links(db, 1);
+    CHECK(vdb_count(db) == 2 * ROWS && unreachable(db) == 0 && recall(db, queries, d, options) > 0.95);
+    CHECK(vdb_compact(db) == VDB_OK && unreachable(db) == 0 && recall(db, queries, d, options) > 0.95);
+    vdb_destroy(db);
+  }
+  free(records);
+  free(rows);
+}
+
+/* Rows taken out of the middle: later ones move down, and the graph with them. */
+static void test_gaps(void) {
+  const size_t d = 24;
+  float *rows = random_rows(ROWS + QUERIES, d, 16), vector[24];
+  vdb_database *db = filled(rows, ROWS, d, VDB_METRIC_EUCLIDEAN, VDB_STORAGE_F32_I8, 2);
+  vdb_query_options options = vdb_default_query_options(10);
+  size_t *from = (size_t *)malloc(ROWS * sizeof(size_t)), slots = ROWS; /* the row that each place had first */
+  char *live = (char *)malloc(ROWS);
+  for (size_t i = 0; i < ROWS; i++) from[i] = i, live[i] = 1;
+  for (size_t turn = 0; turn < 60; turn++) {
+    size_t gone = (size_t)fabsf(uniform() * 1.0e6f) % slots;
+    if (!live[gone]) continue;
+    if (turn % 2) {
+      CHECK(vdb_remove_index(db, gone) == VDB_OK);
+      live[gone] = 0;
+      continue;
+    }
+    CHECK(vdb_remove_vector(db, gone) == VDB_OK);
+    slots--;
+    memmove(from + gone, from + gone + 1, (slots - gone) * sizeof *from);
+    memmove(live + gone, live + gone + 1, slots - gone);
+    check_links(db, 0);
+  }
+  CHECK(db->slots == slots);
+  for (size_t i = 0; i < slots; i++) {
+    CHECK(vdb_read_vector(db, i, vector) == (live[i] ? VDB_OK : VDB_ERROR_INVALID_INDEX));
+    if (live[i]) CHECK(memcmp(vector, rows + from[i] * d, sizeof vector) == 0);
+  }
+  CHECK(unreachable(db) == 0 && recall(db, rows + ROWS * d, d, options) > 0.95);
+  CHECK(vdb_add(db, rows, 100, NULL, VDB_ADD_ANY, NULL) == VDB_OK && recall(db, rows + ROWS * d, d, options) > 0.95);
+  vdb_destroy(db);
+  free(from);
+  free(live);
+  free(rows);
+}
+
 /* Many questions on several threads: the answers of one. */
 static void test_batch(void) {
   const size_t d = 40;
@@ -338,6 +415,8 @@ int main(int count, char **names) {
   test_filters();
   test_degenerate();
   test_single();
+  test_stopped();
+  test_gaps();
   test_batch();
   test_damaged();
   printf("ok\n");

@@ -246,9 +246,10 @@ static void test_exact(size_t n, int exponent) {
   for (int squares = 0; squares < 2; squares++) {
     double lanes[2][16] = {{0.0}}, sums[2], expected[2];
     for (size_t j = 0; j < n; j++) {
-      volatile float difference = q[j] - x[j];
-      lanes[0][j % 16] += squares ? (double)difference * (double)difference : (double)q[j] * (double)x[j];
-      lanes[1][j % 16] += (double)x[j] * (double)x[j];
+      double difference = (double)q[j] - (double)x[j];
+      volatile double product = squares ? difference * difference : (double)q[j] * (double)x[j]; /* rounded, then added */
+      lanes[0][j % 16] += product;
+      if (!squares) lanes[1][j % 16] += (double)x[j] * (double)x[j];
     }
     for (int s = 0; s < 2; s++) {
       for (int half = 8; half; half /= 2) {

@@ -48,7 +48,11 @@ static void check_search(vdb_metric metric) {
   }
   CHECK(vdb_remove_vector(db, 3) == VDB_OK); /* later indices shift; the result set still owns its ids */
   CHECK(strncmp(set->results[0].id ? set->results[0].id : "row ", "row ", 4) == 0);
+  const vdb_result *there = &set->results[set->results[0].index == 3];
+  const char *near_id = there->id;
+  size_t near_index = there->index;
   vdb_free_result_set(set);
+  CHECK(near_index == 7 ? !near_id : atoi(near_id + 4) == (int)(near_index % 100)); /* the id is the row's, not the set's */
   float *data;
   char *id;
   void *metadata;
@@ -58,6 +62,55 @@ static void check_search(vdb_metric metric) {
   CHECK(vdb_remove_vector(db, rows - 1) == VDB_ERROR_INVALID_INDEX);
   CHECK(vdb_count(db) == rows - 1);
   vdb_destroy(db);
+}
+
+/* Vectors may be written through the pointer that vdb_get_vector gives; searches see what is there. */
+static void check_writing(vdb_metric metric, vdb_storage storage, const char *path) {
+  enum { dimensions = 19, rows = 700 };
+  static float vectors[rows][dimensions];
+  float query[dimensions], *data;
+  vdb_options options = vdb_default_options();
+  vdb_database *db;
+  options.storage = storage;
+  CHECK(vdb_new(dimensions, metric, &options, &db) == VDB_OK);
+  for (size_t i = 0; i < rows; i++) {
+    for (size_t j = 0; j < dimensions; j++) vectors[i][j] = random_float();
+    CHECK(vdb_add_vector(db, vectors[i], NULL, NULL) == VDB_OK);
+  }
+  for (size_t j = 0; j < dimensions; j++) query[j] = random_float();
+  for (size_t i = 3; i < rows; i += 5) {
+    CHECK(vdb_get_vector(db, i, &data, NULL, NULL) == VDB_OK);
+    for (size_t j = 0; j < dimensions; j++) data[j] = vectors[i][j] = random_float() * (i % 2 ? 3.0f : 0.01f);
+  }
+  for (int pass = 0; pass < 4; pass++) {
+    float before = -INFINITY;
+    vdb_result_set *set = vdb_search(db, query, 50);
+    CHECK(set && set->count == 50);
+    for (size_t i = 0; i < rows; i++) { /* none that is nearer is missing */
+      size_t nearer = 0;
+      for (size_t k = 0; k < 50; k++) nearer += set->results[k].index == i;
+      CHECK(nearer || naive_distance(query, vectors[i], dimensions, metric) >= set->results[49].distance - 1e-4f);
+    }
+    for (size_t k = 0; k < 50; k++) {
+      float expected = naive_distance(query, vectors[set->results[k].index], dimensions, metric);
+      CHECK(fabsf(set->results[k].distance - expected) <= 1e-5f * (1.0f + fabsf(expected)));
+      CHECK(set->results[k].distance >= before);
+      before = set->results[k].distance;
+    }
+    vdb_free_result_set(set);
+    if (pass == 0 || pass == 1) { /* saved and loaded as it is */
+      CHECK(vdb_save(db, path) == VDB_OK);
+      vdb_destroy(db);
+      CHECK(vdb_open(path, pass ? VDB_OPEN_READ : VDB_OPEN_MAP, 2, &db) == VDB_OK);
+    }
+    for (size_t i = 3; i < rows && pass == 2; i += 5) CHECK(vdb_refresh_vector(db, i) == VDB_OK);
+  }
+  CHECK(vdb_refresh_vector(db, rows) == VDB_ERROR_INVALID_INDEX);
+  CHECK(vdb_get_vector(db, 3, &data, NULL, NULL) == VDB_OK);
+  data[0] = NAN;
+  CHECK(vdb_refresh_vector(db, 3) == VDB_ERROR_NOT_FINITE);
+  vdb_destroy(db);
+  unlink(path);
 }
 
 static void write_original(const char *path, vdb_metric metric) {
@@ -105,6 +158,10 @@ int main(int argc, char **argv) {
   float huge[2] = {1e20f, 1e20f}, small[2] = {1e-20f, 1e-20f};
   float one[3] = {1.0f, 2.0f, 2.0f}, zero[3] = {0.0f, 0.0f, 0.0f};
   for (int metric = 0; metric < 3; metric++) check_search((vdb_metric)metric);
+  for (int metric = 0; metric < 3; metric++) {
+    check_writing((vdb_metric)metric, VDB_STORAGE_F32, argc > 1 ? argv[1] : "original.vdb");
+    check_writing((vdb_metric)metric, VDB_STORAGE_F32_I8, argc > 1 ? argv[1] : "original.vdb");
+  }
   check_files(argc > 1 ? argv[1] : "original.vdb");
   CHECK(vdb_magnitude(one, 3) == 3.0f && vdb_dot_product(one, one, 3) == 9.0f);
   CHECK(vdb_cosine_similarity(one, one, 3) == 1.0f && vdb_cosine_similarity(one, zero, 3) == 0.0f);
