@@ -36,13 +36,14 @@ class CacheSettings:
 
     `chunk`: tokens per prefill step. `page_size`: slots per page. `budget`: bytes that the pages of all caches
     may take, None for no limit. `kv_dtype`: how slots are stored, "int8" or "fp8" with a scale each, or None for
-    the model's dtype.
+    the model's dtype. `cuda_graphs`: run decode steps on CUDA from graphs.
     """
 
     chunk: int
     page_size: int = 16
     budget: int | None = None
     kv_dtype: str | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         _positive("chunk", self.chunk)

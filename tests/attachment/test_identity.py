@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GraniteConfig
 
-from octavo import attach, set_swiftkv
+from octavo import KVCache, Snapshot, attach, set_swiftkv
 from octavo.attachment import require_attachment
 from octavo.attachment.identity import BLOCK, BLOCKS, Digests, difference, digest, identity, weights
-from tiny import tiny_adapter, tiny_model
+from octavo.errors import CacheStateError
+from tiny import SHAPE, tiny_adapter, tiny_model, tokens
 from tiny_swift import model_of, pair
 
 TESTS = Path(__file__).parent.parent
@@ -105,8 +107,8 @@ def test_buffers_that_follow_from_the_configuration_do_not_count():
 
 CHANGES = {
     "weights": lambda: attach(tiny_model(seed=1)),
-    "rope": lambda: attach(tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
-    "rms_norm_eps": lambda: attach(tiny_model(rms_norm_eps=1e-3)),
+    "config.rope_parameters": lambda: attach(tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
+    "config.rms_norm_eps": lambda: attach(tiny_model(rms_norm_eps=1e-3)),
     "window": lambda: attach(tiny_model(), tiny_adapter(tiny_model())),
     "page_dtype": lambda: attach(tiny_model(), kv_dtype="int8"),
     None: lambda: attach(tiny_model(), chunk=7, page_size=5),
@@ -136,6 +138,82 @@ def test_adapters_and_modes_are_told_apart():
     with torch.no_grad():
         require_attachment(model).modes.swiftkv.transform.q[0, 0, 0] += 1
     assert difference(on, of(model, True)) == "swiftkv"
+
+
+class Lora(nn.Module):
+    """A low-rank adapter around a layer, switched on and off and scaled as libraries of adapters do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a = base, nn.Linear(base.in_features, 4, bias=False)
+        self.b = nn.Linear(4, base.out_features, bias=False)
+        self.scaling, self._disable_adapters, self._active_adapter = {"default": 2.0}, False, ["default"]
+
+    def forward(self, x):
+        return self.base(x) if self._disable_adapters else self.base(x) + self.b(self.a(x)) * self.scaling["default"]
+
+
+def wrapped():
+    model = tiny_model()
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj = Lora(layer.self_attn.k_proj)
+    return attach(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"_disable_adapters": True}, {"scaling": {"default": 1.0}}, {"_active_adapter": ["other"]}],
+    ids=["switched off", "scaled", "another active"],
+)
+def test_an_adapter_that_is_switched_at_run_time_is_another_identity(change):
+    model = wrapped()
+    before, lora = of(model), model.model.layers[2].self_attn.k_proj
+    held = {name: getattr(lora, name) for name in change}
+    lora.__dict__.update(change)
+    assert difference(before, of(model)) == "modules"
+    lora.__dict__.update(held)
+    assert of(model) == before
+
+
+def test_settings_that_modules_hold_count_and_their_passing_states_do_not():
+    model = attach(tiny_model())
+    before = of(model)
+    model.train().requires_grad_(False)
+    model.model.gradient_checkpointing = True
+    model.model.layers[0].mlp.register_forward_hook(lambda *a: None)
+    model.config._name_or_path, model.config.use_cache = "elsewhere", False
+    assert of(model) == before
+    model.model.layers[1].self_attn.scaling *= 2
+    assert difference(before, of(model)) == "modules"
+
+
+@pytest.mark.parametrize("name", ["residual_multiplier", "attention_multiplier", "embedding_multiplier"])
+def test_any_number_of_the_configuration_counts(name):
+    def granite(**changes):
+        torch.manual_seed(0)
+        return of(attach(AutoModelForCausalLM.from_config(GraniteConfig(**SHAPE, **changes))))
+
+    assert difference(granite(), granite(**{name: 0.22})) == f"config.{name}"
+
+
+@pytest.mark.parametrize("rows", [slice(3, None), slice(500, 800), slice(0, 200)])
+def test_many_rows_that_were_written_through_data_are_seen(rows):
+    module, digests = large(2), Digests()
+    before = digests.of("weights", module)
+    module.w1.data[rows] *= 1.5
+    assert digests.of("weights", module) == digest(weights(module).items()) != before
+
+
+def test_a_snapshot_of_another_format_of_identity_says_so():
+    model, cache = attach(tiny_model()), None
+    cache = KVCache(model)
+    with torch.no_grad():
+        model(tokens(1, 20), past_key_values=cache)
+    snapshot = cache.snapshot()
+    older = Snapshot(**{**vars(snapshot), "identity": {**snapshot.identity, "format": 1}})
+    with pytest.raises(CacheStateError, match="in format 1, and this version of Octavo knows format 2; read its text"):
+        KVCache.restore(model, older)
 
 
 def test_it_is_the_same_in_another_process():
@@ -187,6 +265,16 @@ def test_an_8b_model_takes_a_moment(tmp_path):
     print(f"{first:.3f} s from a mapped file, {anew:.3f} s from memory, {again:.4f} s where nothing changed")
     assert anew < 0.3
     assert again < 0.05
+
+
+def test_the_settings_of_the_modules_of_a_deep_model_take_milliseconds():
+    model, took = attach(tiny_model(num_hidden_layers=32)), []
+    for _ in range(5):
+        began = time.perf_counter()
+        of(model)
+        took.append(time.perf_counter() - began)
+    print(f"{took[0]:.4f} s at first, {min(took):.4f} s afterwards")
+    assert min(took) < 0.03
 
 
 def timed(digests, module):

@@ -194,6 +194,15 @@ def test_the_shell_sees_one_line_and_exit_code_2(arguments, message):
     assert message in lines[0]
 
 
+def test_the_module_of_the_command_runs_as_one():
+    command = [sys.executable, "-m", "octavo.cli.main"]
+    out = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "generate" in out.stdout
+    out = subprocess.run([*command, "generate", "x", "--adapter", "a+"], capture_output=True, text=True)
+    assert (out.returncode, out.stderr.count("error: ")) == (2, 1)
+
+
 def test_ctrl_c_in_training_leaves_a_checkpoint(tmp_path, tiny_folder):
     import signal
     import time

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from octavo import KVCache, Snapshot, attach, detach
 from octavo.cli import main as cli
 from octavo.cli.chat import Conversation, Sampling
+from octavo.cli.terminal import check_writable
 from octavo.errors import CacheStateError, NotAttachedError, OutputFileError, SnapshotFileError
 from tiny import tiny_adapter, tiny_model, tokens
 
@@ -92,6 +93,22 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(tmp_path, monkeypatch)
     (tmp_path / "a.kv").write_bytes(b"no snapshot")
     with pytest.raises(SnapshotFileError, match="not a snapshot"):
         run("--resume", str(tmp_path / "a.kv"), catch_exceptions=False)
+
+
+def test_where_a_chat_cannot_be_saved_is_known_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("octavo.cli.talk.load", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(b"kept")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in {
+        ".": "it is a folder", "": "it is a folder", str(tmp_path): "it is a folder", "pipe": "it is a device or pipe",
+        "file/a.kv": "no folder file", "a" * 250: "File name too long",
+    }.items():  # fmt: skip
+        with pytest.raises(OutputFileError, match=reason):
+            run("--save", name, catch_exceptions=False)
+    check_writable(tmp_path / "file", replaced=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "pipe"]
+    assert (tmp_path / "file").read_bytes() == b"kept"
 
 
 def test_a_chat_without_a_turn_saves_nothing(tmp_path, monkeypatch, smollm):

@@ -19,7 +19,7 @@ from kv.test_steps import SHAPE, H, L, check, crop, forward
 from kv.test_steps import Sequences as Plain
 from octavo import KVCache, Snapshot, attach, set_swiftkv
 from octavo.config import NEVER, CacheSettings, Eviction
-from octavo.errors import CacheBudgetError, CacheStateError, OutputFileError, SnapshotFileError
+from octavo.errors import CacheBudgetError, CacheStateError, InputError, OutputFileError, SnapshotFileError
 from octavo.kv import Memory, PagedCache
 from tiny import tiny_adapter, tiny_model, tokens
 from tiny_swift import model_of, pair
@@ -412,6 +412,30 @@ def test_a_segment_that_contradicts_itself_is_refused():
             Snapshot.from_bytes(wrong.to_bytes())
 
 
+def test_slots_that_no_cache_can_have_held_are_refused():
+    _, snapshot = small()
+    segment, tail = snapshot.segments[1], snapshot.tails[1]
+    for kind, i, part in (
+        ("segments", 1, segment._replace(position=torch.full_like(segment.position, -5))),
+        ("segments", 1, segment._replace(position=segment.position + 5000)),
+        ("segments", 1, segment._replace(position=segment.position.flip(0))),
+        ("tails", 1, tail._replace(expiry=torch.full_like(tail.expiry, 3))),
+        ("tails", 1, tail._replace(expiry=torch.full_like(tail.expiry, NEVER))),
+        ("tails", 1, tail._replace(position=torch.zeros_like(tail.position))),
+    ):
+        parts = list(getattr(snapshot, kind))
+        parts[i] = part
+        with pytest.raises(SnapshotFileError, match="contradicts"):
+            Snapshot.from_bytes(replace(snapshot, **{kind: tuple(parts)}).to_bytes())
+    model = attach(tiny_model().double(), kv_dtype="int8")
+    cache = KVCache(model)
+    read(model, tokens(1, 9), cache)
+    made = cache.snapshot()
+    part = made.segments[0]._replace(key_scale=torch.full_like(made.segments[0].key_scale, float("nan")))
+    with pytest.raises(SnapshotFileError, match="finite"):
+        Snapshot.from_bytes(replace(made, segments=(part,)).to_bytes())
+
+
 def test_mistakes_are_refused_and_nothing_is_held(tmp_path):
     model, snapshot = small()
     with pytest.raises(CacheStateError, match="no boundary 11; it has 10, 30"):
@@ -430,6 +454,14 @@ def test_mistakes_are_refused_and_nothing_is_held(tmp_path):
         cache.snapshot(tokens=tokens(1, 29)[0])
     with pytest.raises(CacheStateError, match="at least one boundary"):
         cache.snapshot([])
+    assert cache.snapshot(tokens=tokens(1, 30)[0].tolist()).tokens.tolist() == tokens(1, 30)[0].tolist()
+    with pytest.raises(InputError, match="whole numbers"):
+        cache.snapshot(tokens=tokens(1, 30)[0].float())
+    with pytest.raises(CacheStateError, match="whole numbers"):
+        cache.snapshot([20.5])
+    for path in ("", tmp_path):
+        with pytest.raises(OutputFileError, match="names a folder"):
+            snapshot.save(path)
     cache.keep([40])
     with pytest.raises(CacheStateError, match="boundary 40 lies within an input"):
         model(input_ids=tokens(1, 30), past_key_values=cache)
@@ -451,7 +483,7 @@ def test_on_a_gpu_a_tail_is_taken_without_waiting_and_goes_to_a_file_and_back():
     sequences = cache.sequences
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sequences.boundaries.reach(sequences.tables, sequences.rows, sequences.index, 1)
+        sequences.boundaries.reached(sequences.tables, sequences.rows, sequences.index, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     snapshot = cache.snapshot(tokens=ids)

@@ -68,13 +68,13 @@ def forward(plain, columns, pads, seed, fail_at=None):
             if fail_at == layer:
                 raise KeyboardInterrupt
             cache.update(key[layer], value[layer], layer)
-            evicts = plain.eviction is not None and not step.late
+            evicts = plain.eviction is not None and not step.decides_at_commit
             step.update(layer, key[layer], value[layer], marked[layer] if evicts else None)
             outputs.append(step.attend(layer, query[layer], D**-0.5))
             step.settle(layer)
         if fail_at == L:
             raise KeyboardInterrupt
-        cache.commit(marked if plain.eviction is not None and step.late else None)
+        cache.commit(marked if plain.eviction is not None and step.decides_at_commit else None)
     except KeyboardInterrupt:
         cache.abandon()
         return
@@ -146,9 +146,9 @@ def check(memory, sequences):
 
 
 def check_marks(cache, row, layer, head, now):
-    """`Tables.marks` names the slot that is free for the next token, and no other is unless `_scattered` says so."""
+    """`Tables.marks` names the slot that is free for the next token; no other is, unless `State.scattered` says so."""
     tables = cache.tables
-    if tables.window is None or cache.sequences._scattered or now == 0:
+    if tables.window is None or cache.sequences.state.scattered or now == 0:
         return
     used = int(tables.length[row, layer, head])
     ids = tables.table[row, layer, head, : -(-used // tables.pool.layout.page_size)].long()

@@ -10,8 +10,9 @@ from octavo.attachment.adapters import Named, resolve
 from octavo.attachment.attachment import Attachment, attachment_of, require_attachment
 from octavo.attachment.chunks import default_chunk
 from octavo.attachment.forward import NAME
+from octavo.attachment.modes import Modes
+from octavo.attachment.settings import cache_settings
 from octavo.attachment.supported import check_supported, fingerprint
-from octavo.config import CacheSettings
 from octavo.dms import Adapter
 from octavo.errors import AdapterMismatchError, UnsupportedModelError
 from octavo.swiftkv import SwiftKVAdapter, check_pair, spec_for
@@ -27,14 +28,21 @@ def attach(
     page_size: int = 16,
     budget: int | None = None,
     kv_dtype: str | None = None,
+    cuda_graphs: bool = False,
 ) -> Model:
     """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
 
     `adapter`: an Adapter (gates), a SwiftKVAdapter, a folder, a shipped name, a list of gates and SwiftKV, or
     None: same pages, nothing evicted, nothing skipped. `chunk`: tokens per prefill step, by default 512, on CUDA
-    8,192. `budget`: bytes that the pages of all caches may take. `kv_dtype`: "int8" or "fp8" stores keys and values
-    as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype. An attached
-    model is detached first.
+    8,192. `budget`: bytes that the pages of all caches may take, reference counts included; page tables and what a
+    prompt's chunk is before it goes into pages come on top. While caches hold a part of it the model cannot make new
+    ones in another dtype or on another device. `kv_dtype`: "int8" or "fp8" stores keys and values
+    as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype.
+    `cuda_graphs`: on CUDA, steps of one token per sequence run from CUDA graphs, which spares the host nearly all of
+    their work; the model's modules must not change then (see `octavo.attachment.graphs`). An attached
+    model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not columns as
+    in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and answers as
+    before.
 
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
@@ -45,7 +53,9 @@ def attach(
             f"another attached model holds this {type(model).__name__} or shares its configuration; "
             "attach that one alone, or give this one a configuration of its own"
         )
-    settings = CacheSettings(default_chunk(model.device) if chunk is None else chunk, page_size, budget, kv_dtype)
+    shape = Modes(model, None, None).shape(skips=False)
+    chunk = default_chunk(model.device) if chunk is None else chunk
+    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs)
     gates, swiftkv = _checked(model, resolve(adapter))
     joined = Attachment(model, gates, swiftkv, settings)
     before = attachment_of(model)

@@ -7,6 +7,7 @@ inside a forward (`octavo.attachment.forward`) gets all it needs with the call.
 
 import functools
 import inspect
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ from transformers import PreTrainedModel
 from octavo.attachment.cache import KVCache
 from octavo.attachment.decoder import run_decoder
 from octavo.attachment.forward import NAME, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
+from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.modes import Modes
 from octavo.attachment.supported import attention_modules, rope_sees_length
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
-from octavo.errors import ConfigError, NotAttachedError
+from octavo.errors import CacheStateError, ConfigError, NotAttachedError
 from octavo.kv import CacheShape, Memory
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter
 from octavo.swiftkv.initial import MODEL_TYPES
@@ -67,17 +69,33 @@ class Attachment:
         self.model = model
         self.modes = Modes(model, adapter, swiftkv)
         self.settings = settings
-        self.key = uuid.uuid4().hex  # what caches remember of it: survives deep copies, is never used again
         self.attention = attention_modules(model)
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         base: Any = model.base_model
         self.original: Callable[..., Any] = base.forward
         self.digests = Digests()
-        self._memory: Memory | None = None
+        self._start()
         self._attention_before: str | None = None
         self._replaced: list[tuple[nn.Module, Any]] = []  # modules whose `forward` is ours, and what they had
         self._hooks: list[RemovableHandle] = []
         self.switch(swiftkv is not None)
+
+    def _start(self) -> None:
+        """What no copy shares: a copy's weights may change, so it must refuse the caches of the original."""
+        self.key = uuid.uuid4().hex  # what caches remember of it; never used again
+        self._memory: Memory | None = None
+        self.graphs = Graphs(self) if self.settings.cuda_graphs else None
+        self._lock = threading.Lock()  # two threads may make a model's first caches
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deep copies and pickles."""
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("key", "_memory", "_lock", "graphs")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def join(self) -> None:
         """Put everything in place; where that fails the model is as it was."""
@@ -129,12 +147,28 @@ class Attachment:
         module.__dict__["forward"] = forward
 
     def memory(self, shape: CacheShape) -> Memory:
-        """The memory of all caches, on the device and in the dtype that the model has now."""
+        """The memory of all caches, on the device and in the dtype that the model has now.
+
+        Raises CacheStateError where there is a budget and caches of another dtype or device still hold a part of it.
+        """
         layout = shape.layout(self.settings)
-        memory = self._memory
-        if memory is None or (memory.layout, memory.device) != (layout, shape.device):
-            memory = self._memory = Memory(layout, shape.kv_heads, shape.device, self.settings.budget)
-        return memory
+        with self._lock:
+            memory = self._memory
+            if memory is not None and (memory.layout, memory.device) == (layout, shape.device):
+                return memory
+            if memory is not None and self.settings.budget is not None and memory.sequences:
+                had, has = (
+                    f"{_name(m.dtype)} on {d}" for m, d in ((memory.layout, memory.device), (layout, shape.device))
+                )
+                raise CacheStateError(
+                    f"{memory.sequences} sequences in {had} still hold {memory.nbytes:,} bytes of the budget of "
+                    f"{self.settings.budget:,}; reset or delete their caches before the model reads in {has}, or "
+                    "attach it without a budget"
+                )
+            if memory is not None:
+                memory.trim(0)
+            self._memory = Memory(layout, shape.kv_heads, shape.device, self.settings.budget)
+            return self._memory
 
     # Modes and what they mean
 
@@ -220,3 +254,7 @@ class Attachment:
             )
             streams.append(residual)
         return streams
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,15 +1,18 @@
 """The cache that users make: one attached model's, in one of its modes."""
 
+import copy
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment.identity import difference, identity
+from octavo.attachment.identity import FORMAT, difference, identity
+from octavo.attachment.settings import byte_budget
 from octavo.errors import CacheStateError, NotAttachedError
 from octavo.kv import PagedCache, Snapshot
+from octavo.kv.late import Late, capturing
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
@@ -23,6 +26,12 @@ class KVCache(PagedCache):
     all of them. `swiftkv` True or False makes every forward on this cache run with or without SwiftKV; None: as
     `set_swiftkv` says when the cache is first used. A cache holds one mode's keys and refuses the other. A forward
     that fails leaves it as it was, but with the chunks that went well where taking them back would need evicted tokens.
+
+    Where a forward gets no `position_ids`, tokens stand where they are in their own sequence, padding aside. A cache
+    that was read at other `position_ids` goes on with those alone: it refuses `snapshot` and `join`.
+
+    Raises NotAttachedError, ConfigError for an impossible budget or mode, and CacheStateError where `attach` was given
+    a budget and the model has moved to another dtype or device while caches of the one before hold tokens.
     """
 
     def __init__(self, model: PreTrainedModel, *, budget: int | None = None, swiftkv: bool | None = None) -> None:
@@ -34,7 +43,9 @@ class KVCache(PagedCache):
         self.fixed = swiftkv
         self.swiftkv_on = attachment.checked_mode(swiftkv)
         shape = attachment.modes.shape(self.swiftkv_on)
-        super().__init__(shape, attachment.modes.eviction(self.swiftkv_on), attachment.memory(shape), budget)
+        eviction, memory = attachment.modes.eviction(self.swiftkv_on), attachment.memory(shape)
+        super().__init__(shape, eviction, memory, byte_budget(budget))
+        self._set_moved(None)
 
     @classmethod
     def restore(
@@ -46,16 +57,26 @@ class KVCache(PagedCache):
         CacheBudgetError, and CacheStateError where the snapshot is of another model, adapter, mode or page type (the
         message names the first field in which they differ) or lacks the boundary.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise CacheStateError(
+                f"restore takes an octavo.Snapshot, not {type(snapshot).__name__}; see Snapshot.load and from_bytes"
+            )
         swiftkv = snapshot.identity.get("swiftkv") is not None
         attachment: Attachment | None = model.__dict__.get("_octavo")
         has = attachment is not None and attachment.swiftkv is not None
         cache = cls(model, budget=budget, swiftkv=swiftkv if has else None)
         ours, theirs = cache.identity(), snapshot.identity
         name = difference(ours, theirs)
-        if name is not None:
+        if name == "format":
             raise CacheStateError(
-                f"this snapshot was made under another {name}: {_short(theirs.get(name))}, and this model has "
-                f"{_short(ours.get(name))}; attach the model, adapters and page type that it was made with"
+                f"this snapshot says what it was made under in format {theirs.get(name)}, and this version of Octavo "
+                f"knows format {FORMAT}; read its text again"
+            )
+        if name is not None:
+            called, held, wanted = _CALLED.get(name, name), _short(theirs.get(name)), _short(ours.get(name))
+            raise CacheStateError(
+                f"this snapshot was made under another {called}: {held}, and this model has {wanted}; attach the "
+                "model, adapters and page type that it was made with"
             )
         cache.sequences.restore(snapshot, snapshot.boundaries[-1] if boundary is None else boundary)
         return cache
@@ -67,8 +88,11 @@ class KVCache(PagedCache):
 
         `boundaries` by default are all that `keep` named and that have been reached, and the end, which is always to be
         had. `tokens` [n] of any integer dtype, n >= the last boundary: the ids that were read, for whoever restores.
-        Waits for the device. Raises CacheStateError where a boundary was not kept or nothing was read.
+        Waits for the device. Raises CacheStateError where a boundary was not kept, nothing was read, or what was read
+        stood at other `position_ids` than the numbers of its tokens, at which `restore` goes on.
         """
+        if self.moved is not None and bool(self.moved):
+            raise CacheStateError(f"a snapshot cannot hold this cache: {_MOVED}")
         return self.snapshot_under(self.identity(), boundaries, sequence, tokens)
 
     def identity(self) -> dict[str, Any]:
@@ -79,17 +103,91 @@ class KVCache(PagedCache):
         return identity(attachment, self.shape, self.swiftkv_on)
 
     def take_mode(self, attachment: "Attachment", mode: bool | None) -> None:
-        """Make an empty cache one of the mode that a forward asks for; CacheStateError where it holds the other's."""
+        """Make an empty cache one of the mode that a forward asks for, and of the memory that the model has now.
+
+        Raises CacheStateError where it holds the other mode's keys.
+        """
         wanted = self.fixed if mode is None and self.fixed is not None else attachment.checked_mode(mode)
-        if self.swiftkv_on == wanted:
-            return
-        if self.is_initialized or self.fixed is not None:
+        if self.swiftkv_on != wanted and (self.is_initialized or self.fixed is not None):
             held, asked = ("with", "without") if self.swiftkv_on else ("without", "with")
             done = "filled" if self.is_initialized else "made"
             raise CacheStateError(f"this KVCache was {done} {held} SwiftKV and cannot go on {asked} it")
-        self.swiftkv_on = wanted
+        if self.is_initialized:
+            return
         shape = attachment.modes.shape(wanted)
-        self.become(shape, attachment.modes.eviction(wanted), attachment.memory(shape))
+        memory = attachment.memory(shape)
+        if self.swiftkv_on != wanted or self.memory is not memory:
+            self.swiftkv_on = wanted
+            self.become(shape, attachment.modes.eviction(wanted), memory)
+            self._masks = Late(shape.device)
+        self._set_moved(None)
+
+    # Positions that are not the tokens' own
+
+    def _set_moved(self, moved: Tensor | None) -> None:
+        self.moved = moved  # [] bool on the device: whether any token stood elsewhere than at its own number; None: no
+        self._joined = Late(self.shape.device)  # the same of what was joined, for a host that does not wait
+        self._refused = False
+        self._decoded = 0  # steps of one token since the last of several
+
+    def moved_by(self, position_ids: Tensor) -> Tensor | None:
+        """What `moved` is after the running step, whose tokens stand at `position_ids` ([N], [B, N], [axes, B, N])."""
+        if capturing(self.shape.device):
+            return self.moved
+        new = self.sequences.new
+        differs = position_ids != new.position
+        if new.padded:
+            differs = differs & (new.position >= 0)
+        return differs.any() if self.moved is None else self.moved | differs.any()
+
+    def join(self, other: PagedCache) -> None:
+        """Take over all sequences of another cache, behind one's own; the other is empty then. Nothing is copied.
+
+        The batch is as if shorter sequences had been padded on the left; forwards without `position_ids` go on at each
+        sequence's own `position`. Raises CacheStateError where the other is of another model or mode, or where either
+        was read at other `position_ids` than the numbers of its tokens; on CUDA that may come with a later forward.
+        """
+        moved = [c.moved for c in (self, other) if isinstance(c, KVCache) and c.rows and c.moved is not None]
+        both = None if not moved else moved[0] if len(moved) == 1 else moved[0] | moved[1]
+        if both is not None and not both.is_cuda and bool(both):
+            raise CacheStateError(f"these caches cannot run as one batch: {_MOVED}")
+        super().join(other)
+        self.moved = both
+        if both is not None and both.is_cuda:
+            self._joined.post(both, None)
+
+    def check_joined(self) -> None:
+        """Raise CacheStateError where what `join` could not know without waiting has come: that it was wrong."""
+        if not capturing(self.shape.device):
+            self._refused = self._refused or any(moved for moved, _ in self._joined.poll())
+        if self._refused:
+            raise CacheStateError(f"caches were joined that cannot run as one batch: {_MOVED}")
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        super().reset()
+        self._set_moved(None)
+
+    # Copies
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The same tokens in a cache of its own, which shares pages with this one until they diverge."""
+        twin = super().__deepcopy__(memo)
+        twin._joined = Late(self.shape.device)
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise CacheStateError(
+            "a KVCache cannot be pickled: its pages lie in its model's memory; pickle or save what its snapshot() gives"
+        )
+
+
+LOOKED_AT = 16
+_CALLED = {"modules": "set of its modules' settings"}  # fields of an identity whose names say too little
+_MOVED = "its tokens were read at other position_ids than their numbers in the sequence, and nothing tells which"
 
 
 def _short(value: Any) -> str:

@@ -75,16 +75,3 @@ def _joined(values: Sequence[Any], batch: int) -> Any:
     if values[0].ndim > 2:
         return torch.cat(list(values), 1)
     return torch.cat([value.unflatten(0, (batch, -1)) for value in values], 1).flatten(0, 1)
-
-
-def padding(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Which of the new tokens are real, [B, columns] bool, from a 2-D mask that ends with them; None: all are.
-
-    On a GPU a single column is not looked at, since the host would have to wait for the answer in every decode step.
-    """
-    if mask is None or mask.ndim != 2:
-        return None
-    new = mask[:, -columns:].bool()
-    if mask.is_cuda and columns == 1:
-        return new
-    return None if bool(new.all()) else new

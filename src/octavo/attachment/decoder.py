@@ -4,35 +4,27 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
+from octavo.attachment import positions
 from octavo.attachment.cache import KVCache
-from octavo.attachment.chunks import chunk_bounds, join, padding, part_of
+from octavo.attachment.chunks import chunk_bounds, join, part_of
 from octavo.attachment.forward import NAME, Forward
-from octavo.errors import CacheStateError, PromptError, UnsupportedModelError
+from octavo.attachment.standin import BoundCache, bind, release
+from octavo.errors import CacheError, CacheStateError, PromptError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
-
-_STANDS_IN = "octavo_cache"  # under this name a DynamicCache keeps the KVCache that stands in for it
-_ANSWERS = (  # such a DynamicCache answers these as its KVCache does; a deep copy of it copies both
-    "batch_repeat_interleave",
-    "batch_select_indices",
-    "crop",
-    "get_mask_sizes",
-    "get_seq_length",
-    "reorder_cache",
-    "reset",
-    "update",
-)
 
 
 def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs: Any) -> Any:
     """What an attached decoder's `forward` is; `names` are those of its own parameters.
 
-    Raises PromptError for an empty or too long input, UnsupportedModelError for what Octavo does not compute,
-    CacheStateError for a cache that cannot go on with this input, and CacheBudgetError; a cache is then as it was.
+    Without `position_ids` tokens stand where they are among the tokens of their sequence: where there is padding,
+    transformers would count it. Raises PromptError for an empty or too long input or a mask of another shape,
+    UnsupportedModelError for what Octavo does not compute, CacheStateError for a cache that cannot go on with this
+    input, and CacheBudgetError; a cache is then as it was.
     """
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     asked, mode = kwargs.pop("octavo_keep", None), kwargs.pop("swiftkv", None)
@@ -40,8 +32,7 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:
         return attachment.original(**kwargs)  # transformers says what is missing
-    columns = tokens.shape[1]
-    if columns == 0:
+    if tokens.shape[1] == 0:
         raise PromptError("the prompt is empty; give at least one token")
     _refuse(attachment, kwargs)
     model: Any = attachment.model
@@ -49,18 +40,39 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
     if model.training and getattr(model.base_model.layers[0], "gradient_checkpointing", False) and not _held(past):
         past, use_cache = None, False  # layers that run again must not fill a cache again
         kwargs.update(past_key_values=past, use_cache=use_cache)
-    cached = past is not None or (model.config.use_cache if use_cache is None else use_cache)
-    cache = _cache(attachment, past, mode) if cached else None
+    if past is None and not (model.config.use_cache if use_cache is None else use_cache):
+        return _uncached(attachment, kwargs, tokens, mode)
+    try:
+        cache = _cache(attachment, past, mode)
+        return _cached(attachment, cache, kwargs, tokens, asked)
+    except BaseException:
+        release(past)  # if nothing came into it, it may go to another model
+        raise
+
+
+def _uncached(attachment: "Attachment", kwargs: dict[str, Any], tokens: Tensor, mode: bool | None) -> Any:
+    """A forward without a cache, under the policy that the attachment has."""
+    batch, columns = tokens.shape[:2]
+    positions.check_shapes(kwargs, batch, 0, columns)
+    valid = positions.padding(kwargs.get("attention_mask"), columns)
+    if valid is not None and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = positions.of_tokens(valid)
+    policy, transform = attachment.running() if mode is None else attachment.oracle(mode)
+    forward = Forward(attachment.attention, policy=policy, valid=valid, transform=transform)
+    return attachment.original(**kwargs, octavo_forward=forward)
+
+
+def _cached(attachment: "Attachment", cache: KVCache, kwargs: dict[str, Any], tokens: Tensor, asked: int | None) -> Any:
+    """A forward that a cache takes part in; `asked`: how many of the last tokens' logits are wanted."""
+    batch, columns = tokens.shape[:2]
+    cache.check_batch(batch)
+    cache.check_joined()
+    positions.check_shapes(kwargs, batch, cache.seen, columns)
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict):
-        raise UnsupportedModelError("masks made beforehand are not supported; pass a 2-D padding mask")
-    valid = padding(mask, columns)
-    if cache is None:
-        policy, transform = attachment.running() if mode is None else attachment.oracle(mode)
-        forward = Forward(attachment.attention, policy=policy, valid=valid, transform=transform)
-        return attachment.original(**kwargs, octavo_forward=forward)
-    _check_length(model, cache, columns)
-    if cache.seen and mask is not None and mask.ndim == 2 and mask.shape[1] == cache.seen + columns:
+    valid = positions.padding(mask, columns)
+    config: Any = attachment.model.config
+    positions.check_length(getattr(config, "max_position_embeddings", None), cache, columns, valid)
+    if cache.seen and mask is not None and mask.ndim == 2 and mask.shape[1] > columns:
         cache.check_mask(mask)
     kwargs.update(past_key_values=cache, use_cache=True)
     return _chunks(attachment, cache, kwargs, tokens, valid, asked)
@@ -83,7 +95,7 @@ def _chunks(
     whole = trains or attachment.needs_whole or kwargs.get("deepstack_visual_embeds") is not None
     chunk = cache.seen + columns if whole else attachment.settings.chunk
     wanted = columns if asked is None or trains or not cache.swiftkv_on else asked
-    parts, before, kept = [], cache.seen, cache.sequences.boundaries.wanted
+    parts, before, kept, moved = [], cache.seen, cache.sequences.boundaries.wanted, cache.moved
     inside = [p for p in kept if before < p < before + columns]
     if whole and inside:
         raise CacheStateError(
@@ -96,8 +108,9 @@ def _chunks(
             real = None if valid is None else valid[:, first:last]
             parts.append(_step(attachment, cache, part, (batch, last - first), real, keep, trains))
     except BaseException:
-        with suppress(CacheStateError):  # where that needs evicted tokens, the chunks that went well stay
+        with suppress(CacheError):  # where that needs evicted tokens or more memory, the chunks that went well stay
             cache.crop(before - cache.seen)
+            cache.moved = moved
         raise
     return join(parts)
 
@@ -112,14 +125,20 @@ def _step(
     trains: bool,
 ) -> Any:
     """One chunk through the decoder; the cache changes only when all of it went well."""
+    if attachment.graphs is not None and attachment.graphs.suits(cache, kwargs, size[1], trains):
+        return attachment.graphs.run(cache, kwargs, valid)
     gates = attachment.modes.folded(cache.swiftkv_on)
     transform = attachment.modes.transform() if cache.swiftkv_on else None
-    cache.check_batch(size[0])
+    given = kwargs.get("position_ids")
     try:
         cache.begin(*size, valid, trains)
+        moved = cache.moved if given is None else cache.moved_by(given)
+        if given is None and (counted := positions.next_in(cache, valid)) is not None:
+            kwargs = {**kwargs, "position_ids": counted}
         forward = Forward(attachment.attention, cache, gates, keep=keep, transform=transform)
         out = attachment.original(**kwargs, octavo_forward=forward)
         forward.commit()
+        cache.moved = moved
     except BaseException:
         cache.abandon()
         raise
@@ -128,8 +147,12 @@ def _step(
 
 def _cache(attachment: "Attachment", past: object, mode: bool | None) -> KVCache:
     """The KVCache to use for what was given as `past_key_values`."""
-    if type(past) is DynamicCache:
-        past = past.__dict__.get(_STANDS_IN) or (past if _held(past) else _stand_in(attachment, past, mode))
+    if type(past) is BoundCache and past.octavo_cache.owner != attachment.key:
+        release(past)
+    if type(past) is DynamicCache and not _held(past):
+        bind(past, KVCache(attachment.model, swiftkv=mode))
+    if type(past) is BoundCache:
+        past = past.octavo_cache
     if past is None:
         return KVCache(attachment.model, swiftkv=mode)
     if not isinstance(past, KVCache):
@@ -143,31 +166,9 @@ def _cache(attachment: "Attachment", past: object, mode: bool | None) -> KVCache
     return past
 
 
-def _stand_in(attachment: "Attachment", past: Any, mode: bool | None) -> KVCache:
-    """A KVCache for an empty DynamicCache, which from now on answers as the KVCache does.
-
-    So the idiom that hands one DynamicCache to `generate` turn after turn goes on where it stopped. A model that is
-    not attached gets NotAttachedError from its `update`: it would find none of the tokens that the cache counts.
-    """
-    cache = KVCache(attachment.model, swiftkv=mode)
-    past.__dict__[_STANDS_IN] = cache
-    for name in _ANSWERS:
-        past.__dict__[name] = getattr(cache, name)
-    return cache
-
-
 def _held(past: Any) -> bool:
     """Whether a cache, or none, holds tokens."""
     return past is not None and (not hasattr(past, "get_seq_length") or past.get_seq_length() > 0)
-
-
-def _check_length(model: nn.Module, cache: KVCache, columns: int) -> None:
-    config: Any = model.config
-    limit = getattr(config, "max_position_embeddings", None)
-    if columns > 1 and limit is not None and cache.seen + columns > limit:
-        raise PromptError(
-            f"the prompt has {cache.seen + columns:,} tokens, the model has {limit:,} positions; shorten it"
-        )
 
 
 def _refuse(attachment: "Attachment", kwargs: dict[str, Any]) -> None:

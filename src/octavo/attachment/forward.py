@@ -54,9 +54,9 @@ class Forward:
         """
         assert self.cache is not None
         step = self.cache.step
-        if step.late:
+        if step.decides_at_commit:
             self.undecided += hidden
-        marked = None if step.late else self._decided(first, hidden)
+        marked = None if step.decides_at_commit else self._decided(first, hidden)
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             step.update(first + i, key, value, None if marked is None else marked[i])
 

@@ -4,6 +4,10 @@ Keys that were cached under other weights are wrong without any sign of it, so w
 of an 8B model cannot be read each time; a sample of every tensor can. Fine-tuning and merged low-rank adapters change
 a large share of a matrix's elements, so a sample sees them. It would not see a few rows that were changed in a large
 one.
+
+What a module does beside its weights is known by the whole configuration and by the settings that its modules hold: an
+adapter that is switched off, a scale. Functions are not known: a hook that changes what a module answers changes no
+identity.
 """
 
 import hashlib
@@ -14,17 +18,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from octavo.kv import CacheShape
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
 
-FORMAT = 1
-BLOCKS, BLOCK = 32, 2048  # how many blocks of a large tensor are read, and bytes of each
-WHOLE = BLOCKS * BLOCK  # bytes up to which all of a tensor is read
-PROBE = 256  # bytes of each tensor that are read to see whether a digest still holds
-_CONFIG = ("model_type", "hidden_act", "rms_norm_eps", "num_attention_heads")  # what else makes keys what they are
+FORMAT = 2
+BLOCKS, BLOCK = 32, 2048  # how many blocks of a tensor a digest reads, and bytes of each; all of a smaller one
+PROBES, PROBE = 8, 32  # the same of what is read to see whether a digest still holds,
+PROBED = 8192  # but all of a tensor of at most so many bytes
+_PLAIN = (bool, int, float, str)
+_IGNORED = {  # in a configuration: names, versions, what is asked for, the output layer, how a model was trained
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "label2id", "num_labels", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+_PASSING = {  # in a module: what torch keeps there, and what changes without changing what it computes
+    *nn.Module().__dict__, "_is_hf_initialized", "gradient_checkpointing", "max_seq_len_cached", "name_or_path",
+    "warnings_issued",
+}  # fmt: skip
 
 
 def identity(attachment: "Attachment", shape: CacheShape, swiftkv: bool) -> dict[str, Any]:
@@ -32,13 +47,11 @@ def identity(attachment: "Attachment", shape: CacheShape, swiftkv: bool) -> dict
 
     Taken when it is asked for; whoever changes weights under a filled cache has a cache of no model.
     """
-    modes, config = attachment.modes, attachment.model.config
+    modes, model = attachment.modes, attachment.model
     gates, eviction = modes.gates(swiftkv), modes.eviction(swiftkv)
     transform = modes.swiftkv.transform if modes.swiftkv is not None and swiftkv else None
     fields = {
         "format": FORMAT,
-        **{name: getattr(config, name, None) for name in _CONFIG},
-        "rope": {name: getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")},
         "layers": shape.layers,
         "kv_layers": shape.cached_layers,
         "kv_heads": shape.kv_heads,
@@ -51,10 +64,53 @@ def identity(attachment: "Attachment", shape: CacheShape, swiftkv: bool) -> dict
         "swiftkv_group": transform.spec.group if transform else None,
         "swiftkv": attachment.digests.of("swiftkv", transform) if transform else None,
         "gates": digest(gates.gates.folded_state().items(), asdict(gates.gates.spec)) if gates else None,
-        "weights": attachment.digests.of("weights", attachment.model.base_model),
+        **{f"config.{name}": value for name, value in _configured(model.config.to_dict()).items()},
+        "modules": _digest_of_modules(model.base_model),
+        "weights": attachment.digests.of("weights", model.base_model),
     }
     named: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return named
+
+
+def _configured(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says, without what changes no key."""
+    return {
+        name: _configured(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if value is not None and name not in _IGNORED and not str(name).startswith("_")
+    }
+
+
+def _digest_of_modules(decoder: nn.Module) -> str:
+    """Hex SHA-256 over the class and the settings of every module by name."""
+    named = [[name, type(module).__qualname__, _settings(module)] for name, module in decoder.named_modules()]
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are plain values, or lists, tuples and dictionaries of such."""
+    found, whole = {}, isinstance(module, PreTrainedModel)  # whose plans for loading and spreading it are no settings
+    for name, value in module.__dict__.items():
+        if name in _PASSING or (whole and name[0] == "_"):
+            continue
+        if isinstance(value, _PLAIN):
+            found[name] = value
+        elif value and not whole and isinstance(value, list | tuple | dict) and (plain := _plain(value)) is not None:
+            found[name] = plain
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it; None where it is not made of plain values."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        parts = {str(key): _plain(part) for key, part in value.items()}
+        return None if None in parts.values() else parts
+    if isinstance(value, list | tuple):
+        listed = [_plain(part) for part in value]
+        return None if None in listed else listed
+    return None
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
@@ -66,7 +122,7 @@ class Digests:
     """Digests of modules, made again only where their tensors have changed.
 
     Writing to a tensor moves its version on, replacing it its address; but what is written through `.data`, as merging
-    adapters does, moves neither. So a few bytes of every tensor are read each time.
+    adapters does, moves neither. So a few bytes of every tensor, spread over it, are read each time.
     """
 
     def __init__(self) -> None:
@@ -94,14 +150,14 @@ def digest(tensors: Iterable[tuple[str, Tensor]], settings: Any = None) -> str:
     named = [(name, t.detach()) for name, t in tensors]
     shapes = [[name, str(t.dtype), list(t.shape)] for name, t in named]
     made = hashlib.sha256(json.dumps([settings, shapes], sort_keys=True).encode())
-    made.update(_gathered([_sampled(_bytes(t), BLOCKS, BLOCK) for _, t in named]))
+    made.update(_gathered([_sampled(_bytes(t), BLOCKS, BLOCK, BLOCKS * BLOCK) for _, t in named]))
     return made.hexdigest()
 
 
 def _state(tensors: Mapping[str, Tensor]) -> object:
     """What changes when any of these tensors is replaced or written to."""
     each = [(name, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for name, t in tensors.items()]
-    return each, _gathered([_sampled(_bytes(t.detach()), 1, PROBE) for t in tensors.values()])
+    return each, _gathered([_sampled(_bytes(t.detach()), PROBES, PROBE, PROBED) for t in tensors.values()])
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -109,11 +165,11 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _sampled(raw: Tensor, blocks: int, size: int) -> Tensor:
-    """Evenly spread blocks of raw bytes [n], or all of them where they are few; flat."""
-    if len(raw) <= blocks * size:
+def _sampled(raw: Tensor, blocks: int, size: int, whole: int) -> Tensor:
+    """Evenly spread blocks of raw bytes [n], or all of them where there are at most `whole`; flat."""
+    if len(raw) <= whole:
         return raw
-    step = (len(raw) - size) // max(1, blocks - 1)
+    step = (len(raw) - size) // (blocks - 1)
     return raw.as_strided((blocks, size), (step, 1), raw.storage_offset()).flatten()
 
 

@@ -1,5 +1,7 @@
 """Which models can be attached: every requirement is checked by name, and a refusal says which one failed."""
 
+import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ def check_supported(model: object) -> None:
     devices = {p.device for p in model.base_model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} lies on {len(devices)} devices; put it on one")
+    _check_passes_on(model)
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -61,6 +64,49 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             f"{type(model).__name__} lacks decoder layers with a self_attn that has {', '.join(needed)}"
         )
     return [m for m in modules if m is not None]
+
+
+class _Reached(Exception):
+    """Ends the trial of a layer where its attention begins."""
+
+
+@torch.no_grad()
+def _check_passes_on(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where what a forward is told does not reach the attention of its layers.
+
+    Signatures do not tell: layers take keyword arguments that they drop. So the first one is tried, on one token, up to
+    its attention.
+    """
+    base: Any = model.base_model
+    layer = base.layers[0]
+    for module in (base, layer, layer.self_attn):
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise UnsupportedModelError(
+                f"the forward of {type(module).__name__} takes no further keyword arguments, by which Octavo tells a "
+                "model's attention what to attend to"
+            )
+    reached: list[bool] = []
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append("octavo_trial" in kwargs)
+        raise _Reached
+
+    handle = layer.self_attn.register_forward_pre_hook(end, with_kwargs=True, prepend=True)
+    try:
+        with suppress(Exception):  # _Reached, or what the layer says for lack of something that its decoder gives it
+            hidden = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+            position = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            given = {"attention_mask": None, "position_ids": position, "past_key_values": None, "use_cache": False}
+            rotary = base.rotary_emb(hidden, position_ids=position)
+            type(layer).forward(layer, hidden, **given, position_embeddings=rotary, octavo_trial=True)
+    finally:
+        handle.remove()
+    if reached == [False]:
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} does not pass keyword arguments on to its attention, by which Octavo tells it "
+            "what to attend to"
+        )
 
 
 def rope_sees_length(config: Any) -> bool:

@@ -64,3 +64,6 @@ with contextlib.suppress(ImportError):  # octavo.vdb is its C extension, which n
 
     app.add_typer(vdb, name="vdb")
     app.add_typer(bench, name="bench")
+
+if __name__ == "__main__":
+    main()

@@ -109,10 +109,7 @@ def check_writable(path: Path, *, make_folder: bool = True, replaced: bool = Fal
     that must be there already.
     """
     if replaced:
-        if not path.parent.is_dir():
-            raise OutputFileError(f"cannot write {path}: there is no folder {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise OutputFileError(f"cannot write {path}: Permission denied")
+        _check_replaceable(path)
         return
     existed = path.exists()
     try:
@@ -124,3 +121,19 @@ def check_writable(path: Path, *, make_folder: bool = True, replaced: bool = Fal
             path.unlink()
     except OSError as e:
         raise OutputFileError(f"cannot write {path}: {e.strerror}") from e
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise OutputFileError unless a file beside `path` can be written and take its place."""
+    if not path.parent.is_dir():
+        raise OutputFileError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        what = "folder" if path.is_dir() else "device or pipe"
+        raise OutputFileError(f"cannot write {path}: it is a {what}; give the name of a file")
+    try:
+        aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # as `Snapshot.save` does
+        with aside.open("wb"):
+            pass
+        aside.unlink()
+    except (OSError, ValueError) as e:  # ValueError: no name, or one that no system takes
+        raise OutputFileError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e

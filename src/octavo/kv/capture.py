@@ -12,14 +12,19 @@ from octavo.attention.pages import CODES
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
 from octavo.kv.plan import extended, found, ranked
+from octavo.kv.pool import pages_for
 from octavo.kv.snapshot import Ragged, Snapshot, SnapshotLayout
-from octavo.kv.tables import Tables
+from octavo.kv.tables import Index, Tables
 
 AT_ONCE = 2**24  # slots that are searched in one operation, for each of which it holds some ten bytes
 
 
 class Tail(NamedTuple):
-    """One row's tail at a boundary, of fixed width: what is not `some` means nothing."""
+    """One row's tail at a boundary, K places for each head: what is not `some` means nothing.
+
+    On CUDA K is as much as there can be, window + 1, since only the device knows how much there is; elsewhere it is
+    what the fullest head needs.
+    """
 
     position: Tensor  # [] int32, the boundary
     some: Tensor  # [L, H, K] bool
@@ -29,50 +34,58 @@ class Tail(NamedTuple):
 class Boundaries:
     """Which boundaries of a batch are to be kept, and the tails that were taken at those that have been reached.
 
-    `wanted` are columns, padding included, as `Sequences.seen` counts; tails know their own row's position.
+    `wanted` are columns, padding included, as `State.seen` counts; tails know their own row's position. Whatever
+    changes the tails makes another one of these, which shares `wanted`, so that a batch can exchange it as a whole.
     """
 
-    def __init__(self) -> None:
-        self.wanted: set[int] = set()
-        self._tails: dict[int, list[Tail]] = {}  # by row of the tables
+    def __init__(self, wanted: set[int] | None = None, tails: dict[int, tuple[Tail, ...]] | None = None) -> None:
+        self.wanted = set() if wanted is None else wanted
+        self._tails = tails or {}  # by row of the tables
 
-    def of(self, row: int) -> list[Tail]:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tails."""
+        tails = [tail for each in self._tails.values() for tail in each]
+        return sum(tail.some.nbytes + sum(t.nbytes for t in tail.content) for tail in tails)
+
+    def of(self, row: int) -> tuple[Tail, ...]:
         """The tails of one row, in the order of their boundaries."""
-        return self._tails.get(row, [])
+        return self._tails.get(row, ())
 
-    def reach(self, tables: Tables, rows: Sequence[int], index: slice | Tensor, shift: int) -> None:
-        """Take the tails of all rows where they are now. Asks nothing of the device."""
-        for row, tail in zip(rows, capture(tables, index, shift), strict=True):
-            self._tails.setdefault(row, []).append(tail)
+    def reached(self, tables: Tables, rows: Sequence[int], index: Index, shift: int) -> "Boundaries":
+        """With the tails of all rows where they are now. Asks nothing of the device."""
+        new = {row: (*self.of(row), tail) for row, tail in zip(rows, capture(tables, index, shift), strict=True)}
+        return Boundaries(self.wanted, self._tails | new)
 
-    def follow(self, before: Sequence[int], chosen: Sequence[tuple[int, int]]) -> None:
-        """Rows `before` became (row now, row it was made of) `chosen`."""
-        held = {row: self._tails.pop(row, []) for row in before}
-        self._tails |= {row: list(held[source]) for row, source in chosen if held[source]}
+    def followed(self, rows: Iterable[tuple[int, int]]) -> "Boundaries":
+        """The same for a batch of other rows: (row there, row here)."""
+        return Boundaries(self.wanted, {there: self._tails[here] for there, here in rows if here in self._tails})
 
     def fork(self, rows: Iterable[tuple[int, int]]) -> "Boundaries":
-        """The same for a batch of other rows: (row there, row here)."""
-        twin = Boundaries()
-        twin.wanted = set(self.wanted)
-        twin._tails = {there: list(self._tails[here]) for there, here in rows if here in self._tails}
-        return twin
+        """`followed` for a second batch, which may want other ones from then on."""
+        return Boundaries(set(self.wanted), self.followed(rows)._tails)
 
-    def take(self, other: "Boundaries", ours: int, theirs: int) -> None:
-        """Take over another batch's, whose columns move by `theirs`, and one's own by `ours`."""
-        self.wanted = {p + ours for p in self.wanted} | {p + theirs for p in other.wanted}
-        self._tails |= other._tails
+    def joined(self, other: "Boundaries", ours: int, theirs: int) -> "Boundaries":
+        """With another batch's, whose columns move by `theirs`, and one's own by `ours`."""
+        return Boundaries(self.moved(ours).wanted | other.moved(theirs).wanted, self._tails | other._tails)
 
-    def drop_after(self, positions: dict[int, int]) -> None:
-        """Drop what is past the end of rows that were cut: {row: tokens left}."""
-        for row, end in positions.items():
-            self._tails[row] = [tail for tail in self.of(row) if int(tail.position) <= end]
+    def moved(self, columns: int) -> "Boundaries":
+        """With columns that have moved, those before the first one left out."""
+        if columns == 0:
+            return self
+        return Boundaries({p + columns for p in self.wanted if p + columns > 0}, self._tails)
 
-    def forget(self) -> None:
-        """Drop all tails: the rows are gone. What is wanted stays so."""
-        self._tails.clear()
+    def cut(self, ends: dict[int, int]) -> "Boundaries":
+        """Without what is past the end of rows that were cut: {row: tokens left}."""
+        left = {row: tuple(tail for tail in self.of(row) if int(tail.position) <= end) for row, end in ends.items()}
+        return Boundaries(self.wanted, self._tails | left)
+
+    def forgotten(self) -> "Boundaries":
+        """Without tails: the rows are gone. What is wanted stays so."""
+        return Boundaries(self.wanted)
 
 
-def capture(tables: Tables, index: slice | Tensor, shift: int) -> list[Tail]:
+def capture(tables: Tables, index: Index, shift: int) -> list[Tail]:
     """The tails of some rows where they are now, one each. Asks nothing of the device."""
     table, now = tables.table[index], tables.position[index].clone()
     B, L, H, M = table.shape
@@ -80,12 +93,16 @@ def capture(tables: Tables, index: slice | Tensor, shift: int) -> list[Tail]:
     parts = [_searched(tables, index, slice(first, first + step), now, shift) for first in range(0, L, step)]
     some = torch.cat([part[0] for part in parts], 1)
     content = [torch.cat(each, 1) for each in zip(*(part[1] for part in parts), strict=True)]
-    return [Tail(now[b], some[b], [each[b] for each in content]) for b in range(B)]
+    if some.is_cuda:  # how wide they must be is known there alone
+        return [Tail(now[b], some[b], [each[b] for each in content]) for b in range(B)]
+    widths = some.sum(-1).flatten(1).amax(-1).tolist()
+    return [
+        Tail(now[b], some[b, ..., :k].clone(), [each[b, :, :, :k].clone() for each in content])
+        for b, k in enumerate(widths)
+    ]
 
 
-def _searched(
-    tables: Tables, index: slice | Tensor, layers: slice, now: Tensor, shift: int
-) -> tuple[Tensor, list[Tensor]]:
+def _searched(tables: Tables, index: Index, layers: slice, now: Tensor, shift: int) -> tuple[Tensor, list[Tensor]]:
     """(`some`, `content`) of the tails of some layers, each with a leading dimension of rows."""
     pool, table, length = tables.pool, tables.table[index][:, layers], tables.length[index][:, layers]
     if tables.window is None:  # nothing is ever marked, so nothing needs to be searched
@@ -152,7 +169,8 @@ def layout_of(tables: Tables, shift: int) -> SnapshotLayout:
 def restore_into(tables: Tables, row: int, snapshot: Snapshot, boundary: int) -> None:
     """Make an empty row what its sequence was at a boundary, to the bit; another order of slots aside.
 
-    Raises CacheStateError for another layout or boundary, and CacheBudgetError; the row is then to be given back.
+    Raises CacheStateError for another layout or boundary, and CacheBudgetError. Part of a change (`pool.Changing`): a
+    row that nobody has in the end is vacant again.
     """
     pool, S, shift = tables.pool, tables.pool.layout.page_size, snapshot.layout.shift
     ours = layout_of(tables, shift)
@@ -163,8 +181,8 @@ def restore_into(tables: Tables, row: int, snapshot: Snapshot, boundary: int) ->
     with pool.lock:
         most = int(counts.max())
         tables.widen(most)
-        need = int(((counts + S - 1) // S).sum())
-        pool.reserve(need, torch.tensor(need))
+        need = int(pages_for(counts, S).sum())
+        pool.reserve(need, need)
         table = extended(pool, tables.table[row], torch.zeros_like(counts), counts, most)
         tables.table[row], tables.length[row] = table, counts
         flat, filled = table.flatten(0, 1), torch.zeros(counts.numel(), dtype=torch.int64, device=pool.device)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from octavo.attention import Chunk, attend, causal, cuda, slots, write
 from octavo.config import NEVER
-from octavo.kv.plan import append, extended, found, owned_many, place, ranked
+from octavo.kv.plan import append, extended, found, grown, owned_many, place, ranked
+from octavo.kv.pool import pages_for
 from octavo.kv.rewind import Overwritten
-from octavo.kv.step import Batch, New, counted, newest_slot
+from octavo.kv.step import Batch, Later, New, counted, newest_slot
 
 if TYPE_CHECKING:
     from octavo.attention.cuda.chunk import Span
@@ -60,7 +61,7 @@ class ChunkStep:
     `left` [] int32: the most slots of any row that are free and not known to `Tables.marks`, where that is known.
     """
 
-    late = False  # what a chunk forgets is decided layer by layer, before the layer attends
+    decides_at_commit = False  # what a chunk forgets is decided layer by layer, before the layer attends
 
     def __init__(self, batch: Batch, columns: int, valid: Tensor | None, trains: bool) -> None:
         tables = batch.tables
@@ -121,7 +122,9 @@ class ChunkStep:
         """Move on; whatever has not been stored is stored now."""
         self._ready += [layer for layer in sorted(self._held) if layer not in self._ready]
         self._store_ready()
-        self.batch.tables.position[self.batch.index] = self.new.after
+        tables = self.batch.tables
+        with tables.pool.lock:
+            tables.position[self.batch.index] = self.new.after
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -136,7 +139,7 @@ class ChunkStep:
             key, value = (torch.stack([getattr(h, name).detach() for h in held], 1) for name in ("key", "value"))
             marks = [h.marked for h in held if h.marked is not None]  # of all layers or of none
             expiry = self._expiry(key, torch.stack(marks, 1) if marks else None)
-            with self.batch.tables.pool.lock:
+            with self.batch.tables.pool.lock, self.batch.tables.pool.changing():
                 self._store(_Layers(layers, key, value, expiry))
 
     def _store(self, chunk: _Layers) -> None:
@@ -154,18 +157,18 @@ class ChunkStep:
         else:
             placed = append(before, stored)
         if batch.shared:
-            whole = owned_many(pool, whole, placed.slot, stored, before)
+            whole = owned_many(pool, whole, placed.slot, stored, before, batch.reserve)
         columns = new.position.shape[1]
-        need = ((placed.length + S - 1) // S - (before + S - 1) // S).sum()
-        batch.reserve(before.numel() * (-(-columns // S) + 1), need, wait=True)
+        batch.reserve(before.numel() * pages_for(columns, S), Later(lambda: grown(before, placed.length, S)))
         whole = extended(pool, whole, before, placed.length, columns)
-        tables.table[rows] = whole
-        tables.length[rows] = placed.length
-        pool.post()
         page, inside = found(whole, placed.slot, stored, S)
         write(pool.pages, page, inside, chunk.key, chunk.value)
         pool.pages.position[page, inside] = new.position[:, None, None].expand_as(page)
         pool.pages.expiry[page, inside] = chunk.expiry
+        # Only now, so that every slot inside a row's length has been written, wherever an interrupt falls.
+        tables.table[rows] = whole
+        tables.length[rows] = placed.length
+        pool.post()
         if self._expired:
             dropped = torch.where(real & ~stored, chunk.expiry, -1).amax(-1)
             tables.lost[rows] = torch.maximum(tables.lost[rows], torch.maximum(placed.lost, dropped))
@@ -184,16 +187,13 @@ class ChunkStep:
         span = slot.shape[-1] if new.padded else min(slot.shape[-1], self.batch.window + 1)
         slot, marked = slot[..., -span:], marked[..., -span:]
         position = new.position[:, None, None, -span:]
-        marks = tables.marks[rows]
         some = new.after > new.start
         # The slot that comes free for the next query may have been taken already; if not, a search will find it.
-        freed = tables.place_of(new.after, some)[:, None, None, None].expand(*slot.shape[:-1], 1)
-        marks.scatter_(-1, freed, -1)
+        nothing = torch.zeros_like(slot[..., :1])
+        there = (new.after[:, None, None, None], some[:, None, None, None])
+        tables.note_marks(rows, *there, nothing, nothing.bool())
         recent = position >= (new.after - self.batch.window).clamp(min=0)[:, None, None, None]
-        place = tables.place_of(position, recent).expand(slot.shape)
-        marks.scatter_(-1, place, torch.where(marked, slot, -1).int())
-        if not isinstance(rows[0], slice):
-            tables.marks[rows] = marks
+        tables.note_marks(rows, position, recent, slot, marked)
 
     def _remember(self, layers: slice, old: Tensor, length: Tensor, table: Tensor) -> None:
         """Keep what `rewind` needs: slots that expire within this chunk, of which each row has a window at most."""
@@ -220,16 +220,15 @@ class ChunkStep:
         everywhere = (-1, marked.shape[1], -1)
         slot = tables.newest[batch.index, layer].long()[..., None]  # [B, H, 1]
         doomed = marks.gather(2, following[:, None, :1].expand(everywhere)) & (slot >= 0)
-        with tables.pool.lock, torch.inference_mode(False), torch.no_grad():
+        before = new.start[:, None, None] - 1  # the cached newest token's position
+        with tables.pool.lock, tables.pool.changing(), torch.inference_mode(False), torch.no_grad():
             table = tables.table[batch.index, layer]
             if batch.shared:
-                table = owned_many(tables.pool, table, slot, doomed, tables.length[batch.index, layer])
+                length = tables.length[batch.index, layer]
+                table = owned_many(tables.pool, table, slot, doomed, length, batch.reserve)
                 tables.table[batch.index, layer] = table
             page, inside = found(table, slot.clamp(min=0), doomed, tables.pool.layout.page_size)
-            expiry = (new.start - 1 + batch.window)[:, None, None].expand_as(page)
-            tables.pool.pages.expiry[page, inside] = expiry
-            open_marks = tables.marks[batch.index, layer]
-            place = tables.place_of(new.start - 1, new.start > 0)[:, None, None].expand(*slot.shape)
-            tables.marks[batch.index, layer] = open_marks.scatter(-1, place, torch.where(doomed, slot, -1).int())
+            tables.pool.pages.expiry[page, inside] = (before + batch.window).expand_as(page)
+            tables.note_marks((batch.index, layer), before, before >= 0, slot, doomed)
         later = torch.cat([following[:, 1:], torch.full_like(following[:, :1], N)], 1)
         return marks.gather(2, later[:, None].expand(everywhere))

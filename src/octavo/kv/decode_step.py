@@ -9,9 +9,9 @@ from torch import Tensor
 
 from octavo.attention import attend, cuda, write
 from octavo.config import NEVER
-from octavo.kv.plan import Placed, append, extended, found, owned, place, take_over
-from octavo.kv.pool import WASTE
-from octavo.kv.step import Batch, counted, newest_slot
+from octavo.kv.plan import Placed, append, copies, extended, found, grown, owned, place, take_over
+from octavo.kv.pool import WASTE, pages_for
+from octavo.kv.step import Batch, Later, counted, newest_slot
 
 
 class DecodeStep:
@@ -20,7 +20,7 @@ class DecodeStep:
     `left` [] int32: the most slots of any row that are free and not known to `Tables.marks`, where that is known.
     """
 
-    late = True  # decisions of all layers come with `commit`, in one operation
+    decides_at_commit = True  # for all layers in one operation
 
     def __init__(self, batch: Batch, columns: int, valid: Tensor | None) -> None:
         tables = batch.tables
@@ -29,7 +29,7 @@ class DecodeStep:
         self.left: Tensor | None = None
         self._fused = cuda.available(tables.pool.device)
         self._new: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values that the kernel will write
-        with tables.pool.lock:
+        with tables.pool.lock, tables.pool.changing():
             tables.widen(batch.longest)
             self.new = counted(tables.position[batch.index].clone(), columns, valid)
             self._plan()
@@ -44,23 +44,21 @@ class DecodeStep:
         placed = self._placed(table, before, stored)
         newest = tables.newest[batch.index].long()[..., None]
         columns = stored.shape[-1]
-        need = ((placed.length + S - 1) // S - (before + S - 1) // S).sum()
-        claim = before.numel() * -(-columns // S)
-        wait = not pool.raw.is_cuda  # on the host there is nothing to wait for
+        claim, wait = before.numel() * pages_for(columns, S), not pool.raw.is_cuda  # on the host nothing is to wait for
         if batch.shared:
-            copies = before.numel() * (columns + batch.shift)
-            batch.reserve(claim + copies, need + copies, wait)
-            if batch.shift:
-                table = owned(pool, table, newest.clamp(min=0), newest >= 0, before)
-            table = owned(pool, table, placed.slot, stored, before)
+            # With shift 1 the newest token's page too: its expiry is written.
+            slot = torch.cat([newest.clamp(min=0), placed.slot], -1) if batch.shift else placed.slot
+            written = torch.cat([newest >= 0, stored], -1) if batch.shift else stored
+
+            shared = table
+            need = Later(lambda: grown(before, placed.length, S) + copies(pool, shared, slot, written, before))
+            batch.reserve(claim + slot.numel(), need, wait)
+            table = owned(pool, table, slot, written, before)
         else:
-            batch.reserve(claim, need, wait)
+            batch.reserve(claim, Later(lambda: grown(before, placed.length, S)), wait)
         table = extended(pool, table, before, placed.length, columns)
-        tables.table[batch.index, :, :, : batch.columns] = table
-        tables.length[batch.index] = placed.length
         if batch.expired:
             tables.lost[batch.index] = torch.maximum(tables.lost[batch.index], placed.lost)
-        pool.post()
         self.table, self.length, self.slot = table, placed.length, placed.slot
         self._begins = cuda.begins(placed.length.transpose(0, 1)) if self._fused else None  # [L, B * H + 1]
         self.left = None if placed.left is None else placed.left.amax()
@@ -68,6 +66,10 @@ class DecodeStep:
         self._newest = found(table, newest.clamp(min=0), newest >= 0, S) if batch.shift else None
         pool.pages.position[self.page, self.inside] = new.position[:, None, None].expand(*rows, -1)
         pool.pages.expiry[self.page, self.inside] = torch.full_like(self.page, NEVER, dtype=torch.int32)
+        # Only now, so that every slot inside a row's length has been written, wherever an interrupt falls.
+        tables.table[batch.index, :, :, : batch.columns] = table
+        tables.length[batch.index] = placed.length
+        pool.post()
 
     def _placed(self, table: Tensor, before: Tensor, stored: Tensor) -> Placed:
         """Where the new tokens go: into slots that are free, as far as there are any."""
@@ -111,24 +113,25 @@ class DecodeStep:
         tables, batch, new = self.batch.tables, self.batch, self.new
         for layer, (key, value) in self._new.items():  # layers that nobody has read
             write(tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
-        if tables.window is not None:
-            page, inside, slot, position = self.page, self.inside, self.slot, new.position[:, None, None]
-            real = position >= 0
+        with tables.pool.lock:
+            if tables.window is not None:
+                self._decide(marked)
             if batch.shift:
-                # Each decision is about the token before; the newest token's own comes with the next step.
-                page, inside, slot = self._one_before()
-                position = position - 1
-                real = real & (position >= 0)
-            decided = torch.zeros_like(slot, dtype=torch.bool) if marked is None else marked.transpose(0, 1)
-            tables.pool.pages.expiry[page, inside] = torch.where(decided, position + batch.window, NEVER).int()
-            marks = tables.marks[batch.index]
-            place = tables.place_of(position, real).expand(slot.shape)
-            marks.scatter_(-1, place, torch.where(decided, slot, -1).int())
-            if not isinstance(batch.index, slice):
-                tables.marks[batch.index] = marks
+                tables.newest[batch.index] = newest_slot(self.slot, new.position, tables.newest[batch.index])
+            tables.position[batch.index] = new.after
+
+    def _decide(self, marked: Tensor | None) -> None:
+        tables, batch = self.batch.tables, self.batch
+        page, inside, slot, position = self.page, self.inside, self.slot, self.new.position[:, None, None]
+        real = position >= 0
         if batch.shift:
-            tables.newest[batch.index] = newest_slot(self.slot, new.position, tables.newest[batch.index])
-        tables.position[batch.index] = new.after
+            # Each decision is about the token before; the newest token's own comes with the next step.
+            page, inside, slot = self._one_before()
+            position = position - 1
+            real = real & (position >= 0)
+        decided = torch.zeros_like(slot, dtype=torch.bool) if marked is None else marked.transpose(0, 1)
+        tables.pool.pages.expiry[page, inside] = torch.where(decided, position + batch.window, NEVER).int()
+        tables.note_marks(batch.index, position, real, slot, decided)
 
     def _one_before(self) -> tuple[Tensor, Tensor, Tensor]:
         """(page, place inside it, slot), each [B, L, H, N], of the real token before each new one.
@@ -139,7 +142,7 @@ class DecodeStep:
         newest = self.batch.tables.newest[self.batch.index][..., None].long()
         if self.slot.shape[-1] == 1:
             page, inside, slot = *self._newest, newest
-            dead = (self.new.position < 0)[:, None, None].expand_as(page)
+            dead = (self.new.position <= 0)[:, None, None].expand_as(page)
             return page.masked_fill(dead, WASTE), inside, slot
         real = self.new.position >= 0
         columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
@@ -147,7 +150,7 @@ class DecodeStep:
         before = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)  # -1: the cached newest token
         first = (before < 0)[:, None, None]
         at = before.clamp(min=0)[:, None, None].expand_as(self.page)
-        dead = ~real[:, None, None].expand_as(self.page)
+        dead = (self.new.position <= 0)[:, None, None].expand_as(self.page)
         page = torch.where(first, self._newest[0], self.page.gather(-1, at)).masked_fill(dead, WASTE)
         inside = torch.where(first, self._newest[1], self.inside.gather(-1, at))
         return page, inside, torch.where(first, newest, self.slot.gather(-1, at))

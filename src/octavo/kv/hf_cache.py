@@ -1,5 +1,6 @@
 """The transformers `Cache` over sequences in pages: what `generate` asks of a cache, and nothing else."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,14 +9,34 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from octavo.config import Eviction
-from octavo.errors import CacheStateError, NotAttachedError
+from octavo.errors import CacheStateError, InputError, NotAttachedError
 from octavo.kv.capture import snapshot_of
+from octavo.kv.fused_step import Replayed
 from octavo.kv.late import Late, capturing
 from octavo.kv.memory import Memory, bookkeeping
 from octavo.kv.sequences import Sequences, Step
 from octavo.kv.shape import CacheShape
 from octavo.kv.snapshot import Snapshot
 from octavo.kv.tables import Tables
+
+
+def whole(numbers: Iterable[Any], what: str) -> list[int]:
+    """Whole numbers that a caller gave, as ints. Raises CacheStateError for anything else."""
+    try:
+        return [operator.index(n) for n in numbers]
+    except TypeError as e:
+        raise CacheStateError(f"{what} must be whole numbers, not {numbers!r}") from e
+
+
+def token_ids(tokens: Any) -> Tensor:
+    """Token ids that a caller gave, a tensor or a list of them. Raises InputError for what is no whole number."""
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"tokens must be a tensor or list of token ids, not {type(tokens).__name__}") from e
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(f"tokens must be whole numbers, not {str(ids.dtype).removeprefix('torch.')}")
+    return ids
 
 
 class PagedCache(Cache):  # type: ignore[misc]
@@ -31,7 +52,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         assert not self.sequences.rows
         boundaries = self.sequences.boundaries
         self.sequences = Sequences(shape, eviction, memory, self.sequences.quota.budget)
-        self.sequences.boundaries = boundaries
+        self.sequences.adopt(boundaries)
 
     # What it holds
 
@@ -58,7 +79,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     @property
     def rows(self) -> Sequence[int]:
         """The sequences' rows of `tables`, in the batch's order."""
-        return tuple(self.sequences.rows)
+        return self.sequences.rows
 
     @property
     def seen(self) -> int:
@@ -72,7 +93,8 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for these sequences: the pages that they name, each counted once, and their table rows."""
+        """Bytes held for these sequences: the pages that they name, each counted once, their table rows, and what was
+        kept for `keep`."""
         return self.sequences.nbytes
 
     @property
@@ -82,8 +104,11 @@ class PagedCache(Cache):  # type: ignore[misc]
         return 2 * s.layers * s.kv_heads * s.head_dim * s.dtype.itemsize * len(self.rows) * self.seen
 
     @property
+    @bookkeeping
     def kept(self) -> Tensor:
         """Slots that the next query can see, int64 [batch, KV layers, kv_heads]."""
+        if self.sequences.step is None:
+            self.sequences.settle()
         return self.tables.visible(self.sequences.index)
 
     # One forward
@@ -98,11 +123,17 @@ class PagedCache(Cache):  # type: ignore[misc]
         self._updated = 0
         return self.sequences.begin(batch, columns, valid, trains)
 
+    def begin_capture(self, rows: Tensor, search: Tensor) -> Replayed:
+        """Open a step that a CUDA graph captures; see `Sequences.begin_capture`."""
+        self._updated = 0
+        return self.sequences.begin_capture(rows, search)
+
     @property
     def step(self) -> Step:
         """The running forward."""
         step = self.sequences.step
         assert step is not None
+        assert not isinstance(step, Replayed)
         return step
 
     def update(
@@ -158,12 +189,17 @@ class PagedCache(Cache):  # type: ignore[misc]
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens per sequence, so that a decode step can be captured in a CUDA graph.
 
-        Pass `position_ids` to the captured forward, and no mask. Waits for the device. Raises CacheBudgetError.
+        Pass `position_ids` to the captured forward, and no mask. Nobody else gets this room until `replayed` has told
+        of as many tokens or sequences leave. Waits for the device. Raises CacheBudgetError.
         """
         self.sequences.reserve(tokens)
 
     def replayed(self, steps: int) -> None:
-        """Take note of `steps` tokens per sequence that a CUDA graph has read, before the next eager forward."""
+        """Take note of `steps` tokens per sequence that a CUDA graph has read, before the next eager forward.
+
+        Raises CacheStateError where sequences have joined or left the memory, or tables have grown, since the step was
+        captured: then it has read them for nobody.
+        """
         self.sequences.replayed(steps)
 
     # Boundaries
@@ -172,9 +208,10 @@ class PagedCache(Cache):  # type: ignore[misc]
         """Name boundaries that a snapshot will be asked for, before their tokens are read: columns, as `seen` counts.
 
         Forwards are cut there, and what a query sees only there is copied when it is reached. Without eviction, and at
-        the end of what was read, nothing needs to be named. Raises CacheStateError for one that lies behind.
+        the end of what was read, nothing needs to be named. Raises CacheStateError for one that lies behind or is no
+        whole number. What is copied counts in `nbytes`.
         """
-        wanted = set(boundaries)
+        wanted = set(whole(boundaries, "boundaries"))
         if any(p <= self.seen for p in wanted):
             raise CacheStateError(f"boundary {min(wanted)} has been passed: {self.seen} columns are read already")
         self.sequences.boundaries.wanted |= wanted
@@ -188,8 +225,11 @@ class PagedCache(Cache):  # type: ignore[misc]
             raise CacheStateError(f"there is no sequence {sequence} in a cache of {len(self.rows)}")
         if self.sequences.step is not None:
             raise CacheStateError("a snapshot cannot be taken while a forward runs")
-        row, shift = self.rows[sequence], self.eviction.shift if self.eviction else 0
-        return snapshot_of(self.tables, row, self.sequences.boundaries.of(row), boundaries, shift, identity, tokens)
+        self.sequences.settle()
+        row, tails = self.rows[sequence], self.sequences.boundaries.of(self.rows[sequence])
+        chosen = None if boundaries is None else whole(boundaries, "boundaries")
+        ids = None if tokens is None else token_ids(tokens)
+        return snapshot_of(self.tables, row, tails, chosen, self.sequences.shift, identity, ids)
 
     # Sequences
 
@@ -202,9 +242,18 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.sequences.take(other.sequences)
 
     def leave(self, indices: Sequence[int]) -> None:
-        """End the sequences at `indices` of the batch and give their pages back; the others stay as they are."""
-        gone = {range(len(self.rows))[i] for i in indices}
-        self.sequences.select([i for i in range(len(self.rows)) if i not in gone])
+        """End the sequences at `indices` of the batch and give their pages back; the others stay as they are.
+
+        Leading columns that joining had made, padding in all that stay, go too: `seen` falls, and masks must be as much
+        shorter. Raises CacheStateError where there is no such sequence.
+        """
+        there = range(len(self.rows))
+        given = whole(indices, "sequences")
+        for i in given:
+            if not -len(there) <= i < len(there):
+                raise CacheStateError(f"there is no sequence {i} in a cache of {len(there)}")
+        gone = {there[i] for i in given}
+        self.sequences.select([i for i in there if i not in gone])
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
@@ -214,7 +263,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices` (int64 [n]), in that order; a repeated one shares pages with its copies."""
         if self.rows:
-            self.sequences.select(indices.tolist())
+            self.sequences.select(whole(indices.tolist() if isinstance(indices, Tensor) else indices, "sequences"))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the sequences for beam search; a copied one shares its pages until it diverges."""
@@ -237,8 +286,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: -n removes n columns, n > 0 keeps the first n (the older meaning), 0 none.
 
-        Exact or refused: CacheStateError, with the cache unchanged, when a token that would be visible again is
-        already evicted.
+        Exact or refused, with the cache unchanged: CacheStateError when a token that would be visible again is already
+        evicted, and CacheBudgetError where a page that another cache has too must be copied and there is no room.
         """
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if remove == 0 or not self.rows:

@@ -1,14 +1,14 @@
 """One memory for all caches of an attached model on one device: a page pool, and tables per mode of the model."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 from octavo.attention import PageLayout
 from octavo.kv.pool import PagePool
-from octavo.kv.tables import Tables
+from octavo.kv.tables import Holder, Tables
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -33,7 +33,7 @@ class Memory:
         self.budget = budget
         self.pool = PagePool(layout, device, budget)
         self._tables: dict[tuple[int, int | None], Tables] = {}
-        self._ended: list[tuple[Tables, Sequence[int]]] = []  # rows of caches that nobody has any more
+        self._ended: list[tuple[Tables, Holder]] = []  # what caches had that nobody has any more
 
     @property
     def nbytes(self) -> int:
@@ -51,27 +51,34 @@ class Memory:
     def tables(self, layers: int, window: int | None) -> Tables:
         """The tables of sequences with this many KV layers; a marked token stays for `window` more."""
         mode = layers, window
-        if mode not in self._tables:
-            self._tables[mode] = Tables(self.pool, layers, self.kv_heads, window)
-        return self._tables[mode]
+        with self.pool.lock:
+            if mode not in self._tables:
+                self._tables[mode] = Tables(self.pool, layers, self.kv_heads, window)
+            return self._tables[mode]
 
-    def give_back_with(self, owner: object, tables: Tables, rows: list[int]) -> None:
-        """Give rows back when `owner` is gone; `rows` may change until then.
+    def give_back_with(self, owner: object, tables: Tables, holder: Holder) -> None:
+        """Give rows back when `owner` is gone; which rows `holder` has may change until then.
 
         A finaliser may run at any moment, so it only notes them; the next step gives them back.
         """
-        weakref.finalize(owner, self._ended.append, (tables, rows)).atexit = False
+        with self.pool.lock:
+            tables.holders[id(holder)] = weakref.ref(owner), holder
+        weakref.finalize(owner, self._ended.append, (tables, holder)).atexit = False
 
     @bookkeeping
     def reclaim(self) -> None:
         """Give back what caches held that nobody has any more, and memory that is idle in excess."""
-        if not self._ended:
-            return
-        with self.pool.lock:
-            while self._ended:
-                tables, rows = self._ended.pop()
-                tables.leave(rows)
-            self.pool.trim()
+        pool = self.pool
+        with pool.lock:
+            if self._ended or pool.torn:
+                with pool.changing():
+                    while self._ended:
+                        tables, holder = self._ended.pop()  # should an interrupt follow, nobody has its rows
+                        if tables.holders.pop(id(holder), None) is not None:
+                            tables.leave(holder.rows)
+            if pool.shrinks():
+                with pool.changing():
+                    pool.trim()
 
     @bookkeeping
     def trim(self, spare: int | None = None) -> None:
@@ -80,8 +87,10 @@ class Memory:
         None: 64 MiB on the host, on CUDA 1/32 of the device's memory.
         """
         self.reclaim()
-        with self.pool.lock:
+        with self.pool.lock, self.pool.changing():
             self.pool.trim(spare)
+            for tables in self._tables.values():
+                tables.trim()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
         return Memory(self.layout, self.kv_heads, self.device, self.budget)

@@ -3,12 +3,15 @@
 A row is one (sequence, layer, KV head). All functions work on any leading dimensions [...] of rows at once.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, SupportsInt
 
 import torch
 from torch import Tensor
 
-from octavo.kv.pool import WASTE, PagePool
+from octavo.kv.pool import WASTE, PagePool, pages_for
+
+Reserve = Callable[[int, SupportsInt], None]  # lets at most so many pages be taken, of which so many are needed
 
 
 class Placed(NamedTuple):
@@ -71,8 +74,8 @@ def ranked(chosen: Tensor, order: Tensor, most: int) -> Tensor:
 def extended(pool: PagePool, table: Tensor, before: Tensor, after: Tensor, tokens: int) -> Tensor:
     """The table [..., M] int32 with fresh pages where rows grow from `before` to `after` [...], by `tokens` at most."""
     S, M = pool.layout.page_size, table.shape[-1]
-    have, need = before.long().add(S - 1).div(S, rounding_mode="floor"), (after.long() + S - 1) // S
-    column = have[..., None] + torch.arange(-(-tokens // S), device=table.device)  # no row needs more pages than these
+    have, need = pages_for(before.long(), S), pages_for(after.long(), S)
+    column = have[..., None] + torch.arange(pages_for(tokens, S), device=table.device)  # no row needs more than these
     fresh = column < need[..., None]
     ids = pool.take(fresh).int()
     wider = torch.nn.functional.pad(table, (0, 1))  # the last column takes what is not fresh
@@ -85,32 +88,66 @@ def found(table: Tensor, slot: Tensor, stored: Tensor, page_size: int) -> tuple[
     return torch.where(stored, table.gather(-1, column).long(), WASTE), slot % page_size
 
 
+def grown(before: Tensor, after: Tensor, page_size: int) -> Tensor:
+    """Pages that rows need which grow from `before` to `after` slots, int64 scalar."""
+    return (pages_for(after, page_size) - pages_for(before, page_size)).sum()
+
+
+def named_elsewhere(pool: PagePool, table: Tensor) -> Tensor:
+    """Which pages of a table [..., M] are named more than once, bool."""
+    return pool.references[table.long()] > 1
+
+
 def owned(pool: PagePool, table: Tensor, slot: Tensor, written: Tensor, before: Tensor) -> Tensor:
     """The table [..., M] with a page of its own for each slot [..., N] that is `written` on a page had before.
 
     `before` [...]: slots in use before this step; what lies past them is on fresh pages.
     """
-    S = pool.layout.page_size
-    have = before.long().add(S - 1).div(S, rounding_mode="floor")[..., None]
+    column, had = _written(pool, table, slot, written, before)
     for i in range(slot.shape[-1]):  # one after another: two tokens of a row may go to one page
-        column = (slot[..., i : i + 1] // S).clamp(0, table.shape[-1] - 1)
-        wanted = written[..., i : i + 1] & (column < have)
-        page = table.gather(-1, column)
-        table = table.scatter(-1, column, pool.own(page.long(), wanted).int())
+        at = column[..., i : i + 1]
+        page = table.gather(-1, at)
+        table = table.scatter(-1, at, pool.own(page.long(), had[..., i : i + 1]).int())
     return table
 
 
-def owned_many(pool: PagePool, table: Tensor, slot: Tensor, written: Tensor, before: Tensor) -> Tensor:
-    """`owned` for many tokens at once; it waits for the device."""
-    S, M = pool.layout.page_size, table.shape[-1]
-    have = before.long().add(S - 1).div(S, rounding_mode="floor")[..., None]
-    column = torch.where(written, (slot // S).clamp(0, M - 1), M)
-    touched = torch.zeros(*table.shape[:-1], M + 1, dtype=torch.bool, device=table.device).scatter_(-1, column, True)
-    touched = touched[..., :M] & (torch.arange(M, device=table.device) < have)
-    touched &= pool.references[table.long()] > 1
+def copies(pool: PagePool, table: Tensor, slot: Tensor, written: Tensor, before: Tensor) -> Tensor:
+    """Pages that `owned` copies at most, int64 scalar."""
+    column, had = _written(pool, table, slot, written, before)
+    shared = had & named_elsewhere(pool, table.gather(-1, column))
+    same = (column[..., :, None] == column[..., None, :]) & shared[..., None, :]
+    return (shared & ~same.tril(-1).any(-1)).sum()
+
+
+def _written(pool: PagePool, table: Tensor, slot: Tensor, written: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """(table column of each slot, whether it is written on a page that was had before), both [..., N]."""
+    S = pool.layout.page_size
+    column = (slot // S).clamp(0, table.shape[-1] - 1)
+    return column, written & (column < pages_for(before.long(), S)[..., None])
+
+
+def owned_many(
+    pool: PagePool,
+    table: Tensor,
+    slot: Tensor,
+    written: Tensor,
+    before: Tensor,
+    reserve: Reserve,
+) -> Tensor:
+    """`owned` for many tokens at once, whose pages it lets `reserve`; it waits for the device."""
+    M = table.shape[-1]
+    column, had = _written(pool, table, slot, written, before)
+    touched = torch.zeros(*table.shape[:-1], M + 1, dtype=torch.bool, device=table.device)
+    return owned_pages(pool, table, touched.scatter_(-1, torch.where(had, column, M), True)[..., :M], reserve)
+
+
+def owned_pages(pool: PagePool, table: Tensor, touched: Tensor, reserve: Reserve) -> Tensor:
+    """The table [..., M] with pages of its own where `touched` (bool [..., M]); waits for the device."""
+    touched = touched & named_elsewhere(pool, table)
     ids = table[touched].long()
-    pool.reserve(len(ids), torch.tensor(len(ids)))
+    if len(ids) == 0:
+        return table
+    reserve(len(ids), len(ids))
     table = table.clone()
-    if len(ids):
-        table[touched] = pool.own(ids, torch.ones_like(ids, dtype=torch.bool)).int()
+    table[touched] = pool.own(ids, torch.ones_like(ids, dtype=torch.bool)).int()
     return table

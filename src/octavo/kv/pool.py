@@ -7,14 +7,16 @@ bound of the pages in use, and the true number, which is read without waiting, o
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 
 import torch
 from torch import Tensor
 
 from octavo.attention import PageLayout
 from octavo.errors import CacheBudgetError
-from octavo.kv.late import Late, capturing
+from octavo.kv.demand import Demand
+from octavo.kv.late import capturing
 from octavo.kv.space import reserve, slab_of, spare_of
 
 if TYPE_CHECKING:
@@ -24,6 +26,34 @@ NOWHERE = 0  # the page that stays zero: what tables name past a row's length
 WASTE = 1  # the page that takes what nobody will read, so that writing needs no selection
 GROWTH = 32  # spare room on growth: 1/32 of the pool, so that decoding rarely grows it
 
+Number = TypeVar("Number", int, Tensor)
+
+
+def pages_for(slots: Number, page_size: int) -> Number:
+    """Pages that so many slots fill or begin to fill; int, or a tensor of integers."""
+    return (slots + (page_size - 1)) // page_size
+
+
+class Changing:
+    """What surrounds every change of references, stack and tables, inside the lock, outermost only.
+
+    A change that does not end well (an interrupt, no memory) leaves `PagePool.torn` set, and whoever changes something
+    next puts all in order first. Until then nobody works with counts that are half right, since all of them come here.
+    """
+
+    def __init__(self, pool: "PagePool") -> None:
+        self._pool = pool
+
+    def __enter__(self) -> None:
+        self._pool.settle()
+        self._pool.torn = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._pool.torn = False
+
 
 class PagePool:
     """Pages of one layout on one device.
@@ -31,6 +61,9 @@ class PagePool:
     `pages`: views of all of them (`octavo.attention.Pages`). `references` [P] int32: rows that name each page.
     `free` [P] int32: a stack of free page ids, of which the first `free_count` (int64 scalar on the device) are valid.
     `budget` bounds `nbytes`; None is no bound. A page that is not in use is zero.
+
+    `lock` guards the pool and all tables over it: hold it wherever they are read to be written. `torn` says that a
+    change was interrupted, see `Changing`. `demand`: how many pages are in use and promised, as far as the host knows.
     """
 
     def __init__(self, layout: PageLayout, device: torch.device, budget: int | None) -> None:
@@ -48,13 +81,12 @@ class PagePool:
         self.free_count = torch.zeros((), dtype=torch.int64, device=device)
         self._usable = torch.zeros(0, dtype=torch.bool)  # [p] pages that have memory, on the host
         self.size = 0  # how many
-        self._claimed = 0  # pages that steps may have taken, added up for ever
-        self._late = Late(device)
-        self._in_use = 0, 0  # pages in use, and `_claimed` when that was so
+        self.torn = False
+        self.demand = Demand(device)
         self._grow(2)
         self.references[: WASTE + 1] = 1
         self.free_count -= 2
-        self._in_use = 2, 0
+        self.demand.know(2)
 
     def _room(self, budget: int | None) -> int | None:
         """Bytes of pages that a budget leaves when counts and the stack have theirs, all in whole slabs."""
@@ -79,46 +111,43 @@ class PagePool:
 
     def held(self) -> int:
         """Pages in use, read from the device."""
-        return self.size - int(self.free_count) - 2
+        with self.lock:
+            self.settle()
+            return self.size - int(self.free_count) - 2
 
     # What a step does, on the device
 
-    def reserve(self, claim: int, need: Tensor, wait: bool = True) -> None:
-        """Make sure that `need` (int64 scalar on the device, at most `claim`) pages are free.
+    def reserve(self, claim: int, need: SupportsInt, wait: bool = True) -> None:
+        """Make sure that `need` pages are free, beside those promised; `claim` is what the host knows it is at most.
 
-        The device is asked only where pages could run out; with `wait` false even then only where the budget has no
-        room for all of `claim`, since in a decode step waiting costs more than pages that are backed a little early.
-        Raises CacheBudgetError, with nothing changed, where the budget or the device has no room for `need`.
+        The device is asked for `need` only where pages could run out; with `wait` false even then only where the budget
+        has no room for all of `claim`, since in a decode step waiting costs more than pages that are backed a little
+        early. Raises CacheBudgetError, with nothing changed, where the budget or the device has no room for `need`.
         """
         if capturing(self.device):
             return
-        self._read_late()
-        in_use, then = self._in_use
-        missing = in_use + self._claimed - then + claim - self.size
+        missing = self.demand.most + claim + self.demand.promised - self.size
         if missing > 0:
             grown = max(missing, self.size // GROWTH)
             if not wait and self._fits(grown):
                 self._grow(grown)
             else:
-                claim = self._make_free(need)
-        self._claimed += claim
+                claim = int(need)
+                self.ensure_free(claim)
+        self.demand.claimed += claim
 
-    def _make_free(self, need: Tensor) -> int:
-        """Grow where fewer than `need` pages are free; returns `need`."""
-        free, needed = int(self.free_count), int(need)
-        self._in_use = self.size - free, self._claimed
-        if needed > free:
-            grown = max(needed - free, self.size // GROWTH)
-            self._grow(grown if self._fits(grown) else needed - free)
-        return needed
+    def ensure_free(self, pages: int) -> None:
+        """Grow where fewer are free, beside those promised. Waits for the device; raises CacheBudgetError."""
+        free = int(self.free_count)
+        self.demand.know(self.size - free)
+        missing = pages + self.demand.promised - free
+        if missing > 0:
+            grown = max(missing, self.size // GROWTH)
+            self._grow(grown if self._fits(grown) else missing)
 
     def post(self) -> None:
         """Ask for the true count of pages in use, to be had one step later."""
-        self._late.post(self.free_count, (self.size, self._claimed))
-
-    def _read_late(self) -> None:
-        for free, (size, claimed) in self._late.poll():
-            self._in_use = size - free, claimed
+        self.demand.ask(self.free_count, self.size)
 
     def take(self, wanted: Tensor) -> Tensor:
         """A page for each True of `wanted` (bool, any shape): ids int64, `WASTE` where False."""
@@ -137,13 +166,15 @@ class PagePool:
     def drop(self, ids: Tensor, wanted: Tensor) -> None:
         """Count one reference less to each of `ids` where `wanted`, no id twice; unnamed pages are given back."""
         flat, wanted = ids.flatten(), wanted.flatten()
+        given = wanted & (self.references[flat] == 1)
+        # First of all, so that an interrupt leaves no page that is free and not zero.
+        self.raw.index_fill_(0, torch.where(given, flat, NOWHERE), 0)
         self.references.index_add_(0, flat, -wanted.int())
-        given = wanted & (self.references[flat] == 0)
         rank = given.cumsum(0)
         # What is not given goes right above the new top of the stack, where anything may stand.
         self.free[torch.where(given, self.free_count + rank - 1, self.free_count + rank[-1])] = flat.int()
         self.free_count += rank[-1]
-        self.raw.index_fill_(0, torch.where(given, flat, NOWHERE), 0)
+        self.demand.given_back()
 
     def own(self, ids: Tensor, wanted: Tensor) -> Tensor:
         """Pages to write into, int64 as `ids`: each of `ids` where `wanted`, or a copy of it where others name it too.
@@ -208,14 +239,18 @@ class PagePool:
         fresh = usable.clone()
         fresh[: len(self._usable)] &= ~self._usable[: len(usable)]
         ids = fresh.nonzero()[:, 0].tolist()
-        for counts in self._counts:
-            for slab in range(-(-4 * len(usable) // counts.slab)):
-                counts.back(slab)
+        self._back_counts(len(usable))
         if ids:
             at = self.free_count + torch.arange(len(ids), device=self.device)
             self.free[at] = self._listed(ids)
             self.free_count += len(ids)
         self._usable, self.size = usable, self.size + len(ids)
+
+    def _back_counts(self, pages: int) -> None:
+        """Back the counts and the stack of so many pages with memory."""
+        for counts in self._counts:
+            for slab in range(-(-4 * pages // counts.slab)):
+                counts.back(slab)
 
     def _listed(self, ids: list[int]) -> Tensor:
         """Ascending ids on the device, the last one first, int32: made there, since a copy would wait for it."""
@@ -226,16 +261,21 @@ class PagePool:
                 first = i
         return torch.cat(runs).flip(0)
 
+    def shrinks(self) -> bool:
+        """Whether `trim` is due: pages were given back, and the host knows of far more free ones than are spared."""
+        fell = self.demand.fell()
+        return fell and (self.size - self.demand.most) * self.layout.nbytes > spare_of(self.device) * 5 // 4
+
     def trim(self, spare: int | None = None) -> None:
         """Give slabs back in which no page is in use, but keep `spare` bytes of free pages. Waits for the device.
 
-        `spare` None: see `space.spare_of`.
+        `spare` None: see `space.spare_of`. Pages that are promised are kept in any case.
         """
-        spare = spare_of(self.device) if spare is None else spare
-        free = int(self.free_count)
-        if free * self.layout.nbytes <= spare:
-            return
         memory, nbytes = self._memory, self.layout.nbytes
+        spare = max(self.demand.promised * nbytes, spare_of(self.device) if spare is None else spare)
+        free = int(self.free_count)
+        if free * nbytes <= spare:
+            return
         used = self.references[: len(self._usable)].cpu() > 0
         pages = used.nonzero()[:, 0] * nbytes
         busy = {*(pages // memory.slab).tolist(), *((pages + nbytes - 1) // memory.slab).tolist()}
@@ -243,10 +283,24 @@ class PagePool:
         for slab in sorted(memory.backed - busy, reverse=True)[:excess]:
             memory.release(slab)
         self._usable = self._backed_pages()
-        self._restack(used[: len(self._usable)])
+        self._recount(used[: len(self._usable)])
+
+    def changing(self) -> Changing:
+        """See `Changing`: `with pool.lock, pool.changing():`."""
+        return Changing(self)
+
+    def settle(self) -> None:
+        """Finish what an interrupted change has left, inside the lock."""
+        if self.torn:
+            self.mend()
+            self.torn = False
 
     def mend(self) -> None:
-        """Count all references anew from what tables name: after a step that was interrupted."""
+        """Count all anew from what batches hold: what no batch has is vacant, what no row names is free."""
+        for tables in self.tables:
+            tables.vacate()
+        self._usable = self._backed_pages()
+        self._back_counts(len(self._usable))
         counted = torch.zeros(len(self._usable), dtype=torch.int32, device=self.device)
         for ids in [tables.held() for tables in self.tables]:
             counted.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
@@ -254,16 +308,15 @@ class PagePool:
         before = self.references[: len(self._usable)]
         self.raw[((before > 0) & (counted == 0)).nonzero()[:, 0]] = 0
         self.references[: len(self._usable)] = counted
-        self._restack(counted.cpu() > 0)
+        self._recount(counted.cpu() > 0)
 
-    def _restack(self, used: Tensor) -> None:
+    def _recount(self, used: Tensor) -> None:
         """Make the stack of free pages anew: those with memory that are not `used` [p] bool."""
         free = (self._usable & ~used).nonzero()[:, 0].flip(0).int()
         self.free[: len(free)] = free.to(self.device)
         self.free_count.fill_(len(free))
         self.size = int(self._usable.sum())
-        self._late.forget()
-        self._in_use = self.size - len(free), self._claimed
+        self.demand.know(self.size - len(free))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PagePool":
         return PagePool(self.layout, self.device, self.budget)

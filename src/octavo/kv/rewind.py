@@ -8,9 +8,9 @@ from torch import Tensor
 
 from octavo.attention import put
 from octavo.config import NEVER
-from octavo.kv.plan import found, owned_many
+from octavo.kv.plan import Reserve, found, owned_pages
 from octavo.kv.pool import NOWHERE
-from octavo.kv.tables import Tables
+from octavo.kv.tables import Index, Tables
 
 
 class Overwritten(NamedTuple):
@@ -22,43 +22,71 @@ class Overwritten(NamedTuple):
     content: list[Tensor]  # as `octavo.attention.slots` gives it
 
 
-def rewind(
-    tables: Tables, index: slice | Tensor, now: Tensor, shift: int, overwritten: Sequence[Overwritten] = ()
-) -> None:
-    """Forget every token of some rows at or past position `now` [B] int32, and give pages that are empty then back.
+class Cut(NamedTuple):
+    """What taking rows back means for their slots, W for each row."""
 
-    What was overwritten meanwhile comes back as far as `overwritten` tells: see `Tables.lost`. With `shift` 1 the mark
-    of the newest token left is open again. Waits for the device.
+    now: Tensor  # [B] int32, tokens that stay
+    length: Tensor  # [B, L, H] int32, slots in use afterwards
+    gone: Tensor  # [B, L, H, W] bool, slots inside that length whose tokens go
+    reopened: Tensor  # [B, L, H, W] bool, slots whose token may not expire any more: its mark is open again
+    newest: Tensor | None  # [B, L, H] int32, see `Tables.newest`
+
+
+def restore_overwritten(tables: Tables, index: Index, overwritten: Sequence[Overwritten]) -> None:
+    """Put back what a step has overwritten; needs no page, since it has written into pages of its own only."""
+    pool = tables.pool
+    for layers, slot, some, content in overwritten:
+        put(pool.pages, *found(tables.table[index][:, layers], slot, some, pool.layout.page_size), content)
+
+
+def cut(tables: Tables, index: Index, now: Tensor, shift: int) -> Cut:
+    """How to forget every token of some rows at or past position `now` [B] int32. Changes nothing.
+
+    What lies past a row's length means nothing, so only slots before the last one that stays must be written to. With
+    `shift` 1 the mark of the newest token left is open again.
+    """
+    pages, table, at = tables.pool.pages, tables.table[index], now[:, None, None, None]
+    position, expiry = (part[table].flatten(-2) for part in (pages.position, pages.expiry))  # [B, L, H, W]
+    slots = torch.arange(position.shape[-1], device=now.device)
+    inside = slots < tables.length[index][..., None]
+    stays = inside & (position < at) & (expiry > 0)
+    length = torch.where(stays, slots + 1, 0).amax(-1).int()
+    gone = inside & (position >= at) & (slots < length[..., None])
+    if not shift:
+        return Cut(now, length, gone, torch.zeros_like(gone), None)
+    newest = stays & (position == at - 1) & (at > 0)
+    slot = torch.where(newest, slots, -1).amax(-1).int()
+    return Cut(now, length, gone, newest & (expiry != NEVER), slot)
+
+
+def pages_to_own(tables: Tables, what: Cut) -> Tensor:
+    """Which of the rows' pages taking them back writes into, [B, L, H, M] bool."""
+    written = what.gone | what.reopened
+    return written.view(*written.shape[:-1], -1, tables.pool.layout.page_size).any(-1)
+
+
+def rewind(tables: Tables, index: Index, what: Cut, reserve: Reserve) -> None:
+    """Take rows back as `cut` says, and give pages that are empty then back. Waits for the device.
+
+    Pages that others name too are copied where they are written to, after those that go have been given back. After a
+    step there are none: it has made the pages that it wrote into its own.
     """
     pool, S = tables.pool, tables.pool.layout.page_size
-    with pool.lock:
-        pool.mend()  # an interrupted step may have taken pages that no table names
-        table, length = tables.table[index], tables.length[index]
-        slots = torch.arange(table.shape[-1] * S, device=now.device)
-        inside = slots < length[..., None]
-        position = pool.pages.position[table].flatten(-2)  # [B, L, H, W]
-        at = now[:, None, None, None]
-        gone = inside & (position >= at)
-        table = owned_many(pool, table, slots.expand_as(gone), gone, length)
-        tables.table[index] = table
-        spots = found(table, slots.expand_as(gone), gone, S)
-        pool.pages.position[spots] = -1
-        pool.pages.expiry[spots] = -1
-        for layers, slot, some, content in overwritten:
-            put(pool.pages, *found(table[:, layers], slot, some, S), content)
-        held = inside & (pool.pages.expiry[table].flatten(-2) > 0)  # 0 in a page that nothing was written to yet
-        length = torch.where(held, slots + 1, 0).amax(-1).int()
-        if shift:
-            position = pool.pages.position[table].flatten(-2)
-            newest = torch.where(inside & (position == at - 1), slots, -1).amax(-1, keepdim=True)
-            table = owned_many(pool, table, newest.clamp(min=0), newest >= 0, length)
-            tables.table[index] = table
-            pool.pages.expiry[found(table, newest.clamp(min=0), newest >= 0, S)] = NEVER
-            tables.newest[index] = newest[..., 0].int()
-        unused = tables.used(tables.length[index]) & ~tables.used(length)
-        tables.length[index] = length
-        for row in range(len(table)):  # a page stands once in a row, but may stand in several
-            pool.drop(table[row].long(), unused[row])
-        tables.table[index] = torch.where(tables.used(length), table, NOWHERE)
-        tables.find_marks(index, now)
-        tables.position[index] = now
+    table, kept = tables.table[index].clone(), tables.used(what.length)
+    unused = tables.used(tables.length[index]) & ~kept
+    tables.length[index] = what.length
+    tables.table[index] = torch.where(kept, table, NOWHERE)
+    for row in range(len(table)):  # a page stands once in a row, but may stand in several
+        pool.drop(table[row].long(), unused[row])
+    table = owned_pages(pool, tables.table[index], pages_to_own(tables, what), reserve)
+    tables.table[index] = table
+    slots = torch.arange(what.gone.shape[-1], device=table.device).expand_as(what.gone)
+    spots = found(table, slots, what.gone, S)
+    pool.pages.position[spots] = -1
+    pool.pages.expiry[spots] = -1
+    pool.pages.expiry[found(table, slots, what.reopened, S)] = NEVER
+    if what.newest is not None:
+        tables.newest[index] = what.newest
+    tables.find_marks(index, what.now)
+    tables.position[index] = what.now
+    pool.post()

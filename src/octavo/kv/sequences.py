@@ -2,92 +2,48 @@
 
 A forward goes: `begin` (which new tokens there are), per layer the step's `update`, `attend` and `settle`, and after
 the last layer `commit`. A forward that fails or is interrupted is taken back by `abandon`, wherever it was.
+
+Every operation changes the tables first and then replaces the batch's `State` in one assignment, or the other way round
+where it gives something up. An interrupt before that assignment leaves what was, one after it what is to be.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.attention import FEW
+from octavo.attention import FEW, cuda
 from octavo.config import Eviction
 from octavo.errors import CacheStateError
 from octavo.kv.capture import Boundaries, restore_into
+from octavo.kv.captured import check_captured, promised, replayed
 from octavo.kv.chunk_step import ChunkStep
 from octavo.kv.decode_step import DecodeStep
-from octavo.kv.late import Late, capturing
+from octavo.kv.fused_step import FusedStep, Replayed, reserve_for
+from octavo.kv.held import Held
+from octavo.kv.late import capturing
 from octavo.kv.memory import Memory, bookkeeping
+from octavo.kv.plan import named_elsewhere
+from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
-from octavo.kv.rewind import rewind
+from octavo.kv.rewind import cut, pages_to_own, restore_overwritten, rewind
 from octavo.kv.shape import CacheShape
 from octavo.kv.snapshot import Snapshot
-from octavo.kv.step import Batch
+from octavo.kv.state import Back, State, cropped, joined, selected
+from octavo.kv.step import Batch, New
 
-Step = DecodeStep | ChunkStep
-
-
-@dataclass
-class _Before:
-    """What a forward began with, until all of it is done."""
-
-    seen: int
-    real: Tensor | None
-    position: Tensor  # [B] int32
-    chunk: ChunkStep | None = None  # knows what it has overwritten
+Step = DecodeStep | FusedStep | ChunkStep
+WIDER = 4096  # slots by which rows grow where a graph holds their addresses
 
 
-class Sequences:
-    """Sequences over the pages of a memory, each in a row of its own.
-
-    `rows`: their rows of `tables`, in the batch's order. `seen`: columns read, padding included; `real` [B, seen] bool
-    says which of them are no padding, None: all. `boundaries`: what is kept for snapshots. `budget` (bytes, None: no
-    bound) is for these sequences alone.
-    """
+class Sequences(Held):
+    """Sequences over the pages of a memory, each in a row of its own, which run forwards together."""
 
     def __init__(self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None) -> None:
-        self.shape, self.eviction, self.memory = shape, eviction, memory
-        self.tables = memory.tables(shape.cached_layers, eviction.window if eviction else None)
-        self.rows: list[int] = []  # always this one list, which the finaliser knows
-        self.boundaries = Boundaries()
-        self.quota = Quota(budget, partial(self.tables.nbytes_of, self.rows), self.tables.pool.page_nbytes)
-        self._late, self._left = Late(shape.device), Late(shape.device)
-        self._clear()
-        memory.give_back_with(self, self.tables, self.rows)
-
-    def _clear(self) -> None:
-        self.seen = 0
-        self.real: Tensor | None = None
-        self.step: Step | None = None  # the running forward
-        self._index: tuple[tuple[int, ...], slice | Tensor] | None = None
-        self._before: _Before | None = None
-        self._longest = 0  # no row has more slots
-        self._reserved = 0  # slots per row that a captured step may use
-        self._cropped = False  # whether slots may be free inside rows for another reason than the window
-        self._scattered = False  # whether slots may be free elsewhere than `Tables.marks` says
-        self._epoch = 0  # moves on where what was asked about free slots before means nothing any more
-        self._shared = False  # whether other sequences may name pages of these
-
-    @property
-    def index(self) -> slice | Tensor:
-        """What selects these sequences' rows from the tables."""
-        rows = tuple(self.rows)
-        if self._index is None or self._index[0] != rows:
-            self._index = rows, self.tables.index(rows)  # a tensor on a GPU is not made again in every step
-        return self._index[1]
-
-    @property
-    def position(self) -> Tensor:
-        """Tokens read by each sequence, int32 [B]: the next token's position."""
-        return self.tables.position[self.index].clone()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for these sequences: the pages that they name, each counted once, and their table rows."""
-        own = 0 if self.real is None else self.real.numel()
-        return own + self.tables.nbytes_of(self.rows)
+        super().__init__(shape, eviction, memory, budget)
+        self.step: Step | Replayed | None = None  # the running forward
 
     # One forward
 
@@ -99,121 +55,177 @@ class Sequences:
         Raises CacheBudgetError where the tokens have no room, and CacheStateError for what a CUDA graph cannot hold.
         """
         captured = capturing(self.shape.device)
-        if captured and (self._reserved < self._longest + columns or self.real is not None or valid is not None):
-            raise CacheStateError("call `reserve` before a step is captured in a CUDA graph, and pad nothing")
-        self._before = None
+        self.settle()
+        promise = check_captured(self.state, columns, valid) if captured else None
         if not captured:
             self.memory.reclaim()
-        if not self.rows:
-            self.rows += self.tables.join(batch)
-        self._before = before = _Before(self.seen, self.real, self.tables.position[self.index].clone())
-        if not captured:
-            self._learn()
         window = self.eviction.window if self.eviction else None
         few = columns <= FEW and (window is None or columns <= window) and not trains
-        longest = self._reserved if captured else self._longest + columns if few else self._longest
-        expired = self._cropped or (window is not None and (captured or self.seen + columns > window))
-        state = Batch(
-            self.tables, self.index, self.eviction, longest, expired, self._scattered, self._shared, self.quota
+        state, back = self._open(batch, columns, captured)
+        longest = promise.slots if promise else state.longest if few else back.longest
+        expired = state.cropped or (window is not None and (captured or state.seen + columns > window))
+        given = Batch(
+            self.tables, self.index, self.eviction, longest, expired, state.scattered, state.shared, self.quota
         )
         self._valid, self._columns = valid, columns
-        if few:
-            self.step = DecodeStep(state, columns, valid)
+        if few and columns == 1 and cuda.available(self.shape.device):
+            self.step = FusedStep(given, self._running(valid), self.tables.flags[int(state.scattered)])
+        elif few:
+            self.step = DecodeStep(given, columns, valid)
         else:
-            self.step = before.chunk = ChunkStep(state, columns, valid, trains)
+            self.step = back.chunk = ChunkStep(given, columns, valid, trains)
         return self.step
 
-    def _learn(self) -> None:
-        """Take in what the device has told since the last step."""
-        for longest, seen in self._late.poll():
-            self._longest = min(self._longest, longest + self.seen - seen)
-        for left, epoch in self._left.poll():
-            if epoch == self._epoch:
-                self._scattered = left > 0
+    @property
+    def new(self) -> New:
+        """The new tokens of the running forward."""
+        assert self.step is not None
+        return self.step.new
+
+    def _running(self, valid: Tensor | None) -> Tensor:
+        """Which rows have a token in a step of one column, int32 [B], -1 where it is padding."""
+        return self.row_ids if valid is None else torch.where(valid[:, 0], self.row_ids, -1)
+
+    def _open(self, batch: int, columns: int, captured: bool) -> tuple[State, Back]:
+        """Give new sequences their rows, and note where all must be taken back to unless `commit` is reached."""
+        tables = self.tables
+        with tables.pool.lock, tables.pool.changing():
+            state = self.state if captured else self._answers.known(self.state)
+            rows, lead = state.rows or tuple(tables.join(batch)), state.lead or (0,) * batch
+            position = tables.position[self.index if state.rows else tables.index(rows)].clone()
+            back = Back(position, state.longest)
+            longest = state.longest + (0 if captured else columns)
+            state = replace(state, rows=rows, lead=lead, longest=longest, back=back)
+            if captured and state.promise is not None:
+                state = replace(state, promise=state.promise._replace(generation=tables.generation))
+            self._holding.state = state
+        return state, back
 
     @bookkeeping
     def commit(self, marked: Tensor | None = None) -> None:
         """End a forward that went well; `marked` [L, B, H, N] bool are the decisions of a `DecodeStep`'s tokens."""
-        step = self.step
+        step, state = self.step, self.state
         assert step is not None
         step.commit(marked)
-        if capturing(self.shape.device):
-            self.step = self._before = None  # nothing has run yet; see `replayed`
-            return
-        real = self.real
+        if capturing(self.shape.device):  # nothing has run yet; see `replayed`
+            self._holding.state = replace(state, back=None)
+        else:
+            with self.tables.pool.lock:
+                self._holding.state = self._after(step)  # until here `abandon` takes everything back
+        self.step = None
+
+    def _after(self, step: Step | Replayed) -> State:
+        """The state after a step; asks the device what the next steps want to know."""
+        state, tables, seen = self.state, self.tables, self.state.seen + self._columns
+        several = isinstance(step, DecodeStep) and self._columns > 1 and self.eviction is not None
+        self._answers.ask(tables, self.index, state, seen, None if several else step.left)
+        real, boundaries = state.real, state.boundaries
         if real is not None or self._valid is not None:
             real = torch.cat([self.columns_read(), step.new.position >= 0], 1)
-        self.seen, self.real, self.step = self.seen + self._columns, real, None
-        self._longest += self._columns
-        if isinstance(step, DecodeStep) and self._columns > 1 and self.eviction is not None:
-            self._scatter()  # several tokens may have expired, of which `Tables.marks` names the last
-        elif step.left is not None:
-            self._scattered = True  # until the answer comes
-            self._left.post(step.left, self._epoch)
-        self._late.post(self.tables.length[self.index].amax(), self.seen)
-        self._before = None  # until here `abandon` takes everything back
-        if self.seen in self.boundaries.wanted:
-            self.boundaries.reach(self.tables, self.rows, self.index, self._shift)
-
-    def _scatter(self) -> None:
-        """Note that slots may be free elsewhere than `Tables.marks` says."""
-        self._scattered, self._epoch = True, self._epoch + 1
+        if seen in boundaries.wanted:
+            boundaries = boundaries.reached(tables, self.rows, self.index, self.shift)
+        return replace(
+            state,
+            seen=seen,
+            real=real,
+            padded=state.padded or self._valid is not None,
+            # Several may have expired, of which `marks` names the last; what is left over the device will tell.
+            scattered=state.scattered or several or step.left is not None,
+            scatters=state.scatters + several,
+            boundaries=boundaries,
+            back=None,
+        )
 
     @bookkeeping
     def abandon(self) -> None:
-        """Take back a forward that failed or was interrupted, wherever it was; all is as it was before it."""
-        self.step, before = None, self._before
-        if before is None:
-            return
-        self.seen, self.real = before.seen, before.real
-        self._late.forget()  # a reading may be of what is taken back
-        if self.seen == 0:
-            self._end_all()
-            self.memory.pool.mend()
-            self._before = None
-            return
-        index, chunk = self.index, before.chunk
-        rewind(self.tables, index, before.position, self._shift, chunk.overwritten if chunk else ())
-        if chunk is not None:
-            self.tables.lost[index] = chunk.lost
-        self._scatter()
-        self.quota.forget()
-        self._before = None
+        """Take back a forward that failed or was interrupted, wherever it was; all is as it was before it.
 
-    @property
-    def _shift(self) -> int:
-        return self.eviction.shift if self.eviction else 0
+        Where that fails too (there is no memory to compute with), whatever is done next with these sequences begins
+        with it, and the error of the forward is not hidden by another.
+        """
+        self.step = None
+        with suppress(Exception):
+            self.settle()
 
-    def columns_read(self) -> Tensor:
-        """Which columns seen are no padding, [B, seen] bool."""
-        if self.real is not None:
-            return self.real
-        return torch.ones(len(self.rows), self.seen, dtype=torch.bool, device=self.shape.device)
+    def settle(self) -> None:
+        """Finish taking back what was begun: every operation begins with it."""
+        state = self.state
+        back = state.back
+        if back is None:
+            return
+        self.step = None
+        pool = self.tables.pool
+        with pool.lock, pool.changing():
+            if state.seen == 0:
+                self._end_all(state.boundaries.forgotten())
+                return
+            tables, index = self.tables, self.index
+            if back.chunk is not None:
+                restore_overwritten(tables, index, back.chunk.overwritten)
+                tables.lost[index] = back.chunk.lost
+            rewind(tables, index, cut(tables, index, back.position, self.shift), self._reserve)
+            self.quota.forget()
+            self._holding.state = replace(state, longest=back.longest, back=None, scattered=True, epoch=state.epoch + 1)
 
     # Steps that run without the host
+
+    def begin_capture(self, rows: Tensor, search: Tensor) -> Replayed:
+        """Open a decode step while a CUDA graph is captured, to be run again by `begin_replay`.
+
+        `rows` [B] int32 and `search` [] int32 are what the graph reads then.
+        """
+        quota = Quota(None, self.tables, self._holding)
+        given = Batch(self.tables, slice(0, len(rows)), self.eviction, 0, True, True, False, quota)
+        self.step = step = FusedStep(given, rows, search)
+        return Replayed(step)
+
+    @bookkeeping
+    def make_room(self) -> None:
+        """Make tables wide enough for the next token, and for many more where they are not."""
+        self.settle()
+        tables, longest = self.tables, self.state.longest
+        with tables.pool.lock:
+            tables.pool.settle()
+            if longest >= tables.table.shape[3] * tables.pool.layout.page_size:
+                tables.widen(longest + WIDER)
+
+    @bookkeeping
+    def begin_replay(self, step: Replayed, valid: Tensor | None) -> None:
+        """Open a forward of one column, which a CUDA graph runs; `commit` or `abandon` ends it. See `begin`."""
+        self.settle()
+        self.memory.reclaim()
+        state, _ = self._open(len(self.rows), 1, captured=False)
+        tables, scattered = self.tables, state.scattered
+        given = Batch(tables, self.index, self.eviction, state.longest, True, scattered, state.shared, self.quota)
+        with tables.pool.lock, tables.pool.changing():
+            reserve_for(given, len(self.rows))
+            tables.pool.post()
+        step.prepare(self._running(valid), tables.flags[int(scattered)], scattered)
+        self._valid, self._columns, self.step = valid, 1, step
 
     @bookkeeping
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens of each sequence, for a decode step captured in a CUDA graph.
 
-        Waits for the device. The captured step may be replayed `tokens` times; tell `replayed` how often. Raises
-        CacheBudgetError where there is no room.
+        Nobody else gets these pages. The captured step may be replayed `tokens` times; tell `replayed` how often. Waits
+        for the device. Raises CacheBudgetError where there is no room.
         """
-        tables, S = self.tables, self.tables.pool.layout.page_size
-        with tables.pool.lock:
-            self._longest = int(tables.length[self.index].amax())
-            self._reserved = self._longest + tokens
-            tables.widen(self._reserved)
-            claim = tables.length[self.index].numel() * -(-tokens // S)
-            self.quota.claim(claim, torch.tensor(claim))
-            tables.pool.reserve(claim, torch.tensor(claim))
+        self.settle()
+        pool = self.tables.pool
+        with pool.lock, pool.changing():
+            self._holding.state = state = replace(self.state, promise=None)  # what was promised is for this now
+            pool.demand.promises.add(self._holding)
+            self._holding.state = promised(self.tables, self.index, state, tokens, self.quota)
 
+    @bookkeeping
     def replayed(self, steps: int) -> None:
-        """Take note of `steps` tokens of each sequence that a CUDA graph has read meanwhile."""
-        self.seen += steps
-        self._longest += steps
-        self._before = None
-        self.tables.pool.post()
+        """Take note of `steps` tokens of each sequence that a CUDA graph has read meanwhile.
+
+        Raises CacheStateError where the graph has written elsewhere: rows have joined or left or tables have grown
+        since it was captured.
+        """
+        with self.tables.pool.lock:
+            self._holding.state = replayed(self.tables, self.state, steps)
 
     # Joining and leaving
 
@@ -222,110 +234,96 @@ class Sequences:
         """Take over all sequences of another batch, behind one's own; the other is empty then. Nothing is copied.
 
         The batch is as if the shorter sequences had been padded on the left. Raises CacheStateError where the other
-        is not over the same memory in the same mode, or runs a forward.
+        is not over the same memory in the same mode, or runs a forward, and CacheBudgetError where this batch has a
+        budget that does not hold both.
         """
         if self.tables is not other.tables or self.eviction != other.eviction:
             raise CacheStateError("only sequences of one attached model in one mode can run as one batch")
         if other is self or self.step is not None or other.step is not None:
             raise CacheStateError("a batch cannot take over sequences while a forward runs, nor its own")
-        seen = max(self.seen, other.seen)
-        parts = [F.pad(s.columns_read(), (seen - s.seen, 0)) for s in (self, other) if s.rows]
-        real = torch.cat(parts) if parts and (self.seen != other.seen or self._padded or other._padded) else None
-        rows, longest = list(other.rows), max(self._longest, other._longest)
-        flags = [a or b for a, b in zip(self._flags, other._flags, strict=True)]
-        self.boundaries.take(other.boundaries, seen - self.seen if self.rows else 0, seen - other.seen)
-        other.rows.clear()
-        self.rows += rows
-        self.seen, self.real, self._longest = seen, real, longest
-        self._cropped, self._scattered, self._shared = flags
-        self._changed()
-        other.reset()
-
-    @property
-    def _padded(self) -> bool:
-        return self.real is not None
-
-    @property
-    def _flags(self) -> tuple[bool, bool, bool]:
-        return self._cropped, self._scattered, self._shared
-
-    def _changed(self) -> None:
-        """Forget readings that are of another set of rows."""
-        self._late.forget()
-        self._epoch += 1
-        self.quota.forget()
+        self.settle()
+        other.settle()
+        pool = self.tables.pool
+        with pool.lock:
+            self.quota.admit(self.rows + other.rows)
+            both, none = joined(self.state, other.state, self.shape.device), State(epoch=other.state.epoch + 1)
+            ours, theirs = self._holding, other._holding
+            ours.state, theirs.state = both, none  # nothing is called between the two, where an interrupt might come
+            self.quota.forget()
+            other.quota.forget()
 
     @bookkeeping
     def select(self, indices: Sequence[int]) -> None:
         """Keep the sequences at `indices`, in that order; a repeated one shares its pages with its copies.
 
-        The others leave and their pages are given back; nothing of those that stay is moved.
+        The others leave and their pages are given back; nothing of those that stay is moved. Leading columns that are
+        padding in all that stay are forgotten, so `seen` may fall and boundaries fall with it. Raises CacheStateError
+        where there is no such sequence, and CacheBudgetError where a budget does not hold the copies.
         """
-        tables, before = self.tables, list(self.rows)
-        chosen: list[int] = []
+        self.settle()
+        before = self.rows
         for i in indices:
-            if before[i] in chosen:
-                chosen.append(tables.fork(before[i]))
-                self._shared = True
-            else:
-                chosen.append(before[i])
-        self.rows[:] = chosen
-        tables.leave([row for row in before if row not in chosen])
-        self.boundaries.follow(before, [(row, before[i]) for row, i in zip(chosen, indices, strict=True)])
-        self._changed()
-        if not chosen:
-            self._clear()
-        elif self.real is not None:
-            self.real = self.real[torch.as_tensor(indices, device=self.real.device)]
+            if not -len(before) <= i < len(before):
+                raise CacheStateError(f"there is no sequence {i} in a cache of {len(before)}")
+        tables, pool = self.tables, self.tables.pool
+        with pool.lock, pool.changing():
+            chosen: list[int] = []
+            for i in indices:
+                chosen.append(tables.fork(before[i]) if before[i] in chosen else before[i])
+            if len(chosen) > len(before):
+                self.quota.admit(chosen)
+            self._holding.state = selected(self.state, chosen, [i % len(before) for i in indices])
+            self.quota.forget()
+            tables.leave([row for row in before if row not in chosen])
 
     @bookkeeping
     def fork(self) -> "Sequences":
         """The same sequences in a batch of their own, which shares all pages until one of them writes."""
+        self.settle()
         twin = Sequences(self.shape, self.eviction, self.memory, self.quota.budget)
-        for row in self.rows:
-            twin.rows.append(self.tables.fork(row))
-            self._shared = True
-        twin.seen, twin.real, twin._longest = self.seen, self.real, self._longest
-        twin._cropped, twin._scattered, twin._shared = self._flags
-        twin.boundaries = self.boundaries.fork(zip(twin.rows, self.rows, strict=True))
+        pool = self.tables.pool
+        with pool.lock, pool.changing():
+            rows = tuple(self.tables.fork(row) for row in self.rows)
+            # A captured step would write into pages that are shared now, so it must be captured again.
+            state = replace(self.state, shared=bool(rows), promise=None, epoch=self.state.epoch + 1)
+            boundaries = state.boundaries.fork(zip(rows, self.rows, strict=True))
+            self._holding.state = state
+            twin._holding.state = replace(state, rows=rows, boundaries=boundaries)
         return twin
 
     @bookkeeping
     def reset(self) -> None:
         """End all sequences and give their memory back; no boundary is to be kept any more."""
-        self._end_all()
-        self.boundaries.wanted.clear()
-
-    def _end_all(self) -> None:
-        gone = list(self.rows)
-        self.rows.clear()
-        if gone:
-            self.tables.leave(gone)
-        self.boundaries.forget()
-        self._changed()
-        self._clear()
+        self.step = None
+        pool = self.tables.pool
+        with pool.lock, pool.changing():
+            self._end_all(Boundaries())
 
     @bookkeeping
     def crop(self, columns: int) -> None:
-        """Take the newest columns back: exact, or CacheStateError where what would be seen again is gone."""
-        if columns == self.seen:
-            self._end_all()
+        """Take the newest columns back: exact, or CacheStateError where what would be seen again is gone.
+
+        Raises CacheBudgetError, with nothing changed, where a page that others see too would have to be copied and
+        there is no room.
+        """
+        self.settle()
+        tables, index, pool, state = self.tables, self.index, self.tables.pool, self.state
+        if columns == state.seen:
+            with pool.lock, pool.changing():
+                self._end_all(state.boundaries.forgotten())
             return
-        tables, index = self.tables, self.index
-        now = tables.position[index] - self.columns_read()[:, -columns:].sum(1).int()
-        if bool((tables.lost[index] >= now[:, None, None]).any()):
-            raise CacheStateError(
-                f"cannot crop back to position {int(now.min())}: tokens visible from there are already evicted"
-            )
-        rewind(tables, index, now, self._shift)
-        self.boundaries.drop_after(dict(zip(self.rows, now.tolist(), strict=True)))
-        if self.real is not None:
-            self.real = self.real[:, :-columns]
-        self.seen -= columns
-        self._cropped = True
-        self._scatter()
-        self._late.forget()
-        self.quota.forget()
+        with pool.lock:
+            now = tables.position[index] - self.columns_read()[:, -columns:].sum(1).int()
+            if bool((tables.lost[index] >= now[:, None, None]).any()):
+                raise CacheStateError(
+                    f"cannot crop back to position {int(now.min())}: tokens visible from there are already evicted"
+                )
+            shared = named_elsewhere(pool, tables.table[index])
+            copies = int((pages_to_own(tables, cut(tables, index, now, self.shift)) & shared).sum())
+            with pool.changing():
+                self._reserve(copies, copies)
+            self._holding.state = cropped(state, columns, now)
+        self.settle()
 
     # Snapshots
 
@@ -333,15 +331,18 @@ class Sequences:
     def restore(self, snapshot: Snapshot, boundary: int) -> None:
         """Become the one sequence of a snapshot at a boundary; nothing may be held. Raises as `restore_into`."""
         assert not self.rows
-        counts, S = snapshot.counts(boundary), self.tables.pool.layout.page_size
-        pages = int(((counts + S - 1) // S).sum())
-        try:
-            self.memory.reclaim()
-            self.rows += self.tables.join(1)
-            self.quota.claim(pages, torch.tensor(pages))
-            restore_into(self.tables, self.rows[0], snapshot, boundary)
-        except BaseException:
-            self._end_all()
-            self.memory.pool.mend()
-            raise
-        self.seen, self._longest = boundary, int(counts.max())
+        counts, pool = snapshot.counts(boundary), self.tables.pool
+        pages = int(pages_for(counts, pool.layout.page_size).sum())
+        self.memory.reclaim()
+        with pool.lock, pool.changing():
+            (row,) = self.tables.join(1)
+            self.quota.claim(pages, pages, (row,))
+            restore_into(self.tables, row, snapshot, boundary)
+            self._holding.state = State(
+                rows=(row,),
+                seen=boundary,
+                lead=(0,),
+                longest=int(counts.max()),
+                boundaries=self.boundaries,
+                epoch=self.state.epoch + 1,
+            )

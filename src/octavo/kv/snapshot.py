@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from octavo.attention import PageLayout
+from octavo.config import NEVER
 from octavo.errors import CacheStateError, OutputFileError, SnapshotFileError
 
 KIND, FORMAT = "snapshot", 1
@@ -154,6 +156,8 @@ class Snapshot:
     def save(self, path: str | Path) -> None:
         """Write a file, aside first and then renamed, so that there is never half of one. Raises OutputFileError."""
         path = Path(path)
+        if not path.name or path.is_dir():
+            raise OutputFileError(f"cannot write {str(path)!r}: it names a folder, not a file")
         aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         try:
             with aside.open("wb") as file:
@@ -164,7 +168,8 @@ class Snapshot:
         except OSError as e:
             raise OutputFileError(f"cannot write {path}: {e.strerror or e}") from e
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Snapshot":
@@ -187,14 +192,21 @@ class Snapshot:
 def _assembled(
     boundaries: tuple[int, ...], layout: SnapshotLayout, identity: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Snapshot:
+    parts = _parts(tensors)
     segments, tails = (
-        tuple(Ragged(**_part(tensors, f"{kind}.{i}")) for i in range(len(boundaries))) for kind in ("segment", "tail")
+        tuple(Ragged(**parts[f"{kind}.{i}"]) for i in range(len(boundaries))) for kind in ("segment", "tail")
     )
     return Snapshot(boundaries, segments, tails, layout, identity, tensors.get("tokens"))
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+def _parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each segment and tail, by its prefix and their names."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        if prefix:
+            parts.setdefault(prefix, {})[last] = tensor
+    return parts
 
 
 def _settings(data: bytes, source: str | Path) -> dict[str, Any]:
@@ -210,25 +222,51 @@ def _settings(data: bytes, source: str | Path) -> dict[str, Any]:
 
 
 def _check(boundaries: tuple[int, ...], layout: SnapshotLayout, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError or KeyError unless the tensors are those of such a snapshot, of the right shapes."""
-    if not boundaries or any(not isinstance(p, int) for p in boundaries):
-        raise ValueError("boundaries must be whole numbers, at least one")
+    """Raise ValueError or KeyError unless the tensors are those of such a snapshot, of the right shapes and values."""
+    if not boundaries or any(type(p) is not int for p in boundaries) or boundaries[-1] >= NEVER:
+        raise ValueError("boundaries must be whole numbers that fit into 32 bits, at least one")
     if any(a >= b for a, b in pairwise((0, *boundaries))):
         raise ValueError(f"boundaries {boundaries} do not rise from 1")
-    expected = {"tokens"} & set(tensors)
+    expected, parts = {"tokens"} & set(tensors), _parts(tensors)
     for prefix, tail in _prefixes(len(boundaries)):
-        part = _part(tensors, prefix)
+        part = parts[prefix]
         if bool((part["counts"] < 0).any()):
             raise ValueError(f"{prefix}.counts has numbers below 0")
         for name, (dtype, shape) in layout.expected(part, tail=tail).items():
             if (part[name].dtype, part[name].shape) != (dtype, shape):
                 raise ValueError(f"{prefix}.{name} must be {dtype} of shape {list(shape)}")
             expected.add(f"{prefix}.{name}")
+        _check_slots(prefix, part, boundaries, layout)
     if set(tensors) != expected:
         raise ValueError(f"there are tensors that do not belong there: {', '.join(sorted(set(tensors) - expected))}")
     tokens = tensors.get("tokens")
     if tokens is not None and (tokens.dtype != torch.int32 or tokens.ndim != 1 or len(tokens) < boundaries[-1]):
         raise ValueError(f"tokens must be int32 of shape [n] with n at least {boundaries[-1]}")
+
+
+def _check_slots(prefix: str, part: dict[str, Tensor], boundaries: tuple[int, ...], layout: SnapshotLayout) -> None:
+    """Raise ValueError unless a segment or tail holds what a cache can have held at its boundary."""
+    kind, _, which = prefix.partition(".")
+    end, shift = boundaries[int(which)], layout.shift
+    first = 0 if kind == "tail" or which == "0" else boundaries[int(which) - 1] - shift
+    last = end if kind == "tail" else end - shift
+    position, counts = part["position"].long(), part["counts"].flatten().long()
+    head = torch.arange(len(counts)).repeat_interleave(counts)
+    if bool(((position < first) | (position >= last)).any()):
+        raise ValueError(f"{prefix} must have positions from {first} up to {last}")
+    if bool((position.diff() <= 0)[head.diff() == 0].any()):
+        raise ValueError(f"{prefix}.position must rise in every head")
+    for name in ("key_scale", "value_scale"):
+        if name in part and not bool(part[name].isfinite().all()):
+            raise ValueError(f"{prefix}.{name} must be finite")
+    if kind == "segment":
+        return
+    expiry, newest = part["expiry"].long(), position == end - 1
+    marked = expiry < NEVER if shift == 0 else ~newest
+    if bool((expiry < end).any()) or bool((expiry != position + (layout.window or 0))[marked].any()):
+        raise ValueError(f"{prefix} must hold marked tokens that expire a window after their position, from {end} on")
+    if bool((~marked & ((expiry != NEVER) | (shift == 0))).any()) or (shift and int(newest.sum()) != len(counts)):
+        raise ValueError(f"{prefix} must hold the newest token of every head where its mark is open, and no other")
 
 
 def _prefixes(count: int) -> Iterator[tuple[str, bool]]:

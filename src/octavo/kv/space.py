@@ -219,7 +219,7 @@ def spare_of(device: torch.device) -> int:
 def reserve(device: torch.device, nbytes: int | None, piece: int = 1) -> AddressRange:
     """A range of `nbytes` addresses on a device; None: as many bytes as the device has memory.
 
-    A slab holds at least one `piece` bytes long.
+    `piece`: bytes of what is kept there piece by piece. Each slab is at least as large as one.
     """
     least = slab_of(device, nbytes)
     slab = -(-piece // least) * least

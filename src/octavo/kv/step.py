@@ -1,14 +1,17 @@
 """What all forwards on pages share: the batch that runs them, and the positions of their new tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, SupportsInt
 
 import torch
 from torch import Tensor
 
 from octavo.config import Eviction
+from octavo.kv.late import capturing
+from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
-from octavo.kv.tables import Tables
+from octavo.kv.tables import Index, Tables
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,12 @@ class Batch:
     """The sequences of one step, and what the host knows of them without asking the device."""
 
     tables: Tables
-    index: slice | Tensor  # which rows of the tables
+    index: Index  # which rows of the tables
     eviction: Eviction | None
     longest: int  # no row has more slots
     expired: bool  # whether any slot can have expired
-    scattered: bool  # whether slots may be free elsewhere than `Tables.marks` says
-    shared: bool  # whether a page may be named by other rows too
+    scattered: bool  # see `State`
+    shared: bool  # see `State`
     quota: Quota
 
     @property
@@ -37,12 +40,23 @@ class Batch:
     @property
     def columns(self) -> int:
         """Table columns that may name pages; at least one, since kernels take no empty table."""
-        return max(1, -(-self.longest // self.tables.pool.layout.page_size))
+        return max(1, pages_for(self.longest, self.tables.pool.layout.page_size))
 
-    def reserve(self, claim: int, need: Tensor, wait: bool) -> None:
-        """See `PagePool.reserve`; within the quota of these sequences."""
-        self.quota.claim(claim, need)
-        self.tables.pool.reserve(claim, need, wait)
+    def reserve(self, claim: int, need: SupportsInt, wait: bool = True) -> None:
+        """See `PagePool.reserve`; within the quota of these sequences. A captured step has reserved before."""
+        if not capturing(self.tables.pool.device):
+            self.quota.claim(claim, need)
+            self.tables.pool.reserve(claim, need, wait)
+
+
+class Later:
+    """A number on the device that is computed only where somebody asks, who waits for it."""
+
+    def __init__(self, count: Callable[[], Tensor]) -> None:
+        self._count = count
+
+    def __int__(self) -> int:
+        return int(self._count())
 
 
 class New(NamedTuple):

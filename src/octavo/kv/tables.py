@@ -4,15 +4,26 @@ Rows join, fork and leave one at a time; a batch is a list of rows. Nothing of a
 are made anew, and `generation` says so: a CUDA graph that was captured before must be captured again.
 """
 
+import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from octavo.config import NEVER
-from octavo.kv.pool import NOWHERE, PagePool
+from octavo.kv.pool import NOWHERE, PagePool, pages_for
 
 WIDER = 8  # page tables grow by this many columns
+
+Index = slice | Tensor  # what selects rows
+
+
+class Holder(Protocol):
+    """Whoever has rows of tables: a batch of sequences."""
+
+    @property
+    def rows(self) -> Sequence[int]: ...
 
 
 class Tables:
@@ -27,18 +38,24 @@ class Tables:
     token at position p, -1 where it is not marked. A marked token of position p is visible up to p + window, so the
     query at q = p + window + 1 finds the slot that has just become free at place q % (window + 1), without a search.
     The last place takes what nobody reads.
+
+    `holders`: who has rows, and whether its owner is still there. Rows that nobody has are vacant as soon as somebody
+    looks (`vacate`), so an interrupted operation cannot lose any.
     """
 
     def __init__(self, pool: PagePool, layers: int, kv_heads: int, window: int | None) -> None:
         self.pool = pool
         self.window = window
         self.generation = 0
-        self.position = torch.zeros(0, dtype=torch.int32, device=pool.device)
-        self.length = torch.zeros(0, layers, kv_heads, dtype=torch.int32, device=pool.device)
-        self.lost, self.newest = torch.zeros_like(self.length), torch.zeros_like(self.length)
-        self.table = torch.zeros(0, layers, kv_heads, WIDER, dtype=torch.int32, device=pool.device)
-        self.marks = self.table.new_zeros(0, layers, kv_heads, 0 if window is None else window + 2)
+        self.holders: dict[int, tuple[weakref.ref[object], Holder]] = {}  # by id of the holder
         self._vacant: list[int] = []
+        device = pool.device
+        self.position = torch.zeros(0, dtype=torch.int32, device=device)
+        self.length = torch.zeros(0, layers, kv_heads, dtype=torch.int32, device=device)
+        self.lost, self.newest = torch.zeros_like(self.length), torch.zeros_like(self.length)
+        self.table = torch.zeros(0, layers, kv_heads, WIDER, dtype=torch.int32, device=device)
+        self.marks = self.table.new_zeros(0, layers, kv_heads, 0 if window is None else window + 2)
+        self.flags = torch.arange(2, dtype=torch.int32, device=device)  # no and yes, where a kernel asks
         pool.tables.add(self)
 
     @property
@@ -56,13 +73,17 @@ class Tables:
         """Bytes of all rows, taken or vacant."""
         return len(self.position) * self.row_nbytes
 
-    def nbytes_of(self, rows: Sequence[int]) -> int:
-        """Bytes of the pages that some rows name, each counted once, and of the rows."""
+    def pages_of(self, rows: Sequence[int]) -> int:
+        """Pages that some rows name, each counted once. Waits for the device."""
         if not rows:
             return 0
         index = self.index(rows)
         pages: Tensor = self.table[index][self.used(self.length[index])].unique()  # type: ignore[no-untyped-call]
-        return len(pages) * self.pool.page_nbytes + len(rows) * self.row_nbytes
+        return len(pages)
+
+    def nbytes_of(self, rows: Sequence[int]) -> int:
+        """Bytes of the pages that some rows name, each counted once, and of the rows."""
+        return self.pages_of(rows) * self.pool.page_nbytes + len(rows) * self.row_nbytes
 
     @property
     def taken(self) -> int:
@@ -74,32 +95,37 @@ class Tables:
         with self.pool.lock:
             missing = count - len(self._vacant)
             if missing > 0:
-                had = len(self.position)
-                grown = had + max(missing, had // 2)
-                for name, old in self._rows.items():
-                    new = old.new_zeros(grown, *old.shape[1:])
-                    new[:had] = old
-                    setattr(self, name, new)
-                self._vacant += range(had, grown)
-                self.generation += 1
-            self._vacant.sort(reverse=True)
-            rows = [self._vacant.pop() for _ in range(count)]
-            index = self.index(rows)
+                self._grow(max(missing, len(self.position) // 2))
+            vacant = sorted(self._vacant)
+            rows, index = vacant[:count], self.index(vacant[:count])
             self.position[index] = 0
             self.length[index] = 0
             self.table[index] = NOWHERE
             for each in (self.lost, self.newest, self.marks):
                 each[index] = -1
+            self._vacant = vacant[count:]
         return rows
+
+    def _grow(self, count: int) -> None:
+        """Add so many vacant rows."""
+        had = len(self.position)
+        grown = {name: old.new_zeros(had + count, *old.shape[1:]) for name, old in self._rows.items()}
+        for name, old in self._rows.items():
+            grown[name][:had] = old
+        self._replace(grown, vacant=[*self._vacant, *range(had, had + count)])
+
+    def _replace(self, tensors: dict[str, Tensor], vacant: list[int]) -> None:
+        """Exchange tensors of the rows, all of them or none, wherever an interrupt may fall."""
+        self.__dict__.update(tensors, _vacant=vacant, generation=self.generation + 1)
 
     def leave(self, rows: Sequence[int]) -> None:
         """Give back the pages of sequences that ended, and their rows."""
         with self.pool.lock:
-            for row in rows:
-                ids = self.table[row].long()
-                self.pool.drop(ids, self.used(self.length[row]))
+            for row in set(rows).difference(self._vacant):
+                self.pool.drop(self.table[row].long(), self.used(self.length[row]))
                 self.length[row] = 0
                 self._vacant.append(row)
+            self.pool.post()
 
     def fork(self, row: int) -> int:
         """A second sequence that shares all pages of one; either copies a page when it first writes into it."""
@@ -110,7 +136,21 @@ class Tables:
                 each[twin] = each[row]
         return twin
 
-    def index(self, rows: Sequence[int]) -> "slice | Tensor":
+    def vacate(self) -> None:
+        """Make vacant what nobody has: rows of batches that are gone, and of operations that were interrupted."""
+        holders = self.holders.items()
+        self.holders = {key: (owner, holder) for key, (owner, holder) in holders if owner() is not None}
+        taken = {row for _, holder in self.holders.values() for row in holder.rows}
+        self._vacant = [row for row in range(len(self.position)) if row not in taken]
+
+    def trim(self) -> None:
+        """Give the rows' memory back where none is taken."""
+        if len(self.position) and not self.taken:
+            empty = {name: old.new_zeros(0, *old.shape[1:]) for name, old in self._rows.items()}
+            empty["table"] = empty["table"].new_zeros(*empty["table"].shape[:-1], WIDER)
+            self._replace(empty, vacant=[])
+
+    def index(self, rows: Sequence[int]) -> "Index":
         """What selects these rows from the tensors: a slice where they lie in order, for views instead of copies."""
         first = rows[0] if rows else 0
         if list(rows) == list(range(first, first + len(rows))):
@@ -124,14 +164,13 @@ class Tables:
 
     def widen(self, slots: int) -> None:
         """Make room for so many slots in every row."""
-        columns = -(-slots // self.pool.layout.page_size)
-        if columns <= self.table.shape[3]:
+        columns, had = pages_for(slots, self.pool.layout.page_size), self.table.shape[3]
+        if columns <= had:
             return
-        columns = -(-max(columns, self.table.shape[3] * 9 // 8) // WIDER) * WIDER
+        columns = -(-max(columns, had * 9 // 8) // WIDER) * WIDER
         table = self.table.new_zeros(*self.table.shape[:3], columns)
-        table[..., : self.table.shape[3]] = self.table
-        self.table = table
-        self.generation += 1
+        table[..., :had] = self.table
+        self._replace({"table": table}, vacant=self._vacant)
 
     def visible(self, index: slice | Tensor) -> Tensor:
         """Slots that the next query of some rows can see, int64 [B, L, H]."""
@@ -143,6 +182,20 @@ class Tables:
         """Where `marks` keeps tokens at `position` [...] int32: int64 [...], the last place where not `real` (bool)."""
         assert self.window is not None
         return torch.where(real, position % (self.window + 1), self.window + 1).long()
+
+    def note_marks(
+        self, rows: Index | tuple[Index, slice | int], position: Tensor, real: Tensor, slot: Tensor, marked: Tensor
+    ) -> None:
+        """Tell `marks` of some rows (and layers) which of their tokens at `position` are `marked`, and in which slot.
+
+        `slot` int64 and `marked` bool [..., N]; `position` int32 and `real` bool, which says where there is a token at
+        all, are broadcast to them.
+        """
+        place = self.place_of(position, real).expand(slot.shape)
+        marks = self.marks[rows]
+        marks.scatter_(-1, place, torch.where(marked, slot, -1).int())
+        if isinstance(rows[0] if isinstance(rows, tuple) else rows, Tensor):  # then `marks` was a copy
+            self.marks[rows] = marks
 
     def find_marks(self, index: slice | Tensor, now: Tensor) -> None:
         """Make `marks` of some rows anew from their pages, as of position `now` [B] int32."""

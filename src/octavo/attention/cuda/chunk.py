@@ -23,6 +23,7 @@ from octavo.attention.cuda.tiles import (
     codes_of,
     for_codes,
     number,
+    power_of_2,
     precision,
     product,
     scale_of,
@@ -54,7 +55,7 @@ def kept(marked: Tensor, span: Span) -> Kept:
     """List the tokens that are not `marked` (bool [B, H, N]) of each sequence's span."""
     B, H, N = marked.shape
     column = torch.empty(B, H, N, dtype=torch.int32, device=marked.device)
-    before = torch.empty(B, H, triton.cdiv(N, BLOCK), dtype=torch.int32, device=marked.device)
+    before = torch.empty(B, H, -(-N // BLOCK), dtype=torch.int32, device=marked.device)
     if marked.numel():
         tables = marked.view(torch.uint8), span.first, span.columns, column, before
         _launch_list((B * H, 1, 1), (), tables, 0.0, (N, *marked.stride()), (H, BLOCK, SCANNED), num_warps=4)
@@ -90,7 +91,7 @@ def attend(
     tall = 64 if exact or not query.is_cuda else 128
     block = 32 if exact and query.is_cuda else BLOCK  # registers and memory of a core suffice for no more
     _launch_attend(
-        (triton.cdiv(n, tall), Hq, B),
+        (-(-n // tall), Hq, B),
         (query, key, value, stored.key, stored.value, scale_of(stored.key_scale, stored),
          scale_of(stored.value_scale, stored), stored.expiry, out),
         (span.first if marked is None else marked.view(torch.uint8), span.first if listed is None else listed.column,
@@ -100,7 +101,7 @@ def attend(
          *(marked.stride() if marked is not None else (0, 0, 0)),
          *((*table.stride()[:2], *length.stride()) if pages is not None else (0, 0, 0, 0)),
          stored.key.stride(0), stored.expiry.stride(0), *out.stride()[:2]),
-        (Hq // H, D, triton.next_power_of_2(D), stored.key.shape[1], tall, block, BLOCK, marked is not None,
+        (Hq // H, D, power_of_2(D), stored.key.shape[1], tall, block, BLOCK, marked is not None,
          pages is not None, 0 if pages is None else codes_of(pages), precision(query)),
         num_warps=8 if tall == 128 and D > 64 else 4, num_stages=stages(2 if exact else 3, key, query),
     )  # fmt: skip

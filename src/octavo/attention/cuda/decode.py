@@ -9,6 +9,7 @@ Programs take shares by their number and rows lie in order, so the part of row r
 along the shares either r or p grows, hence no place is used twice.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from octavo.attention.cuda.tiles import (
     codes_of,
     for_codes,
     number,
+    power_of_2,
     precision,
     product,
     scale_of,
@@ -45,7 +47,7 @@ class Written(NamedTuple):
 
     key: Tensor  # [B, H, 1, D]
     value: Tensor  # [B, H, 1, D]
-    slot: Tensor  # [B, H, 1] int64
+    slot: Tensor  # [B, H, 1] int32 or int64
     position: Tensor  # [B, 1] int32, -1 is padding: it is not put anywhere
 
 
@@ -58,13 +60,15 @@ def attend(
     scale: float,
     begin: Tensor | None = None,  # [B * H + 1] int32
     new: Written | None = None,
+    rows: Tensor | None = None,  # [B] int32
     programs: int | None = None,
 ) -> Tensor:  # [B, n, Hq, D]
     """`reference.attend` without a chunk. `begin` is what `begins` gives for `length`, None: made here.
 
     `new`, only where n is 1, is written first: its slot is among the `length` ones, and its position and expiry are
-    there already. Then no slot may lie after its sequence's query. `programs`: how many share the work, None: as suits
-    the GPU. The host does not wait for the device.
+    there already. Then no slot may lie after its sequence's query. `rows`: which lines of `table` and `length` the
+    sequences have, -1 where there is none; None: the b-th has line b. `programs`: how many share the work, None: as
+    suits the GPU. The host does not wait for the device.
     """
     B, Hq, n, D = query.shape
     H, S = table.shape[1], pages.key.shape[1]
@@ -74,31 +78,32 @@ def attend(
         return out
     begin = begins(length) if begin is None else begin
     programs = programs_for(query.device) if programs is None else programs
-    rows = max(16, min(TALL, triton.next_power_of_2(G * n)))
-    tiles = -(-G * n // rows)
-    part = torch.empty((R + programs) * tiles * rows * (D + 1), dtype=torch.float32, device=query.device)
+    tall = max(16, min(TALL, power_of_2(G * n)))
+    tiles = -(-G * n // tall)
+    part = torch.empty((R + programs) * tiles * tall * (D + 1), dtype=torch.float32, device=query.device)
     key, value, slot, position = new or (query, query, length, at)
-    wide, codes = triton.next_power_of_2(D), codes_of(pages)
+    wide, codes = power_of_2(D), codes_of(pages)
     _launch_attend(
         (programs, tiles, 1),
         (query, pages.key, pages.value, scale_of(pages.key_scale, pages), scale_of(pages.value_scale, pages),
          pages.position, pages.expiry, part, out, key, value),
-        (at, table, length, begin, slot, position),
+        (at, table, length, begin, slot, position, at if rows is None else rows),
         scale * LOG2E,
         (R, *query.stride()[:3], at.stride(0), *table.stride()[:2], *length.stride(), *out.stride()[:2],
          pages.key.stride(0), pages.position.stride(0), *key.stride()[:2], *value.stride()[:2], *slot.stride()[:2],
          position.stride(0)),
-        (H, G, n, D, wide, S, rows, tiles, BLOCK, triton.next_power_of_2(min(R, COUNTED)), new is not None, codes,
-         precision(query)),
+        (H, G, n, D, wide, S, tall, tiles, BLOCK, power_of_2(min(R, COUNTED)), new is not None,
+         rows is not None, codes, precision(query)),
         num_warps=WARPS, num_stages=stages(STAGES, pages.key, query), maxnreg=REGISTERS,
     )  # fmt: skip
     _launch_merge(
         (R, G * n, 1), (part, out), (begin,), 0.0, (R, programs, *out.stride()[:2]),
-        (H, G, n, D, wide, tiles * rows, 16), num_warps=4,
+        (H, G, n, D, wide, tiles * tall, 16), num_warps=4,
     )  # fmt: skip
     return out
 
 
+@cache
 def programs_for(device: torch.device) -> int:
     """How many programs share the work of a layer."""
     if device.type != "cuda":  # Triton's interpreter
@@ -107,18 +112,18 @@ def programs_for(device: torch.device) -> int:
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["at", "table", "length", "begins", "new_slot", "new_position"],
+    do_not_specialize_on_alignment=["at", "table", "length", "begins", "new_slot", "new_position", "rows"],
     do_not_specialize=["R"],
 )
 def _attend(
     query, key, value, key_scale, value_scale, position, expiry, part, out, new_key, new_value,
-    at, table, length, begins, new_slot, new_position,
+    at, table, length, begins, new_slot, new_position, rows,
     scale,
     R, query_b, query_h, query_n, at_b, table_b, table_h, length_b, length_h, out_b, out_n, page_key, page_slot,
     new_key_b, new_key_h, new_value_b, new_value_h, new_slot_b, new_slot_h, new_position_b,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, WRITES: tl.constexpr,
-    CODES: tl.constexpr, PRECISION: tl.constexpr,
+    INDEXED: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program, tile = tl.program_id(0), tl.program_id(1)
     total = tl.load(begins + R).to(tl.int64)
@@ -141,8 +146,13 @@ def _attend(
         stop = tl.minimum(last, end)
         if first < stop:
             b, h = row // H, row % H
-            used = tl.load(length + b * length_b + h * length_h)
-            names = table + b * table_b + h * table_h
+            line_of = b
+            if INDEXED:
+                line_of = tl.load(rows + b)
+            # Of no sequence nothing is read; line 0 stands for it.
+            used = tl.load(length + tl.maximum(line_of, 0).to(tl.int64) * length_b + h * length_h)
+            used = tl.where(line_of < 0, 0, used)
+            names = table + tl.maximum(line_of, 0).to(tl.int64) * table_b + h * table_h
             low, high = (first - begin) * BLOCK, tl.minimum((stop - begin) * BLOCK, used)
             if WRITES:
                 taken = tl.load(new_slot + b * new_slot_b + h * new_slot_h).to(tl.int32)

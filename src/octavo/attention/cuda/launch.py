@@ -49,7 +49,8 @@ class Launcher:
         kind = (place, tuple([t.dtype for t in tensors]), numbers, constants)
         compiled = self._compiled.get(kind) if addresses % ALIGNED == 0 else None
         if compiled is not None:
-            compiled[grid](*tensors, *tables, scale, *numbers, *constants)
+            stream = torch._C._cuda_getCurrentRawStream(place.index)
+            compiled[grid](*tensors, *tables, scale, *numbers, *constants, stream=stream)
             return None
         compiled = self._kernel[grid](*tensors, *tables, scale, *numbers, *constants, **options)
         if compiled is not None and addresses % ALIGNED == 0:  # Triton's interpreter compiles nothing

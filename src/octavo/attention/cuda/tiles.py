@@ -10,6 +10,11 @@ from octavo.attention.pages import Pages
 LOG2E = 1.4426950408889634  # exponentials are in base 2
 
 
+def power_of_2(n: int) -> int:
+    """The smallest that is at least n; Triton's own function takes longer than a launch."""
+    return 1 << (n - 1).bit_length()
+
+
 def precision(query: Tensor) -> str:
     """How `product` multiplies for these queries: float32 is not shortened to tf32, since results are compared."""
     if not query.is_cuda:
@@ -19,7 +24,7 @@ def precision(query: Tensor) -> str:
 
 def stages(most: int, stored: Tensor, query: Tensor) -> int:
     """How many tiles of keys and values [..., D] may be on their way at once, given a core's memory; `most` at most."""
-    width: int = triton.next_power_of_2(stored.shape[-1]) * max(stored.element_size(), query.element_size())
+    width = power_of_2(stored.shape[-1]) * max(stored.element_size(), query.element_size())
     return max(1, min(most, 1024 // width))  # of 64 keys and values each; there are 227 KiB, and queries take some
 
 
@@ -112,7 +117,8 @@ def attended(x, m, s, acc):
 
 @triton.jit
 def coded(x, CODES: tl.constexpr):
-    """(codes, scale) of a key or value [..., D], to the bit as `pages.quantised`; 1: int8, 2: float8."""
+    """(codes, scale) of a key or value [..., D] as `pages.quantised` gives them, but for the scale's last bit: there a
+    GPU multiplies by a rounded 1 / 127. `CODES` 1: int8, 2: float8."""
     x = x.to(tl.float32)
     most = tl.maximum(tl.max(tl.abs(x), -1, keep_dims=True), 1e-30)
     if CODES == 1:

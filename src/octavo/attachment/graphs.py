@@ -1,0 +1,140 @@
+"""Decode steps of an attached model in CUDA graphs: a step of one token per sequence costs the host one launch.
+
+A graph holds the decoder's own forward for one batch size: planning, all layers and noting what expires, as
+`octavo.kv.fused_step` does them. What changes from step to step stands in tensors that the graph reads: the tokens,
+their positions, and which sequences they belong to. The first step of a batch size runs as usual, so that everything is
+compiled; the second is captured, and from then on steps are replayed.
+
+A graph reads the memory that the parameters had when it was captured, and runs the modules as they were then. Where a
+parameter has moved, it is captured anew; a model whose modules change (a LoRA adapter switched on or off, a hook) must
+be attached anew.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.attachment.forward import Forward
+from octavo.attention import cuda
+from octavo.kv.fused_step import Replayed
+from octavo.kv.late import capturing
+
+if TYPE_CHECKING:
+    from octavo.attachment.attachment import Attachment
+    from octavo.attachment.cache import KVCache
+
+_PLAIN = {  # arguments of a forward that a replayed one knows
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
+    "output_attentions", "output_hidden_states",
+}  # fmt: skip
+
+
+class _Captured(NamedTuple):
+    """One graph, and the tensors that it reads and writes."""
+
+    graph: Any  # torch.cuda.CUDAGraph
+    tokens: Tensor  # [B, 1] int64
+    positions: Tensor  # [B, 1] int64
+    step: Replayed
+    out: Any  # what the decoder returned; its `last_hidden_state` is written by every replay
+    generation: int  # of the tables whose addresses it holds
+    parameters: list[tuple[Tensor, int]]  # each with its address
+
+
+class Graphs:
+    """The graphs of one attachment."""
+
+    def __init__(self, attachment: "Attachment") -> None:
+        self._attachment = attachment
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._run: set[tuple[Any, ...]] = set()  # kinds of steps of which one has run as usual
+        self._pool: Any = None  # memory that all graphs share, since they run one after another
+
+    def suits(self, cache: "KVCache", kwargs: dict[str, Any], columns: int, trains: bool) -> bool:
+        """Whether this forward can be replayed; for the first of its kind, False."""
+        tokens, device = kwargs.get("input_ids"), cache.shape.device
+        if columns != 1 or trains or tokens is None or not cache.rows or not cuda.available(device):
+            return False
+        positions = kwargs.get("position_ids")
+        if capturing(device) or torch.is_autocast_enabled("cuda") or (positions is not None and positions.ndim > 2):
+            return False
+        if any(value is not None and name not in _PLAIN for name, value in kwargs.items()):
+            return False
+        config: Any = self._attachment.model.config
+        for name, default in (("return_dict", config.use_return_dict), ("output_hidden_states", False)):
+            value = kwargs.get(name)
+            if bool(default if value is None else value) != (name == "return_dict"):
+                return False
+        kind = self._kind(cache)
+        if kind in self._run:
+            return True
+        self._run.add(kind)
+        return False
+
+    def _kind(self, cache: "KVCache") -> tuple[Any, ...]:
+        return len(cache.rows), cache.swiftkv_on, id(cache.tables), cache.eviction
+
+    def run(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any:
+        """One token for each of a cache's sequences; what the decoder returns. The cache is as it was where it fails.
+
+        Raises CacheBudgetError.
+        """
+        given: Tensor | None = kwargs.get("position_ids")
+        try:
+            captured = self._fitting(cache)
+            cache.sequences.begin_replay(captured.step, valid)
+            captured.tokens.copy_(kwargs["input_ids"])
+            at = cache.position[:, None] if given is None else given
+            captured.positions.copy_(at if at.ndim == 2 else at[None])
+            captured.graph.replay()
+            moved = cache.moved if given is None else cache.moved_by(given)
+            cache.sequences.commit()
+            cache.moved = moved
+        except BaseException:
+            cache.abandon()
+            raise
+        return type(captured.out)(last_hidden_state=captured.out.last_hidden_state.clone(), past_key_values=cache)
+
+    def _fitting(self, cache: "KVCache") -> _Captured:
+        """The graph for this cache's next step, captured where there is none that holds."""
+        kind = self._kind(cache)
+        captured = self._captured.get(kind)
+        cache.sequences.make_room()
+        if captured is None or captured.generation != cache.tables.generation or _moved(captured.parameters):
+            self._captured.pop(kind, None)
+            captured = self._captured[kind] = self._capture(cache)
+        return captured
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _capture(self, cache: "KVCache") -> _Captured:
+        attachment, device, B = self._attachment, cache.shape.device, len(cache.rows)
+        tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        positions = torch.zeros_like(tokens)
+        rows = torch.full((B,), -1, dtype=torch.int32, device=device)
+        search = torch.zeros((), dtype=torch.int32, device=device)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        gates = attachment.modes.folded(cache.swiftkv_on)
+        transform = attachment.modes.transform() if cache.swiftkv_on else None
+        torch.cuda.synchronize(device)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                step = cache.begin_capture(rows, search)
+                forward = Forward(attachment.attention, cache, gates, keep=1, transform=transform)
+                out = attachment.original(
+                    input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
+                    octavo_forward=forward,
+                )  # fmt: skip
+                forward.commit()
+        finally:
+            cache.sequences.step = None
+        parameters = [*attachment.model.parameters(), *attachment.model.buffers()]
+        addresses = [(p, p.data_ptr()) for p in parameters]
+        return _Captured(graph, tokens, positions, step, out, cache.tables.generation, addresses)
+
+
+def _moved(parameters: list[tuple[Tensor, int]]) -> bool:
+    return any(p.data_ptr() != address for p, address in parameters)

@@ -1,0 +1,45 @@
+"""Settings as users give them, checked by value and by type before anything is made of them."""
+
+from typing import Any
+
+from octavo.config import CacheSettings
+from octavo.errors import CacheBudgetError, ConfigError
+from octavo.kv import CacheShape, Memory
+
+MOST_BYTES = 2**46  # what a process can address
+MOST_CHUNK = 2**31 - 1  # positions are int32
+MOST_SLOTS = 2**20  # of a page; sensible ones have 16 to 64
+
+
+def cache_settings(
+    shape: CacheShape, chunk: object, page_size: object, budget: object, kv_dtype: str | None, cuda_graphs: bool
+) -> CacheSettings:
+    """The settings of all caches of a model that looks like `shape`. Raises ConfigError, naming what is allowed."""
+    settings = CacheSettings(
+        whole("chunk", chunk, MOST_CHUNK, "tokens"),
+        whole("page_size", page_size, MOST_SLOTS, "slots"),
+        byte_budget(budget),
+        kv_dtype,
+        bool(cuda_graphs),
+    )
+    if settings.budget is not None and shape.device.type != "meta":
+        try:
+            Memory(shape.layout(settings), shape.kv_heads, shape.device, settings.budget)
+        except CacheBudgetError as e:
+            raise ConfigError(str(e)) from e
+        except (MemoryError, OSError, RuntimeError) as e:  # what systems say to ranges that they cannot address
+            raise ConfigError(f"{shape.device} cannot address a budget of {settings.budget:,} bytes: {e}") from e
+    return settings
+
+
+def byte_budget(value: object) -> int | None:
+    """A budget in bytes, or None for no bound. Raises ConfigError."""
+    return None if value is None else whole("budget", value, MOST_BYTES, "bytes")
+
+
+def whole(name: str, value: Any, most: int, unit: str) -> int:
+    """A whole number from 1 to `most`, also where it comes as a float such as 1e9. Raises ConfigError."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not 1 <= value <= most or value != int(value):
+        raise ConfigError(f"{name} must be a whole number of {unit} from 1 to {most:,}, not {value!r}")
+    return int(value)

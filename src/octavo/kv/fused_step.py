@@ -1,0 +1,127 @@
+"""A decode step on a GPU: one new token per sequence, planned, written and noted by kernels, for all layers at once.
+
+It gives what `octavo.kv.decode_step` gives with a hundredth of the launches, and depends on nothing that the host knows
+but the batch size, so one CUDA graph serves every step.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from octavo.attention import write
+from octavo.kv.plan import found
+from octavo.kv.step import Batch, New
+
+if TYPE_CHECKING:
+    from octavo.attention.cuda.plan import State
+
+
+class FusedStep:
+    """One new token for each sequence in `rows` [B] int32, lines of the batch's tables; -1: none, its output is zero.
+
+    `left` [] int32: how many slots were found free that `Tables.marks` did not name, where that was looked for.
+    """
+
+    decides_at_commit = True  # for all layers in one operation
+
+    def __init__(self, batch: Batch, rows: Tensor, search: Tensor) -> None:
+        """`search` [] int32: see `octavo.attention.cuda.plan.plan`."""
+        from octavo.attention.cuda import decode, plan
+
+        tables = batch.tables
+        self.batch, self.rows, self.search, self.filled = batch, rows, search, 0
+        self._decode, self._kernels = decode, plan
+        self._new: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values that no layer has asked for yet
+        with tables.pool.lock, tables.pool.changing():
+            tables.widen(batch.longest)
+            reserve_for(batch, len(rows))
+            self._planned = plan.plan(self._state, tables.pool.pages, rows, search, batch.shift)
+            tables.pool.post()
+        self.found: Tensor = self._planned.found
+        self.left: Tensor | None = self.found if batch.scattered else None
+        at, slot = self._planned.at, self._planned.slot[..., None]
+        each = tables.table.unbind(1), tables.length.unbind(1), slot.unbind(1), self._planned.begin.unbind(0)
+        self._layers = list(zip(*each, strict=True))  # cut once, since cutting costs the host as much as a launch
+        self.new = New(at[:, None], at[:, None], at, at, True)
+
+    @property
+    def _state(self) -> "State":
+        tables, pool = self.batch.tables, self.batch.tables.pool
+        return self._kernels.State(
+            tables.position, tables.length, tables.lost, tables.newest, tables.table, tables.marks,
+            pool.raw, pool.references, pool.free, pool.free_count,
+        )  # fmt: skip
+
+    def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
+        """Hold the new key and value [B, H, 1, D] of one layer; its first reader writes them."""
+        self.filled += 1
+        self._new[layer] = key, value
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention of the new tokens, [B, 1, Hq, D]; `query` [B, Hq, 1, D]."""
+        new, table, length, slot, begin = None, *self._layers[layer]
+        if layer in self._new:
+            new = self._decode.Written(*self._new.pop(layer), slot, self.new.position)
+        pages = self.batch.tables.pool.pages
+        return self._decode.attend(query, self.new.at, pages, table, length, scale, begin, new, self.rows)
+
+    def settle(self, layer: int) -> None:
+        """Nothing is held back."""
+
+    def commit(self, marked: Tensor | None) -> None:
+        """Write when the new tokens expire (`marked` [L, B, H, 1] bool, None: never) and move on."""
+        tables, planned = self.batch.tables, self._planned
+        for layer, (key, value) in self._new.items():  # layers that nobody has read
+            self._write(layer, key, value)
+        with tables.pool.lock:
+            decided = None if marked is None else marked[..., 0]
+            self._kernels.note(self._state, tables.pool.pages, self.rows, planned, decided, self.batch.shift)
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        tables, S = self.batch.tables, self.batch.tables.pool.layout.page_size
+        slot = self._planned.slot[:, layer].long().clamp(min=0)[..., None]  # [B, H, 1]
+        some = (self.rows >= 0)[:, None, None].expand_as(slot)
+        table = tables.table[self.rows.long().clamp(min=0), layer]
+        page, inside = found(table, slot, some, S)
+        write(tables.pool.pages, page, inside, key, value)
+
+
+class Replayed:
+    """A step inside a CUDA graph, as the host sees it when the graph runs: all that it does is in the graph."""
+
+    decides_at_commit = True
+
+    def __init__(self, step: FusedStep) -> None:
+        self._step = step
+        self.new = step.new  # written by the graph
+        self.left: Tensor | None = None
+
+    def prepare(self, rows: Tensor, search: Tensor, scattered: bool) -> None:
+        """Say which sequences run, [B] int32, and whether rows are to be searched, [] int32."""
+        self._step.rows.copy_(rows)
+        self._step.search.copy_(search)
+        self.left = self._step.found if scattered else None
+
+    def commit(self, marked: Tensor | None) -> None:
+        """The graph has done it."""
+
+
+def reserve_for(batch: Batch, sequences: int) -> None:
+    """Make sure that there are pages for one more token of so many sequences. Raises CacheBudgetError."""
+    claim = sequences * batch.tables.length[0].numel() * (1 + (1 + batch.shift) * batch.shared)
+    batch.reserve(claim, _Need(batch), wait=False)
+
+
+class _Need:
+    """How many pages the step needs at most, counted on the device only where somebody asks."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __int__(self) -> int:
+        batch, S = self._batch, self._batch.tables.pool.layout.page_size
+        length = batch.tables.length[batch.index]
+        pages = int((length % S == 0).sum())
+        if batch.shared:
+            pages += length.numel() * (1 + batch.shift)
+        return pages

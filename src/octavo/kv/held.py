@@ -1,0 +1,115 @@
+"""What a batch of sequences holds: its state, its rows of the tables, and what it counts."""
+
+from dataclasses import replace
+from typing import SupportsInt
+
+import torch
+from torch import Tensor
+
+from octavo.config import Eviction
+from octavo.kv.answers import Answers
+from octavo.kv.capture import Boundaries
+from octavo.kv.memory import Memory
+from octavo.kv.quota import Quota
+from octavo.kv.shape import CacheShape
+from octavo.kv.state import Holding, State
+from octavo.kv.tables import Index
+
+
+class Held:
+    """A batch of sequences as it is.
+
+    `state`: which they are, and what the host knows of them. `budget` (bytes, None: no bound) is for these sequences
+    alone.
+    """
+
+    def __init__(self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None) -> None:
+        self.shape, self.eviction, self.memory = shape, eviction, memory
+        self.tables = memory.tables(shape.cached_layers, eviction.window if eviction else None)
+        self._holding = Holding()
+        self.quota = Quota(budget, self.tables, self._holding)
+        self._answers = Answers(shape.device)
+        self._index: tuple[tuple[int, ...], Index] | None = None
+        self._ids: tuple[tuple[int, ...], Tensor] | None = None
+        memory.give_back_with(self, self.tables, self._holding)
+
+    @property
+    def state(self) -> State:
+        """Which sequences these are, and what the host knows of them."""
+        return self._holding.state
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The sequences' rows of `tables`, in the batch's order."""
+        return self.state.rows
+
+    @property
+    def seen(self) -> int:
+        """Columns read, padding included."""
+        return self.state.seen
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which columns seen are no padding, [B, seen] bool; None: all."""
+        return self.state.real
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """What is kept for snapshots."""
+        return self.state.boundaries
+
+    @property
+    def index(self) -> Index:
+        """What selects these sequences' rows from the tables."""
+        rows = self.rows
+        if self._index is None or self._index[0] != rows:
+            self._index = rows, self.tables.index(rows)  # a tensor on a GPU is not made again in every step
+        return self._index[1]
+
+    @property
+    def row_ids(self) -> Tensor:
+        """The same rows as numbers, int32 [B]."""
+        if self._ids is None or self._ids[0] != self.rows:
+            index = self.index
+            if isinstance(index, slice):  # made on the device: a copy would wait for it
+                ids = torch.arange(index.start, index.stop, dtype=torch.int32, device=self.shape.device)
+            else:
+                ids = index.int()
+            self._ids = self.rows, ids
+        return self._ids[1]
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens read by each sequence, int32 [B]: the next token's position."""
+        back = self.state.back
+        return (self.tables.position[self.index] if back is None else back.position).clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for these sequences: the pages that they name, each counted once, their table rows, and what is
+        kept for snapshots at boundaries."""
+        return self._holding.nbytes + self.tables.nbytes_of(self.rows)
+
+    @property
+    def shift(self) -> int:
+        """See `Eviction`."""
+        return self.eviction.shift if self.eviction else 0
+
+    def columns_read(self) -> Tensor:
+        """Which columns seen are no padding, [B, seen] bool."""
+        return self.state.columns_read(self.shape.device)
+
+    def _reserve(self, claim: int, need: SupportsInt) -> None:
+        self.quota.claim(claim, need)
+        self.tables.pool.reserve(claim, need)
+
+    def _end_all(self, boundaries: Boundaries) -> None:
+        """End all sequences, inside a change."""
+        state = self.state
+        self._holding.state = State(boundaries=boundaries, epoch=state.epoch + 1)
+        self.quota.forget()
+        self.tables.leave(state.rows)
+
+    def adopt(self, boundaries: Boundaries) -> None:
+        """Keep what another, empty batch was asked to keep."""
+        self._holding.state = replace(self.state, boundaries=boundaries)

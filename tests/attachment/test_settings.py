@@ -1,0 +1,109 @@
+"""What `attach` refuses before anything is made: settings that cannot be, layers that drop what a forward is told."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, NemotronConfig, StableLmConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from octavo import KVCache, attach
+from octavo.attachment import attachment_of, require_attachment
+from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
+from tiny import SHAPE, tiny_model, tokens
+
+WRONG = {
+    "budget": [0, -1, 1.5, 10**19, 2**70, 1e30, float("inf"), float("nan"), "1GB", True, [1]],
+    "page_size": [0, -4, 2.5, 10**12, "16", True, float("nan")],
+    "chunk": [0, -1, 0.5, 2**40, "512", False],
+}
+CASES = [(name, value) for name, values in WRONG.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{name}={value}" for name, value in CASES])
+def test_a_setting_that_cannot_be_is_refused_at_attach(name, value):
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=rf"{name} must be a whole number of \w+ from 1 to [\d,]+, not"):
+        attach(model, **{name: value})
+    assert attachment_of(model) is None
+
+
+@pytest.mark.parametrize("budget", [1, 1000, 10**5])
+def test_a_budget_that_holds_no_page_is_refused_at_attach(budget):
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=f"a budget of {budget:,} bytes holds no page; at least [0-9,]+ are needed"):
+        attach(model, budget=budget)
+    assert attachment_of(model) is None
+
+
+def test_whole_floats_are_numbers():
+    model = attach(tiny_model(), budget=1e9, page_size=8.0, chunk=16.0)
+    settings = require_attachment(model).settings
+    assert [settings.budget, settings.page_size, settings.chunk] == [10**9, 8, 16]
+    assert {type(n) for n in (settings.budget, settings.page_size, settings.chunk)} == {int}
+    with torch.no_grad():
+        model(tokens(1, 40), past_key_values=KVCache(model, budget=1e6))
+    assert require_attachment(attach(model, budget=np.float64(2e9))).settings.budget == 2 * 10**9
+
+
+@pytest.mark.parametrize("budget", [0, -5, 1.5, "x", True])
+def test_a_cache_s_own_budget_is_checked_alike(budget):
+    model = attach(tiny_model())
+    with pytest.raises(ConfigError, match="budget must be a whole number of bytes"):
+        KVCache(model, budget=budget)
+    with pytest.raises(CacheBudgetError), torch.no_grad():
+        model(tokens(1, 5), past_key_values=KVCache(model, budget=1))
+
+
+# Layers that drop what a forward is told
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("config", [StableLmConfig, NemotronConfig])
+def test_layers_that_pass_nothing_on_are_refused_at_attach(config):
+    model, ids = random_model(config(**SHAPE)), tokens(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with pytest.raises(UnsupportedModelError, match="DecoderLayer does not pass keyword arguments on to its atten"):
+            attach(model)
+        assert torch.equal(model(ids).logits, expected)
+    assert attachment_of(model) is None
+    assert not model.model.layers[0].self_attn._forward_pre_hooks
+
+
+class Deaf(LlamaDecoderLayer):
+    """A layer of somebody's own."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        return super().forward(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask)
+
+
+class Strict(LlamaDecoderLayer):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None):
+        return super().forward(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Deaf, "Deaf does not pass keyword"), (Strict, "forward of Strict takes no")]
+)
+def test_it_is_found_whatever_the_model_s_name(kind, reason):
+    model = tiny_model()
+    assert isinstance(model, LlamaForCausalLM)
+    model.model.layers[0].__class__ = kind
+    with pytest.raises(UnsupportedModelError, match=reason):
+        attach(model)
+
+
+def test_the_trial_of_a_layer_changes_nothing():
+    model, ids = tiny_model().train(), tokens(1, 20)
+    ran = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *a: ran.append(1))
+    model.model.register_forward_hook(lambda *a: ran.append(1))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    attach(model)
+    assert (ran, torch.equal(torch.get_rng_state(), before)) == ([], True)
+    model(ids, labels=ids).loss.backward()
