@@ -18,7 +18,8 @@ ARROWS = {  # a room and those that it imports, the lowest first: an arrow point
     "attachment": {"attention", "dms", "kv", "swiftkv"},
     "models": {"attachment", "dms", "swiftkv"},
     "retrofit": {"attachment", "dms", "swiftkv"},
-    "__init__": {"attachment", "dms", "models", "retrofit", "swiftkv"},
+    "engine": {"attachment", "kv", "models"},
+    "__init__": {"attachment", "dms", "engine", "models", "retrofit", "swiftkv"},
     "bench": {"vdb"},
     "cli": {"attachment", "bench", "dms", "models", "retrofit", "swiftkv", "vdb"},
 }
@@ -74,6 +75,11 @@ def test_only_three_modules_lie_beside_the_rooms() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == {"__init__", *FLAT}
 
 
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function runs on a GPU: kernels may be longer, since they cannot be cut without a cost."""
+    return any(ast.unparse(each).startswith("triton.jit") for each in node.decorator_list)
+
+
 def test_files_and_functions_are_short() -> None:
     long = []
     for path in ROOT.rglob("*.py"):
@@ -81,7 +87,7 @@ def test_files_and_functions_are_short() -> None:
         if (lines := len(text.splitlines())) > 350:
             long.append(f"{name}: {lines} lines")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > 60:
                     long.append(f"{name}: {node.name} has {lines} lines")
@@ -91,7 +97,8 @@ def test_files_and_functions_are_short() -> None:
 def test_attention_knows_tensors_only() -> None:
     for path in (ROOT / "attention").rglob("*.py"):
         outside = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
-        assert outside <= {"torch", "octavo"}, f"{path.name} imports {outside}"
+        allowed = {"torch", "octavo", "triton"} if path.parent.name == "cuda" else {"torch", "octavo"}
+        assert outside <= allowed, f"{path.name} imports {outside}"
 
 
 def test_import_is_cheap_and_leaves_torch_alone() -> None:

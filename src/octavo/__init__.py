@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from octavo.attachment.adapters import load_adapter
     from octavo.attachment.attach import attach, detach, set_swiftkv
     from octavo.dms.adapter import Adapter, save_adapter
+    from octavo.engine import LLM, SamplingParams
     from octavo.models import load, save_published
     from octavo.retrofit.evaluate import evaluate
     from octavo.swiftkv.adapter import SwiftKVAdapter, save_swiftkv_adapter
 
 __version__ = "0.1.0"
 __all__ = [
+    "LLM",
     "Adapter",
     "KVCache",
+    "SamplingParams",
     "Snapshot",
     "SwiftKVAdapter",
     "attach",
@@ -35,6 +38,8 @@ __all__ = [
 _HOMES = {
     "Adapter": "octavo.dms.adapter",
     "KVCache": "octavo.attachment",
+    "LLM": "octavo.engine",
+    "SamplingParams": "octavo.engine",
     "Snapshot": "octavo.attachment",
     "SwiftKVAdapter": "octavo.swiftkv.adapter",
     "attach": "octavo.attachment.attach",

@@ -1,0 +1,295 @@
+"""The engine: `step` is schedule, run, postprocess.
+
+On a GPU the host reads a step's tokens while the next one runs, so a request that has just ended takes part in one step
+more, whose token is dropped.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from octavo.engine.grammar import Constraint
+from octavo.engine.request import Output, Request
+from octavo.engine.runner import Runner
+from octavo.engine.sampling import Sampled, Sampler, SamplingParams
+from octavo.engine.scheduler import Plan, Scheduler
+from octavo.engine.text import Detokenizer, cut_at
+from octavo.errors import CacheBudgetError, ConfigError, PromptError
+
+STEP_TOKENS = {"cuda": 8192, "cpu": 512}  # by device: what a step spends at most
+
+
+class Engine:
+    """Requests over one attached model. Not for several threads at once.
+
+    `tokenizer` turns tokens into text and stop strings into ends; None: tokens only. `max_batch`: requests that run at
+    once. `step_tokens`: tokens of prompts and running requests in one step, None: 8,192 on CUDA, 512 elsewhere.
+
+    Raises ConfigError for impossible settings.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any = None, *, max_batch: int = 64, step_tokens: int | None = None
+    ) -> None:
+        device = model.device.type
+        step_tokens = STEP_TOKENS.get(device, STEP_TOKENS["cpu"]) if step_tokens is None else step_tokens
+        for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        config: Any = model.config
+        self.model, self.tokenizer = model, tokenizer
+        self.ends = _ends(model, tokenizer)
+        self.sampler = Sampler(max_batch, config.get_text_config().vocab_size, model.device, eos=tuple(self.ends))
+        self.scheduler = Scheduler(max_batch, step_tokens)
+        self.runner = Runner(model, self.sampler)
+        self._free = list(range(max_batch))[::-1]  # places in the sampler
+        self._arrived = 0
+        self._late: deque[tuple[list[Request], Sampled, Any]] = deque()
+        self._texts: dict[Request, Detokenizer] = {}
+
+    # Requests
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        text: str | None = None,
+        priority: int = 0,
+        constraint: Constraint | None = None,
+        on_token: Callable[[Request], None] | None = None,
+    ) -> Request:
+        """A new request for the tokens of a prompt; lower `priority` runs first. `on_token` is called after each token.
+
+        `constraint`: see `octavo.engine.grammar`; the host reads each of its tokens before the next step.
+
+        Raises PromptError where the prompt is empty or too long, and ConfigError where more samples are asked for than
+        may run at once.
+        """
+        params = params or SamplingParams()
+        config: Any = self.model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if not prompt:
+            raise PromptError("the prompt is empty; give at least one token")
+        if limit is not None and len(prompt) >= limit:
+            raise PromptError(f"the prompt has {len(prompt):,} tokens, the model has {limit:,} positions; shorten it")
+        if params.n > self.scheduler.max_batch:
+            raise ConfigError(f"n is {params.n}, and at most {self.scheduler.max_batch} requests run at once")
+        seed = torch.seed() % 2**63 if params.seed is None else params.seed
+        self._arrived += 1
+        output = Output(text, list(prompt))
+        request = Request(self._arrived, list(prompt), params, seed, output, priority, on_token=on_token)
+        request.constraint = constraint
+        request.siblings = params.n - 1
+        self.scheduler.add(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; what it holds is given back, and its output so far stays."""
+        self._settle()
+        if not request.done:
+            self._end(request, "cancelled")
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's memory for others; it goes on later with the same output."""
+        self._settle()
+        if request in self.scheduler.running:
+            self.runner.preempt(request)
+            self._release(request)
+        elif request in self.scheduler.prefilling:
+            request.forget()
+        else:
+            return
+        self.scheduler.back(request)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are not done."""
+        return self.scheduler.unfinished
+
+    # One step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Schedule, run, postprocess: some prompts read on, and each running request gets a token."""
+        plan = self.scheduler.plan()
+        self._run(plan)
+        self._postprocess(waits=not plan.decode)
+
+    def _run(self, plan: Plan) -> None:
+        if plan.decode:
+            self._decode()
+        for request, count in plan.prefill:
+            if not request.done and request in self.scheduler.prefilling:
+                self._prefill(request, count)
+
+    def _decode(self) -> None:
+        if any(request.constraint is not None for request in self.runner.running):
+            self._settle()  # a grammar must have seen a token before it says what may follow
+        while self.runner.running:
+            try:
+                sampled = self.runner.decode()
+            except CacheBudgetError as error:
+                self._make_room(None, error)
+            else:
+                self._post(list(self.runner.running), sampled)
+                return
+
+    def _prefill(self, request: Request, count: int) -> None:
+        while True:
+            try:
+                if request.snapshot is not None:
+                    self.runner.resume(request)
+                logits = self.runner.prefill(request, count)
+                break
+            except CacheBudgetError as error:
+                if not self._make_room(request, error):
+                    return
+            except Exception as error:  # one request's failure is not the others'
+                self._end(request, "error", error)
+                return
+        if logits is None:
+            return
+        for each in [request, *self._siblings(request)]:
+            each.slot = self._free.pop()
+            self.sampler.add(each.slot, each.params, each.prompt, each.seed, each.output.tokens)
+            sampled = self.runner.first(each, logits)
+            self.runner.join(each, sampled.tokens)
+            self.scheduler.ran(each)
+            self._post([each], sampled)
+
+    def _siblings(self, request: Request) -> list[Request]:
+        """The other samples of a prompt that has been read, on the same pages."""
+        made = []
+        for i in range(request.siblings):
+            output = Output(request.output.prompt, request.output.prompt_tokens, index=i + 1)
+            twin = Request(
+                request.number, request.prompt, request.params, request.seed + i + 1, output, request.priority,
+                on_token=request.on_token, read=request.read,
+            )  # fmt: skip
+            assert request.cache is not None
+            twin.constraint = None if request.constraint is None else request.constraint.copy()
+            twin.cache = copy.deepcopy(request.cache)
+            request.family.append(twin)
+            made.append(twin)
+        request.siblings = 0
+        return made
+
+    def _make_room(self, wanting: Request | None, error: CacheBudgetError) -> bool:
+        """Take memory from who came last; False where that is `wanting` itself, or it can never fit and has failed."""
+        self._settle()
+        victim = self.scheduler.victim(wanting)
+        alone = victim is None or (wanting is None and self.scheduler.holding() == [victim])
+        if alone:
+            failed = wanting or victim
+            assert failed is not None
+            self._end(failed, "error", error)
+            return False
+        assert victim is not None
+        if victim is wanting and victim.snapshot is None:
+            victim.forget()
+            self.scheduler.back(victim)
+        elif victim is wanting:
+            self.scheduler.back(victim)
+        else:
+            self.preempt(victim)
+        return victim is not wanting
+
+    # What came out
+
+    def _post(self, requests: list[Request], sampled: Sampled) -> None:
+        """Begin to bring a step's tokens to the host."""
+        event = None
+        if sampled.tokens.is_cuda:
+            tokens, logprobs, *top = (None if t is None else _arriving(t) for t in sampled)
+            assert tokens is not None
+            assert logprobs is not None
+            sampled = Sampled(tokens, logprobs, *top)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._late.append((requests, sampled, event))
+
+    def _postprocess(self, waits: bool) -> None:
+        """Take in the tokens of earlier steps, and of this one where the host need not wait for them or `waits`."""
+        while self._late and (waits or len(self._late) > 1 or self._late[0][2] is None):
+            self._take(*self._late.popleft())
+
+    def _settle(self) -> None:
+        """Take in all that has been sampled."""
+        self._postprocess(waits=True)
+
+    def _take(self, requests: list[Request], sampled: Sampled, event: Any) -> None:
+        if event is not None:
+            event.synchronize()
+        tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
+        for row, request in enumerate(requests):
+            if request.done:
+                if request in self.scheduler.running:  # it failed while it ran
+                    self._end(request, request.output.finish_reason or "error", request.output.error)
+                continue
+            output = request.output
+            output.tokens.append(tokens[row])
+            if request.constraint is not None:
+                request.constraint.accept(tokens[row])
+            if request.params.logprobs is not None:
+                output.logprobs.append(logprobs[row])
+                output.alternatives.append(sampled.alternatives(row, request.params.logprobs))
+            reason = self._reason(request, tokens[row])
+            if reason is not None:
+                self._end(request, reason)
+            if request.on_token is not None:
+                request.on_token(request)
+
+    def _reason(self, request: Request, token: int) -> str | None:
+        """Why a request ends with this token, None: it goes on. Adds the token's text."""
+        output, params = request.output, request.params
+        enough = len(output.tokens) >= params.min_tokens
+        ends = enough and ((token in self.ends and not params.ignore_eos) or token in params.stop_token_ids)
+        full = len(output.tokens) >= params.max_tokens or self._positions_end(request)
+        detokenizer = self._texts.setdefault(request, Detokenizer(self.tokenizer))
+        new = "" if ends else detokenizer.add(token, last=full)
+        output.text += new
+        at = cut_at(output.text, len(new), params.stops) if enough and params.stops else None
+        if at is not None:
+            output.text = output.text[:at]
+        return "stop" if ends or at is not None else "length" if full else None
+
+    def _positions_end(self, request: Request) -> bool:
+        config: Any = self.model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return limit is not None and len(request.tokens) >= limit
+
+    def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        request.output.finish_reason, request.output.error = reason, error
+        self.runner.leave([request])
+        request.forget()
+        self._release(request)
+        self._texts.pop(request, None)
+        self.scheduler.ended(request)
+
+    def _release(self, request: Request) -> None:
+        """Give back a request's place in the sampler."""
+        if request.slot is not None:
+            self.sampler.remove(request.slot)
+            self._free.append(request.slot)
+            request.slot = None
+
+
+def _arriving(t: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, whole when the device has got there."""
+    there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+    return there.copy_(t, non_blocking=True)
+
+
+def _ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Tokens that end a text."""
+    config: Any = model.generation_config
+    ends = getattr(config, "eos_token_id", None)
+    found = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return found

@@ -1,0 +1,211 @@
+"""The face of the engine: texts in, texts out."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from octavo.engine.engine import Engine
+from octavo.engine.grammar import Constraint, Grammars
+from octavo.engine.request import Output, Request
+from octavo.engine.sampling import SamplingParams
+from octavo.errors import ConfigError, NotAttachedError
+from octavo.models import load
+
+_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model that answers many prompts at once.
+
+    `model`: "default" (the embedded one), a folder, a GGUF file, a hub id, or a model that `octavo.attach` has joined;
+    then `tokenizer` comes with it and `adapter` and the settings that `attach` takes are its own. `kv_memory`: bytes
+    for keys and values, a number or a text such as "2GiB", None: no bound. `max_batch`: requests that run at once;
+    `step_tokens`: see `Engine`. `settings` go to `octavo.attach`; on CUDA decode steps run from graphs by default.
+
+    Not for several threads at once. Raises what `octavo.models.load` raises, and ConfigError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel = "default",
+        *,
+        tokenizer: Any = None,
+        adapter: Any = "auto",
+        kv_memory: int | str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        max_batch: int = 64,
+        step_tokens: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if isinstance(model, PreTrainedModel):
+            if "_octavo" not in model.__dict__:
+                raise NotAttachedError(f"{type(model).__name__} is not attached; call octavo.attach(model) first")
+            if kv_memory is not None or settings:
+                raise ConfigError("kv_memory and settings are those that octavo.attach was given with this model")
+            self.model, self.tokenizer = model, tokenizer
+        else:
+            on_gpu = torch.device(device).type == "cuda" if device else torch.cuda.is_available()
+            settings.setdefault("cuda_graphs", on_gpu)
+            self.model, self.tokenizer = load(
+                None if model == "default" else model, adapter, dtype=dtype, device=device,
+                budget=None if kv_memory is None else nbytes(kv_memory), **settings,
+            )  # fmt: skip
+        self.model.train(False)
+        self._grammars: Grammars | None = None
+        self.engine = Engine(self.model, self.tokenizer, max_batch=max_batch, step_tokens=step_tokens)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **grammar: Any,
+    ) -> list[Output]:
+        """Answer prompts, each a text or tokens; outputs in their order, the n samples of a prompt one after another.
+
+        `params`: for all, or one for each. `grammar`: `json_schema` (a dict or its text), `regex` or `ebnf`, to which
+        all answers conform; it needs xgrammar. An output whose request failed has its `error`. Raises PromptError for a
+        prompt that is empty or too long, and ConfigError for a bad grammar or where there are not as many params as
+        prompts.
+        """
+        constraint = self._constraint(grammar)
+        many = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)  # type: ignore[list-item]
+        each = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise ConfigError(f"{len(many)} prompts came with {len(each)} params; give one for all or one for each")
+        requests = []
+        try:
+            requests += [self._add(prompt, p, constraint) for prompt, p in zip(many, each, strict=True)]  # type: ignore[arg-type]
+            while any(not r.finished for r in requests):
+                self.engine.step()
+        except BaseException:
+            self._drop(requests)
+            raise
+        return [member.output for request in requests for member in (request, *request.family)]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        *,
+        template: Mapping[str, Any] | None = None,
+        **grammar: Any,
+    ) -> Output:
+        """The answer to a conversation, by the tokenizer's chat template; `template` goes to it, `grammar` as above.
+
+        Raises ConfigError where the tokenizer has none, PromptError where the conversation is too long.
+        """
+        return self.generate([self._chat_prompt(messages, template or {})], params, **grammar)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer's text, piece by piece as it comes; closing the iterator ends the request. Raises as `generate`,
+        and the error with which the request failed."""
+        request = self._add(prompt, params)
+        shown = 0
+        try:
+            while not request.done:
+                self.engine.step()
+                safe = request.output.text if request.done else _unambiguous(request)
+                if len(safe) > shown:
+                    yield safe[shown:]
+                    shown = len(safe)
+            if request.output.error is not None:
+                raise request.output.error
+        finally:
+            self._drop([request])
+
+    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[str]:
+        """`stream` for asyncio: steps run in a thread, one at a time; other requests of this LLM share them."""
+        request = self._add(prompt, params)
+        shown = 0
+        try:
+            while not request.done:
+                async with self._turn():
+                    if not request.done:
+                        await asyncio.to_thread(self.engine.step)
+                safe = request.output.text if request.done else _unambiguous(request)
+                if len(safe) > shown:
+                    yield safe[shown:]
+                    shown = len(safe)
+            if request.output.error is not None:
+                raise request.output.error
+        finally:
+            async with self._turn():
+                self._drop([request])
+
+    def _turn(self) -> asyncio.Lock:
+        """The lock of the running event loop: one step at a time."""
+        loop = asyncio.get_running_loop()
+        held: tuple[Any, asyncio.Lock] | None = self.__dict__.get("_lock")
+        if held is None or held[0] is not loop:
+            self.__dict__["_lock"] = held = (loop, asyncio.Lock())
+        return held[1]
+
+    def _add(self, prompt: Prompt, params: SamplingParams | None, constraint: Constraint | None = None) -> Request:
+        text = prompt if isinstance(prompt, str) else None
+        own = None if constraint is None else constraint.copy()
+        return self.engine.add(self._tokens(prompt), params, text=text, constraint=own)
+
+    def _constraint(self, grammar: Mapping[str, Any]) -> Constraint | None:
+        given = {name: value for name, value in grammar.items() if value is not None}
+        if not given:
+            return None
+        if not set(given) <= {"json_schema", "regex", "ebnf"} or len(given) > 1:
+            raise ConfigError(f"only one of json_schema, regex and ebnf can be given, not {', '.join(given)}")
+        if self.tokenizer is None:
+            raise ConfigError("a grammar needs a tokenizer; give one with the model")
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.engine.sampler.vocab_size, sorted(self.engine.ends))
+        ((name, value),) = given.items()
+        made: Constraint = getattr(self._grammars, name)(value)
+        return made
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ConfigError("this LLM has no tokenizer; give prompts as tokens, or a tokenizer with the model")
+        tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return tokens
+
+    def _chat_prompt(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ConfigError("the tokenizer has no chat template; use generate with a prompt of your own")
+        text = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **template
+        )
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokens
+
+    def _drop(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            for member in (request, *request.family):
+                if not member.done:
+                    self.engine.cancel(member)
+
+
+def nbytes(size: int | str) -> int:
+    """Bytes of a size such as 10**9, "512MiB" or "2 GiB". Raises ConfigError."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        return size
+    text = str(size).replace(" ", "").upper()
+    digits = text.rstrip("BKMGI")
+    try:
+        return int(float(digits) * _UNITS[text[len(digits) :] or "B"])
+    except (KeyError, ValueError, OverflowError) as e:
+        raise ConfigError(f"kv_memory must be a number of bytes or a text such as '2GiB', not {size!r}") from e
+
+
+def _unambiguous(request: Request) -> str:
+    """The text so far without an end that may turn out to begin a stop string."""
+    text, longest = request.output.text, 0
+    for stop in request.params.stops:
+        for length in range(1, min(len(stop), len(text) + 1)):
+            if text.endswith(stop[:length]):
+                longest = max(longest, length)
+    return text[: len(text) - longest]

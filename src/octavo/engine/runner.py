@@ -1,0 +1,130 @@
+"""Runs the model on what the scheduler has chosen: prompt chunks one request at a time, decode steps as one batch.
+
+The running requests are one `KVCache`. A request joins it when its prompt is read and leaves it when it is done or
+preempted; nothing of the others is moved. The tokens that go into the next step stay on the device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from octavo.attachment import KVCache
+from octavo.engine.grammar import words
+from octavo.engine.request import Request
+from octavo.engine.sampling import Allowed, Sampled, Sampler
+
+
+class Runner:
+    """The model, the running batch and its sampler."""
+
+    def __init__(self, model: PreTrainedModel, sampler: Sampler) -> None:
+        self.model, self.sampler = model, sampler
+        self.running: list[Request] = []  # in the order of the batch
+        self._batch: KVCache | None = None
+        self._tokens: Tensor | None = None  # [B, 1] int64, what each of them reads next
+        self._slots: Tensor | None = None  # [B] int64, made anew when the batch changes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    # Prompts
+
+    def prefill(self, request: Request, count: int) -> Tensor | None:
+        """Read `count` more tokens of a request into its own cache; the last logits [1, V] when it has read all.
+
+        Raises CacheBudgetError, and nothing of them is read then.
+        """
+        if request.cache is None:
+            request.cache = KVCache(self.model)
+        tokens = request.tokens
+        part = torch.tensor([tokens[request.read : request.read + count]], device=self.device)
+        last = request.read + count == len(tokens)
+        logits = self.model(input_ids=part, past_key_values=request.cache, logits_to_keep=1).logits
+        request.read += count
+        return logits[:, -1].float() if last else None
+
+    def first(self, request: Request, logits: Tensor) -> Sampled:
+        """The token that follows what a request has read."""
+        slots, position = (torch.tensor([n], device=self.device) for n in (request.slot, request.read))
+        return self.sampler.sample(logits, slots, position, self._allowed([request]))
+
+    def join(self, request: Request, token: Tensor) -> None:
+        """Take a request into the running batch; `token` [1] int64 is what it reads next."""
+        assert request.cache is not None
+        if self._batch is None or not self.running:
+            self._batch, self._tokens = KVCache(self.model), None
+        self._batch.join(request.cache)
+        request.cache = None
+        token = token.view(1, 1)
+        self._tokens = token if self._tokens is None else torch.cat([self._tokens, token])
+        self.running.append(request)
+        self._slots = None
+
+    # Steps
+
+    def decode(self) -> Sampled:
+        """One token for each running request. Raises CacheBudgetError, and nothing has happened then."""
+        assert self._batch is not None
+        position = self._batch.position[:, None]
+        logits = self.model(
+            input_ids=self._tokens, position_ids=position, past_key_values=self._batch, logits_to_keep=1
+        ).logits[:, -1]
+        for request in self.running:
+            request.read += 1
+        if self._slots is None:
+            self._slots = torch.tensor([request.slot for request in self.running], device=self.device)
+        sampled = self.sampler.sample(logits, self._slots, position[:, 0] + 1, self._allowed(self.running))
+        self._tokens = sampled.tokens[:, None]
+        return sampled
+
+    def _allowed(self, requests: Sequence[Request]) -> Allowed | None:
+        """What the grammars of some requests, one a row, allow. A grammar that fails is its own request's failure."""
+        rows, bits = [], []
+        for row, request in enumerate(requests):
+            if request.constraint is None or request.done:
+                continue
+            mask = torch.empty(words(self.sampler.vocab_size), dtype=torch.int32)
+            try:
+                request.constraint.fill(mask)
+            except Exception as error:
+                request.output.error, request.output.finish_reason = error, "error"
+            else:
+                rows.append(row)
+                bits.append(mask)
+        return Allowed(torch.tensor(rows, device=self.device), torch.stack(bits).to(self.device)) if rows else None
+
+    # Leaving
+
+    def leave(self, requests: Sequence[Request]) -> None:
+        """End the part of some running requests in the batch, and give their pages back."""
+        gone = [self.running.index(request) for request in requests if request in self.running]
+        if not gone:
+            return
+        assert self._batch is not None
+        assert self._tokens is not None
+        self._batch.leave(gone)
+        self.running = [request for request in self.running if request not in requests]
+        stay = [i for i in range(len(self._tokens)) if i not in gone]
+        self._tokens = self._tokens[torch.tensor(stay, dtype=torch.int64, device=self.device)] if stay else None
+        self._slots = None
+        if not self.running:
+            self._batch.reset()
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request out of the batch; what it has read goes to host memory as a snapshot."""
+        assert self._batch is not None
+        snapshot: Any = self._batch.snapshot(sequence=self.running.index(request))
+        request.snapshot = snapshot.to("cpu")
+        self.leave([request])
+
+    def resume(self, request: Request) -> None:
+        """Give a preempted request its cache back. Raises CacheBudgetError, and it stays preempted."""
+        assert request.snapshot is not None
+        request.cache = KVCache.restore(self.model, request.snapshot)
+        request.snapshot = None

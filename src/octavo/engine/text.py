@@ -1,0 +1,38 @@
+"""Text from tokens as they come, and where a stop string ends it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_BROKEN = "�"  # what tokenizers show for bytes that are no character yet
+
+
+class Detokenizer:
+    """Turns one request's tokens into text, piece by piece. `tokenizer` None: there is no text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # the tokens from here on are decoded together, since spaces depend on the token before
+        self._shown = 0  # of these, so many have been given out
+
+    def add(self, token: int, last: bool = False) -> str:
+        """The text that a token adds; it waits for more where a character is not whole, unless it is the `last`."""
+        if self._tokenizer is None:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._start : self._shown])
+        now = self._decode(self._tokens[self._start :])
+        if now.endswith(_BROKEN) and not last:
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        return now[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def cut_at(text: str, new: int, stops: Sequence[str]) -> int | None:
+    """Where the first stop string in `text` begins, of which the last `new` characters have just come; None: none."""
+    found = [text.find(stop, max(0, len(text) - new - len(stop) + 1)) for stop in stops]
+    begun = [at for at in found if at >= 0]
+    return min(begun) if begun else None

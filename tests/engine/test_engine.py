@@ -1,0 +1,185 @@
+"""The engine against `model.generate`: the same greedy tokens, whatever arrives, is cancelled or preempted."""
+
+import random
+
+import pytest
+import torch
+
+from octavo import attach
+from octavo.attachment import require_attachment
+from octavo.engine import Engine, SamplingParams
+from octavo.errors import CacheBudgetError, ConfigError, PromptError
+from tiny import tiny_adapter, tiny_model, tokens
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+def attached(evict=True, **settings):
+    model = tiny_model()
+    return attach(model, tiny_adapter(model, window=12) if evict else None, **settings)
+
+
+def expected(model, prompt, count):
+    """What `generate` answers, alone."""
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+def memory_of(model):
+    attachment = require_attachment(model)
+    memory = attachment.memory(attachment.modes.shape(attachment.swiftkv is not None))
+    memory.reclaim()
+    return memory
+
+
+def finish(engine, most=3000):
+    for _ in range(most):
+        if not engine.unfinished:
+            return
+        engine.step()
+    raise AssertionError("the engine does not get on")
+
+
+@pytest.mark.parametrize("evict", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_any_mix_of_requests_answers_as_generate(evict, seed):
+    dice, model = random.Random(seed), attached(evict)
+    engine = Engine(model, max_batch=dice.choice([1, 3, 8]), step_tokens=dice.choice([1, 7, 64]))
+    requests, cancelled = [], []
+    for i in range(10):
+        prompt = tokens(1, dice.choice([1, 2, 15, 40]), 100 * seed + i)[0].tolist()
+        params = SamplingParams(max_tokens=dice.choice([1, 2, 9, 25]), **GREEDY)
+        requests.append(engine.add(prompt, params, priority=dice.choice([0, 0, 1])))
+        for _ in range(dice.choice([0, 1, 5])):
+            engine.step()
+        if dice.random() < 0.3:
+            engine.preempt(dice.choice(requests))
+        if dice.random() < 0.2:
+            request = dice.choice(requests)
+            if not request.done:
+                engine.cancel(request)
+                cancelled.append(request)
+    finish(engine)
+    for request in requests:
+        wanted = expected(model, request.prompt, request.params.max_tokens)
+        if request in cancelled:
+            assert request.output.finish_reason == "cancelled"
+            assert request.output.tokens == wanted[: len(request.output.tokens)]
+        else:
+            assert (request.output.finish_reason, request.output.tokens) == ("length", wanted)
+    assert memory_of(model).sequences == memory_of(model).pool.held() == 0
+
+
+def test_memory_that_runs_short_preempts_and_answers_the_same():
+    model = attached(evict=False, budget=12 * 65536)
+    engine = Engine(model, max_batch=8, step_tokens=64)
+    prompts = [tokens(1, 150, i)[0].tolist() for i in range(8)]
+    requests = [engine.add(p, SamplingParams(max_tokens=60, **GREEDY)) for p in prompts]
+    preempted, back = [], engine.scheduler.back
+    engine.scheduler.back = lambda request: (preempted.append(request), back(request))
+    finish(engine)
+    assert preempted, "the budget was to be too small for all at once"
+    for request in requests:
+        assert request.output.error is None
+        assert request.output.tokens == expected(model, request.prompt, 60)
+    assert memory_of(model).pool.held() == 0
+
+
+def test_a_request_that_can_never_fit_fails_alone():
+    model = attached(evict=False, budget=12 * 65536)
+    engine = Engine(model, step_tokens=64)
+    big = engine.add(tokens(1, 1000, 1)[0].tolist(), SamplingParams(max_tokens=5, **GREEDY))
+    small = engine.add(tokens(1, 30, 2)[0].tolist(), SamplingParams(max_tokens=5, **GREEDY))
+    finish(engine)
+    assert isinstance(big.output.error, CacheBudgetError)
+    assert (big.output.finish_reason, small.output.finish_reason) == ("error", "length")
+    assert small.output.tokens == expected(model, small.prompt, 5)
+
+
+def test_samples_of_one_prompt_share_its_pages_and_differ():
+    model = attached(evict=False)
+    engine = Engine(model)
+    prompt = tokens(1, 300, 3)[0].tolist()
+    one = engine.add(prompt, SamplingParams(max_tokens=1, **GREEDY))
+    finish(engine)
+    request = engine.add(prompt, SamplingParams(n=8, seed=5, max_tokens=20, ignore_eos=True))
+    most = 0
+    while engine.unfinished:
+        engine.step()
+        most = max(most, memory_of(model).pool.held())
+    alone = memory_of(model).layout.page_size
+    members = [request, *request.family]
+    assert len(members) == 8
+    assert len({tuple(m.output.tokens) for m in members}) > 1
+    rows = 300 // alone * 2 * 2  # at least: pages of one sequence in 2 layers and heads
+    assert most < 8 * rows
+    assert one.output.tokens == expected(model, prompt, 1)
+    again = engine.add(prompt, SamplingParams(n=8, seed=5, max_tokens=20, ignore_eos=True))
+    finish(engine)
+    assert [m.output.tokens for m in (again, *again.family)] == [m.output.tokens for m in members]
+
+
+def test_a_seed_answers_the_same_whatever_runs_beside_it():
+    model = attached()
+    prompt, params = tokens(1, 20, 4)[0].tolist(), SamplingParams(seed=9, max_tokens=15, ignore_eos=True)
+    engine = Engine(model)
+    alone = engine.add(prompt, params)
+    finish(engine)
+    for i in range(4):
+        engine.add(tokens(1, 10 + i, i)[0].tolist(), SamplingParams(seed=i, max_tokens=30, ignore_eos=True))
+    engine.step()
+    among = engine.add(prompt, params)
+    finish(engine)
+    assert among.output.tokens == alone.output.tokens
+
+
+def test_a_request_whose_grammar_raises_fails_alone():
+    class Broken:
+        def fill(self, bits):
+            raise RuntimeError("no such rule")
+
+        def accept(self, token):
+            pass
+
+    model = attached()
+    engine = Engine(model)
+    bad = engine.add(tokens(1, 5, 1)[0].tolist(), SamplingParams(max_tokens=9, **GREEDY))
+    good = engine.add(tokens(1, 5, 2)[0].tolist(), SamplingParams(max_tokens=9, **GREEDY))
+    bad.constraint = Broken()
+    finish(engine)
+    assert bad.output.finish_reason == "error"
+    assert "no such rule" in str(bad.output.error)
+    assert good.output.tokens == expected(model, good.prompt, 9)
+
+
+def test_many_requests_leave_nothing():
+    dice, model = random.Random(0), attached(budget=40 * 65536)
+    engine = Engine(model, max_batch=6, step_tokens=40)
+    live = []
+    for i in range(120):
+        prompt = tokens(1, dice.randint(1, 60), i)[0].tolist()
+        live.append(engine.add(prompt, SamplingParams(max_tokens=dice.randint(1, 12), seed=i)))
+        for _ in range(dice.randint(0, 3)):
+            engine.step()
+        if dice.random() < 0.3:
+            engine.cancel(dice.choice(live))
+        if dice.random() < 0.2:
+            engine.preempt(dice.choice(live))
+    finish(engine)
+    memory = memory_of(model)
+    assert memory.sequences == memory.pool.held() == 0
+    assert all(request.done and request.slot is None and request.cache is None for request in live)
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * 5000])
+def test_impossible_prompts_are_refused(prompt):
+    with pytest.raises(PromptError):
+        Engine(attached()).add(prompt)
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ConfigError, match="max_batch"):
+        Engine(attached(), max_batch=0)
+    with pytest.raises(ConfigError, match="n is 9"):
+        Engine(attached(), max_batch=8).add([1], SamplingParams(n=9))
