@@ -6,6 +6,7 @@ import torch
 from octavo import KVCache, attach
 from octavo.attachment import require_attachment
 from octavo.dms import SoftGates
+from octavo.engine import Engine, SamplingParams
 from tiny import feed, tiny_adapter, tiny_model, tokens
 from tiny_swift import LAYERS, full, model_of, pair, swiftkv_for
 
@@ -161,3 +162,60 @@ def test_a_decode_step_in_a_cuda_graph_replayed_500_times_is_eager(evict, shift)
     assert captured.seen == eager.seen == 602
     assert torch.equal(captured.kept, eager.kept)
     assert captured.nbytes <= eager.nbytes * 1.1
+
+
+def evicting(shift=0, **settings):
+    model = tiny_model().cuda()
+    adapter = tiny_adapter(model, shift=shift)
+    return attach(model, adapter, **settings)
+
+
+@pytest.mark.parametrize(("shift", "kv_dtype"), [(0, None), (1, None), (0, "int8")])
+def test_decode_steps_from_graphs_answer_as_eager_ones(shift, kv_dtype):
+    ids = tokens(3, 60).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    options = {"do_sample": False, "max_new_tokens": 80, "min_new_tokens": 80}
+    answers = []
+    for graphs in (False, True):
+        model = evicting(shift, kv_dtype=kv_dtype, cuda_graphs=graphs)
+        answers.append([
+            model.generate(ids[:1], **options),
+            model.generate(ids, **options),
+            model.generate(ids, attention_mask=mask, **options),
+            model.generate(ids[:1], **options),  # the first graph again, with rows of other sequences
+        ])  # fmt: skip
+        kinds = require_attachment(model).graphs
+        assert (kinds is not None and len(kinds._captured) == 2) == graphs
+    for eager, replayed in zip(*answers, strict=True):
+        assert torch.equal(eager, replayed)
+
+
+def test_a_graph_is_captured_anew_where_parameters_have_moved():
+    model, ids = evicting(cuda_graphs=True), tokens(1, 40).cuda()
+    options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}
+    model.generate(ids, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.01
+    got, plain = model.generate(ids, **options), evicting()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.data = parameter.data * 1.01
+    assert torch.equal(got, plain.generate(ids, **options))
+
+
+def test_the_engine_on_the_gpu_answers_as_generate():
+    model = evicting(cuda_graphs=True)
+    engine, requests = Engine(model, max_batch=4, step_tokens=64), []
+    for i in range(9):
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=5 + 7 * i)
+        requests.append(engine.add(tokens(1, 10 + 13 * i, i)[0].tolist(), params))
+        engine.step()
+    engine.preempt(requests[1])
+    while engine.unfinished:
+        engine.step()
+    for request in requests:
+        ids, count = torch.tensor([request.prompt]).cuda(), request.params.max_tokens
+        expected = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        assert request.output.tokens == expected[0, ids.shape[1] :].tolist()

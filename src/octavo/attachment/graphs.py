@@ -37,7 +37,8 @@ class _Captured(NamedTuple):
     tokens: Tensor  # [B, 1] int64
     positions: Tensor  # [B, 1] int64
     step: Replayed
-    out: Any  # what the decoder returned; its `last_hidden_state` is written by every replay
+    kind: type  # of what the decoder returns
+    hidden: Tensor  # its last hidden state [B, 1, hidden]; the rest of it would keep a cache alive
     generation: int  # of the tables whose addresses it holds
     parameters: list[tuple[Tensor, int]]  # each with its address
 
@@ -62,7 +63,7 @@ class Graphs:
         if any(value is not None and name not in _PLAIN for name, value in kwargs.items()):
             return False
         config: Any = self._attachment.model.config
-        for name, default in (("return_dict", config.use_return_dict), ("output_hidden_states", False)):
+        for name, default in (("return_dict", getattr(config, "return_dict", True)), ("output_hidden_states", False)):
             value = kwargs.get(name)
             if bool(default if value is None else value) != (name == "return_dict"):
                 return False
@@ -94,7 +95,7 @@ class Graphs:
         except BaseException:
             cache.abandon()
             raise
-        return type(captured.out)(last_hidden_state=captured.out.last_hidden_state.clone(), past_key_values=cache)
+        return captured.kind(last_hidden_state=captured.hidden.clone(), past_key_values=cache)
 
     def _fitting(self, cache: "KVCache") -> _Captured:
         """The graph for this cache's next step, captured where there is none that holds."""
@@ -133,7 +134,8 @@ class Graphs:
             cache.sequences.step = None
         parameters = [*attachment.model.parameters(), *attachment.model.buffers()]
         addresses = [(p, p.data_ptr()) for p in parameters]
-        return _Captured(graph, tokens, positions, step, out, cache.tables.generation, addresses)
+        hidden = out.last_hidden_state
+        return _Captured(graph, tokens, positions, step, type(out), hidden, cache.tables.generation, addresses)
 
 
 def _moved(parameters: list[tuple[Tensor, int]]) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from octavo.attention.cuda.chunk import Span
 
 HELD = 2**26  # bytes of keys and values that may wait to be stored together
+HELD_ON_CUDA = 2**28  # there the host waits for the device each time
 
 
 class _Held(NamedTuple):
@@ -77,6 +78,7 @@ class ChunkStep:
         self._expired = batch.expired or bool(batch.eviction and columns > batch.window)
         self.lost = tables.lost[batch.index].clone()  # [B, L, H], what it must be after `rewind`
         self._held: dict[int, _Held] = {}
+        self._held_most = HELD_ON_CUDA if tables.pool.device.type == "cuda" else HELD
         self._ready: list[int] = []  # layers whose readers are done
         self.overwritten: list[Overwritten] = []  # what `rewind` must bring back
         with tables.pool.lock:
@@ -115,7 +117,7 @@ class ChunkStep:
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""
         self._ready.append(layer)
-        if 2 * self._held[layer].key.nbytes * len(self._ready) >= HELD:
+        if 2 * self._held[layer].key.nbytes * len(self._ready) >= self._held_most:
             self._store_ready()
 
     def commit(self, marked: Tensor | None) -> None:
