@@ -1,6 +1,6 @@
 """Prefill and decode on a GPU, attached against unattached, models taking turns.
 
-    python bench/cuda.py --tokens 500 8000 --batch 1 8 --out bench/results/cuda.json
+    python bench/gpu.py --tokens 500 8000 --batch 1 8 --out bench/results-gpu.json
 
 Prints a table and writes JSON with the commit, the hardware and the versions. Each round runs every model once on the
 same text, and a ratio is the median of the rounds' ratios, since the host's speed changes from minute to minute. The
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("bench/cuda.py needs a GPU; bench/cpu.py measures on the CPU")
+        sys.exit("bench/gpu.py needs a GPU; bench/cpu.py measures on the CPU")
     base, tokenizer = load_plain(device="cuda", dtype=torch.bfloat16)
     stream = tokenizer(read_text(args.text), return_tensors="pt", verbose=False)["input_ids"][0]
     stream = stream.repeat(-(-(max(args.tokens) + 997 * max(args.batch)) // len(stream)))

@@ -1,6 +1,6 @@
 """What the Triton kernels reach on a GPU: share of the copy bandwidth in decode, time against SDPA in prefill.
 
-    python bench/kernels.py --out bench/results/kernels.json
+    python bench/gpu_kernels.py --out bench/results-gpu-kernels.json
 
 Decode: one query per sequence, 8 KV heads of 128 numbers, 4 queries each, pages of 16 slots; 4,352 slots in every row,
 or as many on average with 257 to 32,768 in a row (lognormal). Bytes are those of keys, values, scales and expiries;
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from cuda import record
+from gpu import record
 from rich.console import Console
 from rich.table import Table
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("bench/kernels.py needs a GPU")
+        sys.exit("bench/gpu_kernels.py needs a GPU")
     copied = copy_bandwidth()
     cases = [(4, False), (1, True)]
     rows = [
