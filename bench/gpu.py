@@ -11,14 +11,13 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from cpu import record
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
@@ -108,6 +107,11 @@ def _row(
     return row
 
 
+def hardware() -> dict[str, Any]:
+    """The GPU and its CUDA version."""
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+
+
 def report(rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print a table for people and a line of JSON, and write the JSON to `out`."""
     table = Table("tokens", "batch", "model", "prefill", "of unattached", "decode", "of unattached")
@@ -119,24 +123,7 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
             cells += [f"{r['ms']:.2f} ms", f"{r['of_unattached_median']:.2f}x ({spread})"]
         table.add_row(*cells)
     Console(width=140).print(table)
-    print(json.dumps(record(out, rows=rows)))
-
-
-def record(out: Path | None, **measured: Any) -> dict[str, Any]:
-    """What was measured, with the commit, the hardware, the versions and the command line; written to `out`."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    whole = {
-        "command": sys.argv,
-        "commit": commit,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        **measured,
-    }
-    if out is not None:
-        out.write_text(json.dumps(whole, indent=2) + "\n")
-    return whole
+    print(json.dumps(record(out, **hardware(), rows=rows)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from gpu import record
+from cpu import record
+from gpu import hardware
 from rich.console import Console
 from rich.table import Table
 
@@ -129,7 +130,7 @@ def main() -> None:
         other.add_row(f"{r['tokens']:,}", *(f"{r[k]:.2f} ms" for k in ("sdpa_ms", "evicting_ms", "nothing_evicted_ms")))
     console = Console(width=120)
     console.print(f"copy: {copied / 1e9:,.0f} GB/s", table, other)
-    record(args.out, copy_GB_per_s=copied / 1e9, decode=rows, prefill=prefill)
+    record(args.out, **hardware(), copy_GB_per_s=copied / 1e9, decode=rows, prefill=prefill)
 
 
 if __name__ == "__main__":
