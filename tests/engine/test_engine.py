@@ -153,6 +153,20 @@ def test_a_request_whose_grammar_raises_fails_alone():
     assert good.output.tokens == expected(model, good.prompt, 9)
 
 
+def test_a_request_whose_listener_raises_fails_alone():
+    def listen(request):
+        if len(request.output.tokens) == 3:
+            raise RuntimeError("enough")
+
+    model = attached()
+    engine = Engine(model)
+    bad = engine.add(tokens(1, 5, 1)[0].tolist(), SamplingParams(max_tokens=9, **GREEDY), on_token=listen)
+    good = engine.add(tokens(1, 5, 2)[0].tolist(), SamplingParams(max_tokens=9, **GREEDY))
+    finish(engine)
+    assert (bad.output.finish_reason, str(bad.output.error)) == ("error", "enough")
+    assert good.output.tokens == expected(model, good.prompt, 9)
+
+
 def test_many_requests_leave_nothing():
     dice, model = random.Random(0), attached(budget=40 * 65536)
     engine = Engine(model, max_batch=6, step_tokens=40)

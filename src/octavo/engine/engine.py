@@ -63,7 +63,8 @@ class Engine:
         constraint: Constraint | None = None,
         on_token: Callable[[Request], None] | None = None,
     ) -> Request:
-        """A new request for the tokens of a prompt; lower `priority` runs first. `on_token` is called after each token.
+        """A new request for the tokens of a prompt; lower `priority` runs first. `on_token` is called after each token;
+        where it raises, its request ends with that error.
 
         `constraint`: see `octavo.engine.grammar`; the host reads each of its tokens before the next step.
 
@@ -183,6 +184,8 @@ class Engine:
         """Take memory from who came last; False where that is `wanting` itself, or it can never fit and has failed."""
         self._settle()
         victim = self.scheduler.victim(wanting)
+        if wanting is None and victim is None:
+            return True  # those that ran have ended meanwhile
         alone = victim is None or (wanting is None and self.scheduler.holding() == [victim])
         if alone:
             failed = wanting or victim
@@ -242,7 +245,11 @@ class Engine:
             if reason is not None:
                 self._end(request, reason)
             if request.on_token is not None:
-                request.on_token(request)
+                try:
+                    request.on_token(request)
+                except Exception as error:  # the others' tokens of this step are still to be taken in
+                    if not request.done:
+                        self._end(request, "error", error)
 
     def _reason(self, request: Request, token: int) -> str | None:
         """Why a request ends with this token, None: it goes on. Adds the token's text."""
