@@ -63,10 +63,10 @@ class Engine:
         constraint: Constraint | None = None,
         on_token: Callable[[Request], None] | None = None,
     ) -> Request:
-        """A new request for the tokens of a prompt; lower `priority` runs first. `on_token` is called after each token;
-        where it raises, its request ends with that error.
+        """A new request for the tokens of a prompt.
 
-        `constraint`: see `octavo.engine.grammar`; the host reads each of its tokens before the next step.
+        Lower `priority` runs first. `on_token` is called after each token; where it raises, its request ends with that
+        error. `constraint`: see `octavo.engine.grammar`; the host reads each of its tokens before the next step.
 
         Raises PromptError where the prompt is empty or too long, and ConfigError where more samples are asked for than
         may run at once.
