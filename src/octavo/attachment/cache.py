@@ -128,7 +128,6 @@ class KVCache(PagedCache):
         self.moved = moved  # [] bool on the device: whether any token stood elsewhere than at its own number; None: no
         self._joined = Late(self.shape.device)  # the same of what was joined, for a host that does not wait
         self._refused = False
-        self._decoded = 0  # steps of one token since the last of several
 
     def moved_by(self, position_ids: Tensor) -> Tensor | None:
         """What `moved` is after the running step, whose tokens stand at `position_ids` ([N], [B, N], [axes, B, N])."""
@@ -185,7 +184,6 @@ class KVCache(PagedCache):
         )
 
 
-LOOKED_AT = 16
 _CALLED = {"modules": "set of its modules' settings"}  # fields of an identity whose names say too little
 _MOVED = "its tokens were read at other position_ids than their numbers in the sequence, and nothing tells which"
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from octavo.attachment import positions
 from octavo.attachment.cache import KVCache
 from octavo.attachment.chunks import chunk_bounds, join, part_of
-from octavo.attachment.forward import NAME, Forward
+from octavo.attachment.forward import NAME, Forward, asked_for
 from octavo.attachment.standin import BoundCache, bind, release
 from octavo.errors import CacheError, CacheStateError, PromptError, UnsupportedModelError
 
@@ -179,6 +179,5 @@ def _refuse(attachment: "Attachment", kwargs: dict[str, Any]) -> None:
             f"this model's attention was set to {config._attn_implementation!r} after octavo.attach; attach it anew, "
             "or octavo.detach it first"
         )
-    wanted = kwargs.get("output_attentions")
-    if getattr(config, "output_attentions", False) if wanted is None else wanted:
+    if asked_for("output_attentions", kwargs, config):
         raise UnsupportedModelError("attention weights are not computed by Octavo; call octavo.detach(model) for them")

@@ -105,6 +105,12 @@ class Forward:
         return dense_attention(query, key, value, log_keep, window, scale, self.valid, self.packed)
 
 
+def asked_for(name: str, kwargs: dict[str, Any], config: Any, default: bool = False) -> bool:
+    """Whether a call asks for something: by its argument `name`, else by the model's configuration, else `default`."""
+    value = kwargs.get(name)
+    return bool(getattr(config, name, default) if value is None else value)
+
+
 def ask_for_logits(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -112,9 +118,7 @@ def ask_for_logits(
     keep = kwargs.get("logits_to_keep", 0)
     if not isinstance(keep, int) or keep < 1 or kwargs.get("labels") is not None:
         return None
-    config: Any = module.config
-    value = kwargs.get("output_hidden_states")
-    if getattr(config, "output_hidden_states", False) if value is None else value:
+    if asked_for("output_hidden_states", kwargs, module.config):
         return None
     return args, {**kwargs, "octavo_keep": keep}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.attachment.forward import Forward
+from octavo.attachment.forward import Forward, asked_for
 from octavo.attention import cuda
 from octavo.kv.fused_step import Replayed
 from octavo.kv.late import capturing
@@ -63,10 +63,8 @@ class Graphs:
         if any(value is not None and name not in _PLAIN for name, value in kwargs.items()):
             return False
         config: Any = self._attachment.model.config
-        for name, default in (("return_dict", getattr(config, "return_dict", True)), ("output_hidden_states", False)):
-            value = kwargs.get(name)
-            if bool(default if value is None else value) != (name == "return_dict"):
-                return False
+        if asked_for("output_hidden_states", kwargs, config) or not asked_for("return_dict", kwargs, config, True):
+            return False
         kind = self._kind(cache)
         if kind in self._run:
             return True
