@@ -27,8 +27,6 @@ class DecodeStep:
         self.batch = batch
         self.filled = 0  # layers whose keys and values came
         self.left: Tensor | None = None
-        self._fused = cuda.available(tables.pool.device)
-        self._new: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values that the kernel will write
         with tables.pool.lock, tables.pool.changing():
             tables.widen(batch.longest)
             self.new = counted(tables.position[batch.index].clone(), columns, valid)
@@ -60,7 +58,9 @@ class DecodeStep:
         if batch.expired:
             tables.lost[batch.index] = torch.maximum(tables.lost[batch.index], placed.lost)
         self.table, self.length, self.slot = table, placed.length, placed.slot
-        self._begins = cuda.begins(placed.length.transpose(0, 1)) if self._fused else None  # [L, B * H + 1]
+        self._begins: Tensor | None = None  # [L, B * H + 1]
+        if cuda.available(pool.device):
+            self._begins = cuda.begins(placed.length.transpose(0, 1))
         self.left = None if placed.left is None else placed.left.amax()
         self.page, self.inside = found(table, placed.slot, stored, S)
         self._newest = found(table, newest.clamp(min=0), newest >= 0, S) if batch.shift else None
@@ -87,10 +87,7 @@ class DecodeStep:
     def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
         """Write the new keys and values [B, H, N, D] of one layer into their slots."""
         self.filled += 1
-        if self._fused and key.shape[2] == 1:  # the kernel that attends writes it first
-            self._new[layer] = key, value
-        else:
-            write(self.batch.tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
+        write(self.batch.tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
@@ -100,10 +97,7 @@ class DecodeStep:
             return attend(query, at, pages, *where, scale)
         from octavo.attention.cuda import decode
 
-        new = None
-        if layer in self._new:
-            new = decode.Written(*self._new.pop(layer), self.slot[:, layer], self.new.position)
-        return decode.attend(query, at, pages, *where, scale, self._begins[layer], new)
+        return decode.attend(query, at, pages, *where, scale, self._begins[layer])
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""
@@ -111,8 +105,6 @@ class DecodeStep:
     def commit(self, marked: Tensor | None) -> None:
         """Write when the new tokens expire (`marked` [L, B, H, N] bool, None: never) and move on."""
         tables, batch, new = self.batch.tables, self.batch, self.new
-        for layer, (key, value) in self._new.items():  # layers that nobody has read
-            write(tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
         with tables.pool.lock:
             if tables.window is not None:
                 self._decide(marked)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from octavo.attention import write
-from octavo.kv.plan import found
-from octavo.kv.step import Batch, New
+from octavo.kv.plan import found, named_elsewhere
+from octavo.kv.step import Batch, Later, New
 
 if TYPE_CHECKING:
     from octavo.attention.cuda.plan import State
@@ -108,20 +108,13 @@ class Replayed:
 
 def reserve_for(batch: Batch, sequences: int) -> None:
     """Make sure that there are pages for one more token of so many sequences. Raises CacheBudgetError."""
-    claim = sequences * batch.tables.length[0].numel() * (1 + (1 + batch.shift) * batch.shared)
-    batch.reserve(claim, _Need(batch), wait=False)
+    tables, most = batch.tables, 1 + batch.shift  # pages that a row may have to copy
 
-
-class _Need:
-    """How many pages the step needs at most, counted on the device only where somebody asks."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-
-    def __int__(self) -> int:
-        batch, S = self._batch, self._batch.tables.pool.layout.page_size
-        length = batch.tables.length[batch.index]
-        pages = int((length % S == 0).sum())
+    def need() -> Tensor:
+        pages = (tables.length[batch.index] % tables.pool.layout.page_size == 0).sum()
         if batch.shared:
-            pages += length.numel() * (1 + batch.shift)
+            pages += most * named_elsewhere(tables.pool, tables.table[batch.index]).any(-1).sum()
         return pages
+
+    claim = sequences * tables.length[0].numel() * (1 + most * batch.shared)
+    batch.reserve(claim, Later(need), wait=False)
