@@ -136,6 +136,8 @@ def test_a_seed_answers_the_same_whatever_runs_beside_it():
 
 def test_a_request_whose_grammar_raises_fails_alone():
     class Broken:
+        vocab_size = 97
+
         def fill(self, bits):
             raise RuntimeError("no such rule")
 

@@ -16,20 +16,20 @@ from octavo.kv import PagedCache
 ROOM = str(Path(octavo.kv.__file__).parent)
 
 
-class InterruptAt:
-    """Raises KeyboardInterrupt when the n-th line of the room `kv` is about to run; counts lines."""
+class Interrupts:
+    """Raises KeyboardInterrupt before the line of the room `kv` of which `due` says so."""
 
-    def __init__(self, line=None):
-        self.line, self.count = line, 0
+    left_out = ()  # functions that are never interrupted
+
+    def due(self, frame):
+        raise NotImplementedError
 
     def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(ROOM) or frame.f_code.co_name in ("abandon", "rewind", "mend"):
+        if not frame.f_code.co_filename.startswith(ROOM) or frame.f_code.co_name in self.left_out:
             return None
-        if event == "line":
-            self.count += 1
-            if self.count == self.line:
-                sys.settrace(None)
-                raise KeyboardInterrupt
+        if event == "line" and self.due(frame):
+            sys.settrace(None)
+            raise KeyboardInterrupt
         return self
 
     def __enter__(self):
@@ -38,6 +38,19 @@ class InterruptAt:
 
     def __exit__(self, *args):
         sys.settrace(None)
+
+
+class InterruptAt(Interrupts):
+    """Interrupts when the n-th line is about to run; counts lines."""
+
+    left_out = ("abandon", "rewind", "mend")
+
+    def __init__(self, line=None):
+        self.line, self.count = line, 0
+
+    def due(self, frame):
+        self.count += 1
+        return self.count == self.line
 
 
 def prepared(eviction, shared):

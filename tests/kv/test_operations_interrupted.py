@@ -5,39 +5,27 @@ The cache then holds what it held or what it was to hold, goes on from there, an
 
 import copy
 import gc
-import sys
 
 import pytest
 import torch
-from test_interrupts import ROOM
+from test_interrupts import Interrupts
 from test_steps import SHAPE, D, H, L, Sequences, check, forward, new_memory
 
 from octavo.config import Eviction
 from octavo.kv import PagedCache
 
 
-class First:
+class First(Interrupts):
     """Interrupts when a line of the room `kv` runs for the n-th time of those that have not run before."""
 
     def __init__(self, n=None):
         self.n, self.lines = n, set()
 
-    def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(ROOM):
-            return None
-        if event == "line" and (at := (frame.f_code, frame.f_lineno)) not in self.lines:
-            self.lines.add(at)
-            if len(self.lines) == self.n:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self
-
-    def __enter__(self):
-        sys.settrace(self)
-        return self
-
-    def __exit__(self, *args):
-        sys.settrace(None)
+    def due(self, frame):
+        at = frame.f_code, frame.f_lineno
+        fresh = at not in self.lines
+        self.lines.add(at)
+        return fresh and len(self.lines) == self.n
 
 
 def prepared(eviction, count=1):

@@ -105,9 +105,14 @@ class Constraint:
         return logits.masked_fill(((word >> (token % 32)) & 1) == 0, -torch.inf)
 
 
-def allowed(constraints: Mapping[int, Constraint], device: torch.device | str) -> Allowed | None:
+def allowed(
+    constraints: Mapping[int, Constraint],
+    device: torch.device | str,
+    failed: Callable[[int, Exception], None] | None = None,
+) -> Allowed | None:
     """What `Sampler.sample` is to allow, given the constraints of some rows of the batch; None where there are none.
 
+    `failed` is told of a row whose constraint raises, and what is allowed there means nothing; None: the error goes on.
     One host-to-device copy, which the host does not wait for.
     """
     if not constraints:
@@ -117,7 +122,12 @@ def allowed(constraints: Mapping[int, Constraint], device: torch.device | str) -
     packed = torch.full((len(constraints), 1 + width), -1, dtype=torch.int32)
     for i, (row, constraint) in enumerate(constraints.items()):
         packed[i, 0] = row
-        constraint.fill(packed[i, 1 : 1 + words(constraint.vocab_size)])
+        try:
+            constraint.fill(packed[i, 1 : 1 + words(constraint.vocab_size)])
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(row, error)
     if device.type == "cuda":
         packed = packed.pin_memory()
     there = packed.to(device, non_blocking=True)

@@ -110,10 +110,9 @@ class LLM:
         try:
             while not request.done:
                 self.engine.step()
-                safe = request.output.text if request.done else _unambiguous(request)
-                if len(safe) > shown:
-                    yield safe[shown:]
-                    shown = len(safe)
+                if piece := _after(request, shown):
+                    shown += len(piece)
+                    yield piece
             if request.output.error is not None:
                 raise request.output.error
         finally:
@@ -128,10 +127,9 @@ class LLM:
                 async with self._turn():
                     if not request.done:
                         await asyncio.to_thread(self.engine.step)
-                safe = request.output.text if request.done else _unambiguous(request)
-                if len(safe) > shown:
-                    yield safe[shown:]
-                    shown = len(safe)
+                if piece := _after(request, shown):
+                    shown += len(piece)
+                    yield piece
             if request.output.error is not None:
                 raise request.output.error
         finally:
@@ -199,6 +197,11 @@ def nbytes(size: int | str) -> int:
         return int(float(digits) * _UNITS[text[len(digits) :] or "B"])
     except (KeyError, ValueError, OverflowError) as e:
         raise ConfigError(f"kv_memory must be a number of bytes or a text such as '2GiB', not {size!r}") from e
+
+
+def _after(request: Request, shown: int) -> str:
+    """The text after its first `shown` characters that is certain to stay."""
+    return (request.output.text if request.done else _unambiguous(request))[shown:]
 
 
 def _unambiguous(request: Request) -> str:

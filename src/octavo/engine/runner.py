@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.attachment import KVCache
-from octavo.engine.grammar import words
+from octavo.engine.grammar import allowed
 from octavo.engine.request import Request
 from octavo.engine.sampling import Allowed, Sampled, Sampler
 
@@ -85,19 +85,12 @@ class Runner:
 
     def _allowed(self, requests: Sequence[Request]) -> Allowed | None:
         """What the grammars of some requests, one a row, allow. A grammar that fails is its own request's failure."""
-        rows, bits = [], []
-        for row, request in enumerate(requests):
-            if request.constraint is None or request.done:
-                continue
-            mask = torch.empty(words(self.sampler.vocab_size), dtype=torch.int32)
-            try:
-                request.constraint.fill(mask)
-            except Exception as error:
-                request.output.error, request.output.finish_reason = error, "error"
-            else:
-                rows.append(row)
-                bits.append(mask)
-        return Allowed(torch.tensor(rows, device=self.device), torch.stack(bits).to(self.device)) if rows else None
+
+        def failed(row: int, error: Exception) -> None:
+            requests[row].output.error, requests[row].output.finish_reason = error, "error"
+
+        live = {i: r.constraint for i, r in enumerate(requests) if r.constraint is not None and not r.done}
+        return allowed(live, self.device, failed)
 
     # Leaving
 
