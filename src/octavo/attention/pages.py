@@ -123,8 +123,8 @@ def write(pages: Pages, page: Tensor, inside: Tensor, key: Tensor, value: Tensor
     Positions and expiries are the caller's to write. Of two that go into the same slot, either may win.
     """
     for stored, scales, given in ((pages.key, pages.key_scale, key), (pages.value, pages.value_scale, value)):
-        if scales is None:
-            stored[page, inside] = given.to(stored.dtype)
+        if scales is None:  # index_put_ costs the host half of what an assignment costs, once per layer and token
+            stored.index_put_((page, inside), given if given.dtype == stored.dtype else given.to(stored.dtype))
         else:
             codes, scale = quantised(given, stored.dtype)
             stored.view(torch.uint8)[page, inside] = codes.view(torch.uint8)  # index_put does not know float8

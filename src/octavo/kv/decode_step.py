@@ -57,13 +57,16 @@ class DecodeStep:
         table = extended(pool, table, before, placed.length, columns)
         if batch.expired:
             tables.lost[batch.index] = torch.maximum(tables.lost[batch.index], placed.lost)
-        self.table, self.length, self.slot = table, placed.length, placed.slot
+        self.slot = placed.slot
+        # Views of all layers at once: made one by one they would cost the host more than the attention of a short text.
+        self._over = list(zip(table.unbind(1), placed.length.unbind(1), strict=True))
         self._begins: Tensor | None = None  # [L, B * H + 1]
         if cuda.available(pool.device):
             self._begins = cuda.begins(placed.length.transpose(0, 1))
         self.left = None if placed.left is None else placed.left.amax()
         self.page, self.inside = found(table, placed.slot, stored, S)
         self._newest = found(table, newest.clamp(min=0), newest >= 0, S) if batch.shift else None
+        self._into = list(zip(self.page.unbind(1), self.inside.unbind(1), strict=True))
         pool.pages.position[self.page, self.inside] = new.position[:, None, None].expand(*rows, -1)
         pool.pages.expiry[self.page, self.inside] = torch.full_like(self.page, NEVER, dtype=torch.int32)
         # Only now, so that every slot inside a row's length has been written, wherever an interrupt falls.
@@ -87,12 +90,12 @@ class DecodeStep:
     def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
         """Write the new keys and values [B, H, N, D] of one layer into their slots."""
         self.filled += 1
-        write(self.batch.tables.pool.pages, self.page[:, layer], self.inside[:, layer], key, value)
+        write(self.batch.tables.pool.pages, *self._into[layer], key, value)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
-        pages, at = self.batch.tables.pool.pages, self.new.at[:, -query.shape[2] :]
-        where = self.table[:, layer], self.length[:, layer]
+        pages, at, n = self.batch.tables.pool.pages, self.new.at, query.shape[2]
+        at, where = at if n == at.shape[1] else at[:, -n:], self._over[layer]
         if self._begins is None:
             return attend(query, at, pages, *where, scale)
         from octavo.attention.cuda import decode

@@ -173,6 +173,8 @@ def _check(query: Tensor, at: Tensor, pages: Pages, table: Tensor, length: Tenso
         and position.stride(0) * 4 == expiry.stride(0) * 4 == step
     ):
         raise ValueError("attention: tensors must be on the CPU, pages laid out as PageLayout does")
+    if pages.key_scale is pages.value_scale is None and key.dtype not in CODES:
+        return
     for scales in (pages.key_scale, pages.value_scale):
         if (scales is not None) != (key.dtype in CODES):
             raise ValueError("attention: pages of codes have scales, others have none")
