@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.attention.cuda import BLOCK, begins
+from octavo.attention.cuda import BLOCK, begins, stream
 from octavo.attention.cuda.launch import Launcher
 from octavo.attention.cuda.tiles import (
     LOG2E,
@@ -39,6 +39,7 @@ TALL = 64  # queries of a group that one program attends with
 COUNTED = 1024  # rows that are looked at in one operation
 PER_CORE = 4  # programs for each of a GPU's cores, which run at once where each has so many
 REGISTERS = 128
+MERGED = 64  # parts of a row that are merged in one operation
 WARPS, STAGES = 4, 3
 
 
@@ -71,18 +72,45 @@ def attend(
     suits the GPU. The host does not wait for the device.
     """
     B, Hq, n, D = query.shape
-    H, S = table.shape[1], pages.key.shape[1]
+    H = table.shape[1]
     G, R = Hq // H, B * H
     out = torch.empty(B, n, Hq, D, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
     begin = begins(length) if begin is None else begin
-    programs = programs_for(query.device) if programs is None else programs
-    tall = max(16, min(TALL, power_of_2(G * n)))
+    kind = stream.kind_of(query, pages, G, new is not None, rows is not None)
+    if kind is not None:
+        lines = G
+        programs = stream.programs_for(kind, query.device) if programs is None else programs * stream.WARPS
+        part = torch.empty((R + programs) * lines * (D + 1), dtype=torch.float32, device=query.device)
+        stream.attend(kind, programs, part, out, query, at, pages, table, length, scale, begin, new, rows)
+    else:
+        lines = -(-G * n // tall_for(G * n)) * tall_for(G * n)
+        programs = programs_for(query.device) if programs is None else programs
+        part = torch.empty((R + programs) * lines * (D + 1), dtype=torch.float32, device=query.device)
+        _attend_in_triton(programs, part, out, query, at, pages, table, length, scale, begin, new, rows)
+    _launch_merge(
+        (R, G * n, 1), (part, out), (begin,), 0.0, (R, programs, *out.stride()[:2]),
+        (H, G, n, D, power_of_2(D), lines, MERGED), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def tall_for(queries: int) -> int:
+    """How many of a group's queries one program of the kernel in Triton attends with."""
+    return max(16, min(TALL, power_of_2(queries)))
+
+
+def _attend_in_triton(
+    programs: int, part: Tensor, out: Tensor, query: Tensor, at: Tensor, pages: Pages, table: Tensor, length: Tensor,
+    scale: float, begin: Tensor, new: Written | None, rows: Tensor | None,
+) -> None:  # fmt: skip
+    """Write `out` where one program has seen a whole row, else parts, for `_merge`."""
+    (B, Hq, n, D), H, S = query.shape, table.shape[1], pages.key.shape[1]
+    G, R = Hq // H, B * H
+    tall = tall_for(G * n)
     tiles = -(-G * n // tall)
-    part = torch.empty((R + programs) * tiles * tall * (D + 1), dtype=torch.float32, device=query.device)
     key, value, slot, position = new or (query, query, length, at)
-    wide, codes = power_of_2(D), codes_of(pages)
     _launch_attend(
         (programs, tiles, 1),
         (query, pages.key, pages.value, scale_of(pages.key_scale, pages), scale_of(pages.value_scale, pages),
@@ -92,15 +120,10 @@ def attend(
         (R, *query.stride()[:3], at.stride(0), *table.stride()[:2], *length.stride(), *out.stride()[:2],
          pages.key.stride(0), pages.position.stride(0), *key.stride()[:2], *value.stride()[:2], *slot.stride()[:2],
          position.stride(0)),
-        (H, G, n, D, wide, S, tall, tiles, BLOCK, power_of_2(min(R, COUNTED)), new is not None,
-         rows is not None, codes, precision(query)),
+        (H, G, n, D, power_of_2(D), S, tall, tiles, BLOCK, power_of_2(min(R, COUNTED)), new is not None,
+         rows is not None, codes_of(pages), precision(query)),
         num_warps=WARPS, num_stages=stages(STAGES, pages.key, query), maxnreg=REGISTERS,
     )  # fmt: skip
-    _launch_merge(
-        (R, G * n, 1), (part, out), (begin,), 0.0, (R, programs, *out.stride()[:2]),
-        (H, G, n, D, wide, tiles * tall, 16), num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 @cache

@@ -1,0 +1,141 @@
+"""Many requests of different lengths at once: tokens per second of the engine, `generate` and `generate_batch`."""
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from octavo.attachment import attach, detach
+from octavo.bench.engine.subjects import Subject
+from octavo.engine import Engine, SamplingParams
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests: (prompt tokens, new tokens) each."""
+
+    prompts: list[list[int]]
+    new: list[int]
+
+    @property
+    def generated(self) -> int:
+        """New tokens of all requests."""
+        return sum(self.new)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way through a load. `seconds` of all of it, `kv_bytes` the most that was held; None: not known."""
+
+    name: str
+    seconds: float
+    tokens: int
+    kv_bytes: int | None
+
+    @property
+    def rate(self) -> float:
+        """New tokens per second."""
+        return self.tokens / self.seconds
+
+
+def load_of(subject: Subject, requests: int, prompt: tuple[int, int], new: tuple[int, int], seed: int = 0) -> Load:
+    """Random lengths within these bounds, the prompts pieces of the subject's text."""
+    rng = random.Random(seed)
+    text: list[int] = subject.text.tolist()
+    while len(text) < 2 * prompt[1]:
+        text += text
+    prompts, lengths = [], []
+    for _ in range(requests):
+        n = rng.randint(*prompt)
+        at = rng.randrange(len(text) - n)
+        prompts.append(text[at : at + n])
+        lengths.append(rng.randint(*new))
+    return Load(prompts, lengths)
+
+
+def in_engine(name: str, subject: Subject, load: Load, max_batch: int, **settings: Any) -> Run:
+    """All requests at once in an engine; `settings` go to `octavo.attach`."""
+    model = subject.model
+    attach(model, **settings)
+    try:
+        engine = Engine(model, max_batch=max_batch)
+        _drain(engine, load, 0.02)  # compiles, and captures some graphs
+        began = _now(model)
+        peak = _drain(engine, load, 1.0)
+        return Run(name, _now(model) - began, load.generated, peak)
+    finally:
+        detach(model)
+
+
+def _drain(engine: Engine, load: Load, share: float) -> int:
+    """Run the load, or the same requests with a share of their new tokens; the most bytes that were held."""
+    requests = [
+        engine.add(
+            prompt, SamplingParams(temperature=0.0, max_tokens=max(2, int(share * new)), ignore_eos=True)
+        )
+        for prompt, new in zip(load.prompts, load.new, strict=True)
+    ]  # fmt: skip
+    peak = 0
+    while engine.unfinished:
+        engine.step()
+        peak = max(peak, engine.kv_nbytes)
+    for request in requests:
+        if request.output.error is not None:
+            raise request.output.error
+    return peak
+
+
+@torch.no_grad()
+def one_by_one(subject: Subject, load: Load) -> Run:
+    """`model.generate` of the unattached model, request after request."""
+    model = subject.model
+    began = _now(model)
+    for prompt, new in zip(load.prompts, load.new, strict=True):
+        ids = torch.tensor([prompt], device=model.device)
+        model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new
+        )
+    return Run("generate, one by one", _now(model) - began, load.generated, None)
+
+
+@torch.no_grad()
+def continuous(subject: Subject, load: Load, **settings: Any) -> Run:
+    """Transformers' own continuous batching. `settings` go to its `ContinuousBatchingConfig`."""
+    from transformers import ContinuousBatchingConfig
+
+    model: Any = subject.model
+    ends = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(load.new)
+    )
+    config = ContinuousBatchingConfig(**settings)
+    manager = model.init_continuous_batching(generation_config=ends, continuous_batching_config=config)
+    manager.start()
+    try:
+        _served(manager, load, 0.02)
+        began = _now(model)
+        tokens = _served(manager, load, 1.0)
+        return Run("generate_batch", _now(model) - began, tokens, None)
+    finally:
+        manager.stop(block=True)
+
+
+def _served(manager: Any, load: Load, share: float) -> int:
+    """Send all requests and wait for their ends; tokens that came."""
+    for i, (prompt, new) in enumerate(zip(load.prompts, load.new, strict=True)):
+        manager.add_request(prompt, request_id=f"{share}-{i}", max_new_tokens=max(2, int(share * new)))
+    waiting, tokens = len(load.prompts), 0
+    while waiting:
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            waiting -= 1
+            tokens += len(result.generated_tokens)
+    return tokens
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,88 @@
+"""The tables of `octavo bench engine`, and its record."""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from octavo.bench.engine.mixed import Run
+from octavo.bench.engine.steps import Step
+from octavo.errors import ConfigError
+
+
+def surroundings() -> dict[str, Any]:
+    """Where and with what a run was made."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": sys.argv[1:],
+        "commit": git.stdout.strip() or None,
+        "gpu": gpu,
+        "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+    }
+
+
+def peer_steps(path: Path) -> list[dict[str, Any]]:
+    """Lines of a peer's run, each JSON with `engine`, `shape`, `kv`, `what` and times. Raises ConfigError."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read the peer's figures in {path}: {e}") from e
+    return [line for line in lines if isinstance(line, dict) and "what" in line]
+
+
+def show(steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print what was measured, each against the first of its kind."""
+    if steps:
+        table = Table("batch x context", "model", "prefill", "decode step", "tokens/s", "KV read", "of the floor")
+        for step in steps:
+            floor = "" if step.of_floor is None else f"{step.of_floor:.0%}"
+            table.add_row(
+                f"{step.batch} x {step.context:,}", step.name, f"{step.prefill_ms:,.1f} ms",
+                f"{step.decode_ms:,.2f} ms",
+                f"{1000 * step.batch / step.decode_ms:,.0f}", f"{step.kv_bytes / 1e6:,.0f} MB", floor,
+            )  # fmt: skip
+        console.print(table)
+    if peers:
+        table = Table("batch x context", "peer", "KV", "what", "ms")
+        for line in peers:
+            ms = line.get("decode_ms", line.get("prefill_ms"))
+            size = f"{line.get('B', '')} x {line.get('T', 0):,}"
+            table.add_row(size, str(line.get("engine")), str(line.get("kv")), str(line["what"]), f"{ms:,.2f}")
+        console.print(table)
+    if runs:
+        table = Table("mixed requests", "seconds", "tokens/s", "of the first", "most KV memory")
+        for run in runs:
+            memory = "" if run.kv_bytes is None else f"{run.kv_bytes / 2**20:,.0f} MiB"
+            table.add_row(
+                run.name, f"{run.seconds:,.1f}", f"{run.rate:,.0f}", f"{run.rate / runs[0].rate:.2f}x", memory
+            )
+        console.print(table)
+
+
+def record(
+    subject: str, bandwidth: float, steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything as JSON values."""
+    return {
+        **surroundings(),
+        "subject": subject,
+        "copy_GB_per_s": bandwidth / 1e9,
+        "steps": [asdict(step) for step in steps],
+        "mixed": [{**asdict(run), "tokens_per_s": run.rate} for run in runs],
+        "peers": list(peers),
+    }

@@ -1,0 +1,147 @@
+"""How long a step takes: prompts are read, all requests run, then steps in which all of them get a token are timed."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from octavo.attachment import attach, detach
+from octavo.bench.engine.subjects import Subject
+from octavo.engine import Engine, SamplingParams
+
+SETTLING = 12  # steps before the timed ones, in which graphs are captured
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement. Times in milliseconds; bytes that a step must read; `of_floor` None where that is unknown."""
+
+    name: str
+    batch: int
+    context: int
+    prefill_ms: float
+    decode_ms: float
+    weight_bytes: int
+    kv_bytes: int
+    of_floor: float | None
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters that a step reads whole: all but an embedding table that is not the output layer's."""
+    table: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tied = output is not None and output.weight is table.weight
+    return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy, read and written: the best of some runs over memory that no cache holds."""
+    x = torch.empty(2**28 if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device)
+    y, best = torch.empty_like(x), 0.0
+    for _ in range(8):
+        began = _now(device)
+        y.copy_(x)
+        best = max(best, 2 * x.nbytes / (_now(device) - began))
+    return best
+
+
+def engine_step(
+    name: str, subject: Subject, batch: int, context: int, steps: int, bandwidth: float, **settings: Any
+) -> Step:
+    """`batch` requests with prompts of `context` tokens in an engine; `settings` go to `octavo.attach`."""
+    model, device = subject.model, subject.model.device
+    attach(model, **settings)
+    try:
+        engine = Engine(model, max_batch=batch)
+        params = SamplingParams(temperature=0.0, max_tokens=SETTLING + steps + 8, ignore_eos=True)
+        requests, prefills = [], []
+        for i in range(batch):
+            began = _now(device)
+            requests.append(engine.add(_prompt(subject, i, context), params))
+            while engine.scheduler.waiting or engine.scheduler.prefilling:
+                engine.step()
+            if i < 4:
+                prefills.append(_now(device) - began)
+        for _ in range(SETTLING):
+            engine.step()
+        kv = engine.runner.read_nbytes
+        seconds = _timed(device, steps, engine.step)
+        for request in requests:
+            engine.cancel(request)
+        read = weight_bytes(model) + kv
+        return Step(
+            name, batch, context, 1000 * min(prefills), 1000 * seconds, weight_bytes(model), kv,
+            read / bandwidth / seconds,
+        )  # fmt: skip
+    finally:
+        detach(model)
+        _free()
+
+
+@torch.no_grad()
+def plain_step(subject: Subject, batch: int, context: int, steps: int, bandwidth: float) -> Step:
+    """The same prompts in the unattached model, with transformers' `DynamicCache` and SDPA."""
+    model, device = subject.model, subject.model.device
+    ids = torch.tensor([_prompt(subject, i, context) for i in range(batch)], device=device)
+    cache, token = DynamicCache(), ids[:, :0]
+    prefills = []
+    for _ in range(2):
+        began, warm = _now(device), DynamicCache()
+        model(input_ids=ids[:1], past_key_values=warm, logits_to_keep=1)
+        prefills.append(_now(device) - began)
+    for i in range(0, context, 2048):
+        token = model(input_ids=ids[:, i : i + 2048], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+
+    def step() -> None:
+        nonlocal token
+        token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+    for _ in range(SETTLING):
+        step()
+    seconds = _timed(device, steps, step)
+    layers: Any = cache.layers
+    kv: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    read = weight_bytes(model) + kv
+    _free()
+    return Step(
+        "unattached", batch, context, 1000 * min(prefills), 1000 * seconds, weight_bytes(model), kv,
+        read / bandwidth / seconds,
+    )  # fmt: skip
+
+
+def _timed(device: torch.device, steps: int, step: Callable[[], None]) -> float:
+    """Seconds of a step: the median of three runs of a third of them each, since hosts are now and then interrupted."""
+    runs, each = [], max(1, steps // 3)
+    for _ in range(3):
+        began = _now(device)
+        for _ in range(each):
+            step()
+        runs.append((_now(device) - began) / each)
+    return statistics.median(runs)
+
+
+def _prompt(subject: Subject, i: int, context: int) -> list[int]:
+    """Tokens of the text from another place for each request; random ones where the model is no real one."""
+    if subject.random_weights:
+        rng = torch.Generator().manual_seed(i)
+        most: int = subject.model.config.vocab_size
+        return torch.randint(most, (context,), generator=rng).tolist()  # type: ignore[no-any-return]
+    text = subject.text.repeat(-(-(context + 97 * (i + 1)) // len(subject.text)))
+    return text[97 * i : 97 * i + context].tolist()  # type: ignore[no-any-return]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
