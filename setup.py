@@ -35,7 +35,7 @@ _vdb = _extension(
     "vdb",
     "_vdb",
     ["_vdb.c"],
-    ["vdb.h", "_values.h", "_filter.h", "_hits.h"],
+    ["vdb.h", "_values.h", "_metadata.h", "_filter.h", "_hits.h"],
     flags=["-O3", "-g0", "-ffp-contract=off", "-DVDB_MULTITHREADED"],
 )
 

@@ -12,6 +12,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter; read when triton is first imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="repeat what is random as often as the stated counts say")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether random tests run in full."""
+    return bool(request.config.getoption("--full"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_left() -> Iterator[None]:
     """Free the attached models of a module: each reserves as many addresses as there is memory, and a model and what is

@@ -170,6 +170,7 @@ def evicting(shift=0, **settings):
     return attach(model, adapter, **settings)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch.compile says so of float32
 @pytest.mark.parametrize(("shift", "kv_dtype"), [(0, None), (1, None), (0, "int8")])
 def test_decode_steps_from_graphs_answer_as_eager_ones(shift, kv_dtype):
     ids = tokens(3, 60).cuda()
@@ -177,8 +178,8 @@ def test_decode_steps_from_graphs_answer_as_eager_ones(shift, kv_dtype):
     mask[0, :13] = 0
     options = {"do_sample": False, "max_new_tokens": 80, "min_new_tokens": 80}
     answers = []
-    for graphs in (False, True):
-        model = evicting(shift, kv_dtype=kv_dtype, cuda_graphs=graphs)
+    for graphs, compiles in ((False, False), (True, False), (True, True)):
+        model = evicting(shift, kv_dtype=kv_dtype, cuda_graphs=graphs, compile=compiles)
         answers.append([
             model.generate(ids[:1], **options),
             model.generate(ids, **options),
@@ -187,8 +188,9 @@ def test_decode_steps_from_graphs_answer_as_eager_ones(shift, kv_dtype):
         ])  # fmt: skip
         kinds = require_attachment(model).graphs
         assert (kinds is not None and len(kinds._captured) == 2) == graphs
-    for eager, replayed in zip(*answers, strict=True):
+    for eager, replayed, compiled in zip(*answers, strict=True):
         assert torch.equal(eager, replayed)
+        assert torch.equal(eager, compiled)
 
 
 def test_a_graph_is_captured_anew_where_parameters_have_moved():

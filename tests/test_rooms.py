@@ -18,10 +18,11 @@ ARROWS = {  # a room and those that it imports, the lowest first: an arrow point
     "attachment": {"attention", "dms", "kv", "swiftkv"},
     "models": {"attachment", "dms", "swiftkv"},
     "retrofit": {"attachment", "dms", "swiftkv"},
+    "reuse": {"kv"},
     "engine": {"attachment", "kv", "models"},
-    "__init__": {"attachment", "dms", "engine", "models", "retrofit", "swiftkv"},
-    "bench": {"vdb"},
-    "cli": {"attachment", "bench", "dms", "models", "retrofit", "swiftkv", "vdb"},
+    "__init__": {"attachment", "dms", "engine", "models", "retrofit", "reuse", "swiftkv"},
+    "bench": {"attachment", "reuse", "vdb"},
+    "cli": {"attachment", "bench", "models", "retrofit", "vdb"},
 }
 
 

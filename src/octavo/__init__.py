@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from octavo.engine import LLM, SamplingParams
     from octavo.models import load, save_published
     from octavo.retrofit.evaluate import evaluate
+    from octavo.reuse import ReuseStore
     from octavo.swiftkv.adapter import SwiftKVAdapter, save_swiftkv_adapter
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "LLM",
     "Adapter",
     "KVCache",
+    "ReuseStore",
     "SamplingParams",
     "Snapshot",
     "SwiftKVAdapter",
@@ -39,6 +41,7 @@ _HOMES = {
     "Adapter": "octavo.dms.adapter",
     "KVCache": "octavo.attachment",
     "LLM": "octavo.engine",
+    "ReuseStore": "octavo.reuse",
     "SamplingParams": "octavo.engine",
     "Snapshot": "octavo.attachment",
     "SwiftKVAdapter": "octavo.swiftkv.adapter",

@@ -16,7 +16,8 @@ OctavoError
 ├── CacheError
 │   ├── CacheBudgetError       the byte budget cannot hold the next tokens; nothing was written
 │   ├── CacheStateError        what was asked for needs tokens that are already evicted, or another model's cache
-│   └── SnapshotFileError      a snapshot is missing, damaged or of an unknown format
+│   ├── SnapshotFileError      a snapshot is missing, damaged or of an unknown format
+│   └── ReuseFileError         a file of a reuse cache is damaged or of an unknown format
 ├── RetrofitError              training cannot start or go on
 │   └── RetrofitInterrupted    stopped by the user; a checkpoint was written
 └── VectorDatabaseError        something is wrong with a vector database or what it was asked
@@ -95,6 +96,10 @@ class CacheStateError(CacheError):
 
 class SnapshotFileError(CacheError):
     """A snapshot is missing, damaged or of an unknown format."""
+
+
+class ReuseFileError(CacheError):
+    """A file of a reuse cache is damaged or of an unknown format; what it held is computed again."""
 
 
 class RetrofitError(OctavoError):

@@ -4,10 +4,12 @@ So everything around the graph is tested: tokens, positions and rows that it rea
 host notes. `tests/test_cuda.py` tests the graphs themselves.
 """
 
+import functools
 import gc
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
@@ -17,9 +19,11 @@ import octavo.kv.chunk_step
 import octavo.kv.pool
 import octavo.kv.sequences
 from octavo import KVCache, attach
+from octavo.attachment import compiled as compiled_code
 from octavo.attachment import graphs, require_attachment
 from octavo.attachment.forward import Forward
 from octavo.attention import cuda
+from octavo.errors import ConfigError
 from tiny import tiny_adapter, tiny_model, tokens
 
 
@@ -48,7 +52,7 @@ class ByHand:
             self.step, self.out = captured, out
         else:
             self.out.last_hidden_state.copy_(out.last_hidden_state)
-            for there, made in zip(self.step.new[:4], captured.new[:4], strict=True):
+            for there, made in zip(self.step._step.new[:4], captured.new[:4], strict=True):
                 there.copy_(made)
             self.step._step.found.copy_(captured._step.found)
             self.replays += 1
@@ -56,7 +60,7 @@ class ByHand:
 
 
 def capture_by_hand(self, cache):
-    B = len(cache.rows)
+    B = graphs.bucket(len(cache.rows))
     ids, positions = torch.zeros(2, B, 1, dtype=torch.int64)
     rows, search = torch.full((B,), -1, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
     graph = ByHand(self, cache, ids, positions, rows, search)
@@ -122,3 +126,56 @@ def test_a_cache_goes_on_after_replays_as_without(by_hand, evict):
         expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-4)
     assert (cache.seen, cache.position.tolist()) == (40, [40])
+
+
+def test_places_of_a_bucket_that_no_sequence_has_stay_empty(by_hand):
+    model, ids = tiny_model(), tokens(5, 30)
+    attach(model, tiny_adapter(model, window=8), cuda_graphs=True)
+    cache, gone = KVCache(model), [0, 3]
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        parts = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 25)]
+        cache.leave(gone)
+        stay = [i for i in range(5) if i not in gone]
+        rest = [model(ids[stay, i : i + 1], past_key_values=cache).logits for i in range(25, 30)]
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1), expected[:, 20:25], rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(rest, 1), expected[stay, 25:], rtol=0, atol=1e-4)
+    captured = require_attachment(model).graphs._captured
+    assert sorted(len(each.tokens) for each in captured.values()) == [4, 8]
+    assert cache.memory.sequences == len(stay)
+
+
+def test_buckets_are_few_and_large_enough():
+    sizes = [graphs.bucket(n) for n in range(1, 65)]
+    assert all(size >= n for n, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+
+
+def test_compiled_pieces_compute_the_same_and_leave_nothing_behind(monkeypatch):
+    compiled_code._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model, ids = tiny_model(), tokens(2, 12)
+    attach(model)
+    attachment = require_attachment(model)
+    rotary = modeling_llama.apply_rotary_pos_emb
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with compiled_code.compiled(model.base_model, attachment.attention):
+            pieces = [
+                m
+                for m in model.modules()
+                if "forward" in m.__dict__ and type(m).__name__ in ("LlamaRMSNorm", "LlamaMLP")
+            ]
+            assert modeling_llama.apply_rotary_pos_emb is not rotary
+            got = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert len(pieces) == 3 * len(model.model.layers) + 1
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    assert not any("forward" in m.__dict__ for m in pieces)
+    compiled_code._compiled.cache_clear()
+
+
+def test_compiling_needs_graphs():
+    with pytest.raises(ConfigError, match="cuda_graphs"):
+        attach(tiny_model(), compile=True)

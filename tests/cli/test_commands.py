@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -137,6 +138,23 @@ def test_chats_are_written_in_the_model_s_words(tmp_path, tiny_folder):
     chats = [json.loads(line)["messages"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert {c[0]["content"] for c in chats} == {"One?", "Two, please?"}
     assert all(c[1]["role"] == "assistant" for c in chats)
+
+
+def test_prompts_are_made_up_where_none_are_given(tmp_path, tiny_folder):
+    out = run(
+        "retrofit", "chats", str(tmp_path / "c.jsonl"), "--limit", "2", "--batch", "2", "--max-new-tokens", "4",
+        "--model", str(tiny_folder), "--device", "cpu",
+    )  # fmt: skip
+    assert out.exit_code == 0, out.exception
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 2
+
+
+def test_text_is_tokenised_for_elsewhere(tmp_path, tiny_folder):
+    (tmp_path / "t.txt").write_text(TEXT)
+    where = ["--data", str(tmp_path / "t.txt"), "--model", str(tiny_folder), "--limit", "200"]
+    out = run("retrofit", "tokens", str(tmp_path / "t.npy"), *where)
+    assert out.exit_code == 0, out.exception
+    assert np.load(tmp_path / "t.npy").shape == (200,)
 
 
 MISTAKES = {

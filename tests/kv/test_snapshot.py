@@ -99,7 +99,7 @@ def test_any_history_at_any_boundary_is_the_visibility_rule(eviction, seed, page
             assert listed(made.segments[: i + 1]) == kept
             assert listed([*made.segments[: i + 1], made.tails[i]]) == seen
             twin = Plain(PagedCache(SHAPE, eviction, memory), 1)
-            twin.cache.sequences.restore(made, p)
+            twin.cache.sequences.restore(made.layout, made.at(p), p)
             twin.tokens = [copy.deepcopy(plain.tokens[b][:p])]
             if shift:
                 twin.tokens[0][-1].expiry = torch.full((L, H), NEVER)

@@ -91,6 +91,18 @@ def test_damaged_checkpoints_are_refused(damage, folder):
         prepared(folder, init=[tiny_adapter(tiny_model(), window=8)]).resume()
 
 
+def test_checkpoints_of_before_exercises_resume(folder):
+    def older(metadata, tensors):
+        settings = json.loads(metadata["settings"])
+        assert settings.pop("exercises") == 0
+        return {**metadata, "settings": json.dumps(settings)}
+
+    rewritten(folder / CHECKPOINT, older)
+    run = prepared(folder, init=[tiny_adapter(tiny_model(), window=8)])
+    run.resume()
+    assert run.step == 2
+
+
 def test_broken_and_missing_checkpoints_are_refused(folder):
     path = folder / CHECKPOINT
     path.write_bytes(path.read_bytes()[:100])

@@ -49,6 +49,16 @@ def test_the_target_is_approached_and_everything_is_written(student, tokenizer, 
     assert torch.equal(adapter.gates.input_scale, torch.ones(2, 1)), "files hold the folded weight"
 
 
+def test_exercises_are_drawn_and_named_on_the_card(student, tokenizer, source, tmp_path):
+    settings = replace(SETTINGS, steps=2, length=400, exercises=1.0)
+    trained = run(student, tokenizer, source, tmp_path, settings)
+    drawn = trained._rows(0).tokens
+    assert drawn.shape == (2, 400)
+    assert not torch.equal(drawn, Retrofit(student, tokenizer, [source], SETTINGS, tmp_path)._rows(0).tokens)
+    assert not torch.isin(drawn, torch.from_numpy(source.tokens.astype(int))).all(), "not the text as it stands"
+    assert trained.adapters("mine")[0].card["settings"]["exercises"] == 1.0
+
+
 def test_resume_continues_bit_for_bit(student, tokenizer, source, tmp_path):
     settings = replace(SETTINGS, recall=0.5)
     whole = run(student, tokenizer, source, tmp_path / "whole", settings)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import octavo.vdb
+from octavo.vdb.join import HEADER as JOINED
+from octavo.vdb.join import PARTS, joined
 
 C = Path(__file__).parent / "c"
 HEADER = Path(octavo.vdb.__file__).parent
@@ -24,6 +26,7 @@ PROGRAMS = {
     "test_kernels": ADDRESS,
     "test_exact": ADDRESS,
     "test_rows": ADDRESS,
+    "test_values": ADDRESS,
     "test_original": ADDRESS,
     "test_hnsw": [*ADDRESS, "-DROWS=1200"],
     "test_files": ADDRESS,
@@ -37,7 +40,12 @@ ARGUMENTS = {
     "test_fork": ["600"],
 }  # shorter than the defaults, which take a minute or more
 
-pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+needs_a_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+
+
+def test_the_header_is_joined_from_its_parts() -> None:
+    assert {path.stem for path in (JOINED.parent / "parts").iterdir()} == set(PARTS)
+    assert JOINED.read_text() == joined(), "run python src/octavo/vdb/join.py"
 
 
 def compiled(compiler: list[str], flags: list[str], sources: list[Path], out: Path) -> str:
@@ -59,10 +67,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(programs: Path, name: str, tmp_path: Path) -> None:
     argument = {"test_original": [str(tmp_path / "x.vdb")], "test_threads": [str(tmp_path / "x.vdb")]}
     argument |= {"test_files": [str(tmp_path)], "kill_save": [str(tmp_path)]}
+    argument |= {"test_values": [str(tmp_path / "x.vdb")]}
     command = [str(programs / name), *argument.get(name, []), *ARGUMENTS.get(name, [])]
     # gcc 13 misaligns vectors of 64 bytes on the address sanitizer's own stack (gcc bug 110027)
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
@@ -81,6 +91,7 @@ COMPILERS = [
 ]
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("compiler", COMPILERS, ids=" ".join)
 @pytest.mark.parametrize("threads", [[], ["-DVDB_MULTITHREADED"]], ids=["single", "multi"])
 def test_the_original_s_program_compiles_everywhere(compiler: list[str], threads: list[str], tmp_path: Path) -> None:
@@ -91,17 +102,20 @@ def test_the_original_s_program_compiles_everywhere(compiler: list[str], threads
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs_a_compiler
 def test_a_program_of_two_files(tmp_path: Path) -> None:
     sources = [C / "two_files_a.c", C / "two_files_b.c"]
     assert not compiled(["cc", "-std=c11"], ["-O1"], sources, tmp_path / "out")
     assert subprocess.run([str(tmp_path / "out")]).returncode == 0
 
 
+@needs_a_compiler
 def test_a_program_with_names_of_the_system_that_declares_first(tmp_path: Path) -> None:
     assert not compiled(["cc", "-std=c11"], ["-O1"], [C / "own_names.c"], tmp_path / "out")
     assert subprocess.run([str(tmp_path / "out"), str(tmp_path / "x.vdb")]).returncode == 0
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("own", [[], ["-DOWN_MALLOC"], ["-DOWN_FREE"], ["-DOWN_MALLOC", "-DOWN_FREE"]], ids=" ".join)
 def test_parts_of_an_allocator(own: list[str], tmp_path: Path) -> None:
     assert not compiled(["cc", "-std=c11"], ["-O1", *own], [C / "allocators.c"], tmp_path / "out")

@@ -1,7 +1,6 @@
 """What a user can do with a database, and every error with what it says."""
 
 import math
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -182,13 +181,13 @@ def test_ids_and_metadata_that_cannot_be() -> None:
     wrong: list[tuple[object, object, str]] = [
         (["a"], None, "1 ids for 2 vectors"),
         ("a", None, "ids must be a list"),
-        (["a", 7], None, r"ids\[1\] is 7"),
+        (["a", 7.5], None, r"ids\[1\] is 7.5"),
         (["a", "b\0c"], None, "NUL"),
         (["a", "\ud800"], None, "surrogate"),
         (["a", "b" * (2**20 + 1)], None, "1048577 bytes"),
         (None, b"one", "metadata must be a list"),
         (None, [b"one"], "1 metadata for 2 vectors"),
-        (None, [b"one", "two"], r"metadata\[1\].*encode"),
+        (None, [b"one", "two"], r"metadata\[1\].*a dict of str"),
         (3, None, "ids must be a list"),
     ]
     for ids, metadata, message in wrong:
@@ -296,7 +295,7 @@ def test_filters_that_cannot_be() -> None:
         (np.ones((2, 2), np.int64), "one dimension"),
         (3, "filter is 3"),
         (np.array([1.5]), "neither an id"),
-        ({"a": 1}, "filter is a dict"),
+        ({"a": [1]}, "values are str"),
         (np.array([0, 2], np.uint8), r'2 uint8 is no bitset of the 4 indices.*x\.astype\("int64"\)'),
         (np.array([16], np.uint8), "no bit past the last index"),
         (np.zeros(0, np.uint8), "0 uint8 is no bitset"),
@@ -365,8 +364,6 @@ def test_uninitialised_and_twice_initialised() -> None:
     with pytest.raises(VectorDatabaseError, match="made already"):
         db.__init__(3)  # type: ignore[misc]
     assert db.count() == 4
-    with pytest.raises(TypeError):
-        pickle.dumps(db)
 
 
 @pytest.mark.parametrize("storage", ["f32", "f16", "bf16", "i8", "f32+i8"])

@@ -11,6 +11,7 @@ from octavo.attachment.attachment import Attachment, attachment_of, require_atta
 from octavo.attachment.chunks import default_chunk
 from octavo.attachment.forward import NAME
 from octavo.attachment.modes import Modes
+from octavo.attachment.reuse import Reuse
 from octavo.attachment.settings import cache_settings
 from octavo.attachment.supported import check_supported, fingerprint
 from octavo.dms import Adapter
@@ -29,6 +30,8 @@ def attach(
     budget: int | None = None,
     kv_dtype: str | None = None,
     cuda_graphs: bool = False,
+    compile: bool = False,
+    reuse: Reuse | None = None,
 ) -> Model:
     """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
 
@@ -39,7 +42,11 @@ def attach(
     ones in another dtype or on another device. `kv_dtype`: "int8" or "fp8" stores keys and values
     as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype.
     `cuda_graphs`: on CUDA, steps of one token per sequence run from CUDA graphs, which spares the host nearly all of
-    their work; the model's modules must not change then (see `octavo.attachment.graphs`). An attached
+    their work; the model's modules must not change then (see `octavo.attachment.graphs`). `compile`: norms, MLPs and
+    rotary embeddings in these graphs are those of `torch.compile`, which takes a minute at the first steps and rounds
+    bfloat16 less often (see `octavo.attachment.compiled`).
+    `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
+    `octavo.attachment.reuse`. An attached
     model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not columns as
     in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and answers as
     before.
@@ -55,9 +62,9 @@ def attach(
         )
     shape = Modes(model, None, None).shape(skips=False)
     chunk = default_chunk(model.device) if chunk is None else chunk
-    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs)
+    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile)
     gates, swiftkv = _checked(model, resolve(adapter))
-    joined = Attachment(model, gates, swiftkv, settings)
+    joined = Attachment(model, gates, swiftkv, settings, reuse)
     before = attachment_of(model)
     if before is not None:
         before.undo()

@@ -24,6 +24,7 @@ from octavo.attachment.forward import NAME, Forward, ask_for_logits, remember_hi
 from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.modes import Modes
+from octavo.attachment.reuse import Reuse, run_generate
 from octavo.attachment.supported import attention_modules, rope_sees_length
 from octavo.attention import Packed
 from octavo.config import CacheSettings
@@ -64,9 +65,14 @@ class Attachment:
     transform: SwiftKV | None
 
     def __init__(
-        self, model: PreTrainedModel, adapter: Adapter | None, swiftkv: SwiftKVAdapter | None, settings: CacheSettings
+        self,
+        model: PreTrainedModel,
+        adapter: Adapter | None,
+        swiftkv: SwiftKVAdapter | None,
+        settings: CacheSettings,
+        reuse: Reuse | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.reuse = model, reuse
         self.modes = Modes(model, adapter, swiftkv)
         self.settings = settings
         self.attention = attention_modules(model)
@@ -76,7 +82,7 @@ class Attachment:
         self.digests = Digests()
         self._start()
         self._attention_before: str | None = None
-        self._replaced: list[tuple[nn.Module, Any]] = []  # modules whose `forward` is ours, and what they had
+        self._replaced: list[tuple[nn.Module, str, Any]] = []  # modules, which of their methods is ours, what they had
         self._hooks: list[RemovableHandle] = []
         self.switch(swiftkv is not None)
 
@@ -113,6 +119,10 @@ class Attachment:
             self._replace(base, functools.update_wrapper(decoder, base.forward))
             if model.config.model_type in MODEL_TYPES:
                 self._join_layers(base)
+            if self.reuse is not None:
+                own: Any = model.generate
+                generate = functools.partial(run_generate, self, own)
+                self._replace(model, functools.update_wrapper(generate, own), "generate")
             model.__dict__["_octavo"] = self
         except BaseException:
             self.undo()
@@ -130,11 +140,11 @@ class Attachment:
 
     def undo(self) -> None:
         """Put everything back; `join` may follow, and caches made before it work again then."""
-        for module, before in self._replaced:
+        for module, name, before in self._replaced:
             if before is None:
-                module.__dict__.pop("forward", None)
+                module.__dict__.pop(name, None)
             else:
-                module.__dict__["forward"] = before
+                module.__dict__[name] = before
         for hook in self._hooks:
             hook.remove()
         self._replaced, self._hooks = [], []
@@ -142,9 +152,9 @@ class Attachment:
             self.model.set_attn_implementation(self._attention_before)
         self.model.__dict__.pop("_octavo", None)
 
-    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self._replaced.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
+    def _replace(self, module: nn.Module, ours: Callable[..., Any], name: str = "forward") -> None:
+        self._replaced.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = ours
 
     def memory(self, shape: CacheShape) -> Memory:
         """The memory of all caches, on the device and in the dtype that the model has now.
@@ -169,6 +179,11 @@ class Attachment:
                 memory.trim(0)
             self._memory = Memory(layout, shape.kv_heads, shape.device, self.settings.budget)
             return self._memory
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of device memory that all caches of the model hold: pages, free or in use, and tables."""
+        return 0 if self._memory is None else self._memory.nbytes
 
     # Modes and what they mean
 

@@ -78,7 +78,8 @@ class KVCache(PagedCache):
                 f"this snapshot was made under another {called}: {held}, and this model has {wanted}; attach the "
                 "model, adapters and page type that it was made with"
             )
-        cache.sequences.restore(snapshot, snapshot.boundaries[-1] if boundary is None else boundary)
+        boundary = snapshot.boundaries[-1] if boundary is None else boundary
+        cache.sequences.restore(snapshot.layout, snapshot.at(boundary), boundary)
         return cache
 
     def snapshot(

@@ -63,7 +63,11 @@ class Forward:
     def commit(self) -> None:
         """End a forward on a cache that went well. Raises NotAttachedError where layers are missing."""
         assert self.cache is not None
-        self.cache.commit(self._decided(0, self.undecided) if self.undecided else None)
+        self.cache.commit(self.decided())
+
+    def decided(self) -> Tensor | None:
+        """The marks [L, B, H, N] bool that waited for the end, None: there are none."""
+        return self._decided(0, self.undecided) if self.undecided else None
 
     def _decided(self, first: int, hidden: list[Tensor]) -> Tensor | None:
         """What the gates forget of KV layers `first`...: marks [l, B, H, N] bool; None: they forget nothing."""

@@ -1,20 +1,22 @@
 """Decode steps of an attached model in CUDA graphs: a step of one token per sequence costs the host one launch.
 
-A graph holds the decoder's own forward for one batch size: planning, all layers and noting what expires, as
+A graph holds the decoder's own forward for a bucket of batch sizes: planning, all layers and noting what expires, as
 `octavo.kv.fused_step` does them. What changes from step to step stands in tensors that the graph reads: the tokens,
-their positions, and which sequences they belong to. The first step of a batch size runs as usual, so that everything is
-compiled; the second is captured, and from then on steps are replayed.
+their positions, and which sequences they belong to; places of the bucket that no sequence has are empty. The first step
+in a bucket runs as usual; the second is captured, and from then on steps are replayed.
 
 A graph reads the memory that the parameters had when it was captured, and runs the modules as they were then. Where a
 parameter has moved, it is captured anew; a model whose modules change (a LoRA adapter switched on or off, a hook) must
 be attached anew.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from octavo.attachment.compiled import compiled
 from octavo.attachment.forward import Forward, asked_for
 from octavo.attention import cuda
 from octavo.kv.fused_step import Replayed
@@ -34,7 +36,7 @@ class _Captured(NamedTuple):
     """One graph, and the tensors that it reads and writes."""
 
     graph: Any  # torch.cuda.CUDAGraph
-    tokens: Tensor  # [B, 1] int64
+    tokens: Tensor  # [B, 1] int64, B the bucket
     positions: Tensor  # [B, 1] int64
     step: Replayed
     kind: type  # of what the decoder returns
@@ -48,6 +50,7 @@ class Graphs:
 
     def __init__(self, attachment: "Attachment") -> None:
         self._attachment = attachment
+        self._compiles = attachment.settings.compiled
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._run: set[tuple[Any, ...]] = set()  # kinds of steps of which one has run as usual
         self._pool: Any = None  # memory that all graphs share, since they run one after another
@@ -72,7 +75,7 @@ class Graphs:
         return False
 
     def _kind(self, cache: "KVCache") -> tuple[Any, ...]:
-        return len(cache.rows), cache.swiftkv_on, id(cache.tables), cache.eviction
+        return bucket(len(cache.rows)), cache.swiftkv_on, id(cache.tables), cache.eviction
 
     def run(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any:
         """One token for each of a cache's sequences; what the decoder returns. The cache is as it was where it fails.
@@ -83,9 +86,10 @@ class Graphs:
         try:
             captured = self._fitting(cache)
             cache.sequences.begin_replay(captured.step, valid)
-            captured.tokens.copy_(kwargs["input_ids"])
+            B = len(cache.rows)
+            captured.tokens[:B].copy_(kwargs["input_ids"])
             at = cache.position[:, None] if given is None else given
-            captured.positions.copy_(at if at.ndim == 2 else at[None])
+            captured.positions[:B].copy_(at if at.ndim == 2 else at[None])
             captured.graph.replay()
             moved = cache.moved if given is None else cache.moved_by(given)
             cache.sequences.commit()
@@ -93,7 +97,7 @@ class Graphs:
         except BaseException:
             cache.abandon()
             raise
-        return captured.kind(last_hidden_state=captured.hidden.clone(), past_key_values=cache)
+        return captured.kind(last_hidden_state=captured.hidden[:B].clone(), past_key_values=cache)
 
     def _fitting(self, cache: "KVCache") -> _Captured:
         """The graph for this cache's next step, captured where there is none that holds."""
@@ -108,7 +112,7 @@ class Graphs:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _capture(self, cache: "KVCache") -> _Captured:
-        attachment, device, B = self._attachment, cache.shape.device, len(cache.rows)
+        attachment, device, B = self._attachment, cache.shape.device, bucket(len(cache.rows))
         tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
         positions = torch.zeros_like(tokens)
         rows = torch.full((B,), -1, dtype=torch.int32, device=device)
@@ -116,24 +120,45 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        gates = attachment.modes.folded(cache.swiftkv_on)
-        transform = attachment.modes.transform() if cache.swiftkv_on else None
-        torch.cuda.synchronize(device)
-        try:
+        with compiled(attachment.model.base_model, attachment.attention) if self._compiles else nullcontext():
+            self._step(cache, tokens, positions, rows, search, rehearsal=True)
+            torch.cuda.synchronize(device)
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                step = cache.begin_capture(rows, search)
-                forward = Forward(attachment.attention, cache, gates, keep=1, transform=transform)
-                out = attachment.original(
-                    input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
-                    octavo_forward=forward,
-                )  # fmt: skip
-                forward.commit()
-        finally:
-            cache.sequences.step = None
+                step, out = self._step(cache, tokens, positions, rows, search)
         parameters = [*attachment.model.parameters(), *attachment.model.buffers()]
         addresses = [(p, p.data_ptr()) for p in parameters]
         hidden = out.last_hidden_state
         return _Captured(graph, tokens, positions, step, type(out), hidden, cache.tables.generation, addresses)
+
+    def _step(
+        self, cache: "KVCache", tokens: Tensor, positions: Tensor, rows: Tensor, search: Tensor, rehearsal: bool = False
+    ) -> tuple[Replayed, Any]:
+        """What a graph does: (the step as the host sees it, what the decoder returns).
+
+        A `rehearsal` runs it at once, for nobody, so that nothing is compiled or loaded while a graph is captured.
+        """
+        attachment = self._attachment
+        gates = attachment.modes.folded(cache.swiftkv_on)
+        transform = attachment.modes.transform() if cache.swiftkv_on else None
+        try:
+            step = cache.begin_capture(rows, search)
+            forward = Forward(attachment.attention, cache, gates, keep=1, transform=transform)
+            out = attachment.original(
+                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
+                octavo_forward=forward,
+            )  # fmt: skip
+            if rehearsal:
+                step.rehearse(forward.decided())
+            else:
+                forward.commit()
+        finally:
+            cache.sequences.step = None
+        return step, out
+
+
+def bucket(sequences: int) -> int:
+    """The batch size that a graph is captured for: the next power of two, from 8 on the next multiple of 8."""
+    return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
 
 def _moved(parameters: list[tuple[Tensor, int]]) -> bool:

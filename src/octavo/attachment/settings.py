@@ -12,8 +12,9 @@ MOST_SLOTS = 2**20  # of a page; sensible ones have 16 to 64
 
 
 def cache_settings(
-    shape: CacheShape, chunk: object, page_size: object, budget: object, kv_dtype: str | None, cuda_graphs: bool
-) -> CacheSettings:
+    shape: CacheShape, chunk: object, page_size: object, budget: object, kv_dtype: str | None, cuda_graphs: bool,
+    compiled: bool,
+) -> CacheSettings:  # fmt: skip
     """The settings of all caches of a model that looks like `shape`. Raises ConfigError, naming what is allowed."""
     settings = CacheSettings(
         whole("chunk", chunk, MOST_CHUNK, "tokens"),
@@ -21,6 +22,7 @@ def cache_settings(
         byte_budget(budget),
         kv_dtype,
         bool(cuda_graphs),
+        bool(compiled),
     )
     if settings.budget is not None and shape.device.type != "meta":
         try:

@@ -1,4 +1,4 @@
-"""`octavo bench vdb`: the options, and the parts run in turn."""
+"""`octavo bench`: its commands, of which `vdb` is here: the options, and the parts run in turn."""
 
 import sys
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from octavo.cli.bench_engine import engine
+from octavo.cli.bench_reuse import reuse
 from octavo.cli.terminal import check_writable
 from octavo.errors import ConfigError
 from octavo.vdb import set_kernels
@@ -48,9 +50,8 @@ class Settings:
 Part = Callable[[Settings, Callable[[str], None]], Found]
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `vdb` a command of its own although there is no other."""
+app.command()(engine)
+app.command()(reuse)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from octavo.attachment import KVCache, Snapshot, attachment_of, fill
+from octavo.attachment.reuse import Reading, begin, store_in
 from octavo.errors import CacheStateError, ConfigError, NotAttachedError, PromptError, SnapshotFileError
 
 MARK = "\x00"  # stands for a turn's content while the chat template is taken apart
@@ -38,8 +39,9 @@ class Sampling:
 class Conversation:
     """Turns of user and assistant over one cache: Octavo's for an attached model, else a `DynamicCache`.
 
-    `ids` are all tokens so far; the cache holds all of them but the newest. A turn that fails while its prompt is
-    read is taken back; where eviction has made that impossible, every later turn raises CacheStateError.
+    `ids` are all tokens so far; the cache holds all of them but the newest. Where the model has a reuse store, what it
+    knows of the first turn is not read again, and what is read and answered is stored. A turn that fails while its
+    prompt is read is taken back; where eviction has made that impossible, every later turn raises CacheStateError.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, sampling: Sampling | None = None) -> None:
@@ -47,7 +49,9 @@ class Conversation:
         self.sampling = sampling or Sampling()
         self.cache: Any = KVCache(model) if attachment_of(model) else DynamicCache(config=model.config)
         self.ids: list[int] = []
+        self.reused = 0  # tokens of the first turn that came from the store
         self._broken = False
+        self._reading: Reading | None = None
         self._generator = torch.Generator(device=model.device).manual_seed(self.sampling.seed)
 
     def ask(self, text: str, on_prefill: Callable[[int, int], None] = lambda done, total: None) -> Iterator[str]:
@@ -145,6 +149,10 @@ class Conversation:
             return self._prefill(new, on_prefill)
         except BaseException:
             self.ids = self.ids[:known]
+            if held == 0 and isinstance(self.cache, KVCache):
+                self.cache.reset()
+                self._reading = None
+                raise
             try:
                 # A DynamicCache that failed within a forward has layers of different lengths.
                 for part in [self.cache] if isinstance(self.cache, KVCache) else self.cache.layers:
@@ -157,8 +165,9 @@ class Conversation:
     @torch.no_grad()
     def _prefill(self, new: list[int], on_prefill: Callable[[int, int], None]) -> Tensor:
         """Feed what the cache lacks, chunk by chunk; returns the logits [vocab] after the last token."""
-        cached = self.cache.get_seq_length()
         ids = self.ids + new
+        self._look_up(ids)
+        cached = self.cache.get_seq_length()
         attachment = attachment_of(self.model)
         size = attachment.settings.chunk if attachment else len(ids)
         for first in range(cached, len(ids), size):
@@ -169,11 +178,36 @@ class Conversation:
                 out = self.model(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             self.ids = ids[: max(len(self.ids), first + size)]
             on_prefill(min(first + size, len(ids)) - cached, len(ids) - cached)
+        self._remember()
         logits: Tensor = out.logits[0, -1]
         return logits
 
-    @torch.no_grad()
+    def _look_up(self, ids: list[int]) -> None:
+        """Begin with what the reuse store knows, where the model has one and nothing was read yet."""
+        attachment = attachment_of(self.model)
+        if attachment is None or attachment.reuse is None or self._reading is not None:
+            return
+        if self.cache.is_initialized:  # a resumed conversation: its turns are stored, but it begins with its own cache
+            self._reading = begin(attachment.reuse, KVCache(self.model), ids, restore=False, wait=False)
+        else:
+            self._reading = begin(attachment.reuse, self.cache, ids)
+            self.reused = self._reading.boundary if self._reading is not None else 0
+
+    def _remember(self) -> None:
+        """Store what has been read so far, where the model has a reuse store."""
+        if self._reading is not None:
+            store_in(self._reading, self.cache, 0, self.ids)
+            self._reading.close()
+
     def _decode(self, logits: Tensor) -> Iterator[str]:
+        """The answer, which is stored however it ends."""
+        try:
+            yield from self._answer(logits)
+        finally:
+            self._remember()
+
+    @torch.no_grad()
+    def _answer(self, logits: Tensor) -> Iterator[str]:
         stops = self.model.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops])
         limit = getattr(self.model.config, "max_position_embeddings", None)

@@ -1,9 +1,13 @@
 """The demonstration: a model answers questions about a long text in a fraction of the KV memory.
 
 The same text and questions go through the model twice, with Octavo and without, in one process; the table holds
-both. Every figure that is printed is measured in the run.
+both. Then a fresh process answers the first question once more, from what the first one left on disk. Every figure that
+is printed is measured in the run.
 """
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment import attachment_of
+from octavo.attachment import attachment_of, require_attachment
 from octavo.attachment.attach import detach, restore
 from octavo.cli.chat import Conversation, Sampling
 from octavo.cli.plots import heat_map, heat_map_text
@@ -107,6 +111,52 @@ def read(
         answers.append(answer)
         times.append(done - began)
     return _reading(model, conversation, answers, prompt, prefill, decoded, decode, times)
+
+
+def again(
+    model: PreTrainedModel, options: dict[str, Any], folder: Path, text: str, question: str, ours: Reading,
+    console: Console,
+) -> None:  # fmt: skip
+    """Ask the first question once more in a process of its own, which finds what was read in the folder of the store.
+
+    `options` are those that `octavo.cli.terminal.load` takes.
+    """
+    store: Any = require_attachment(model).reuse
+    store.close()
+    console.rule("the same question in a fresh process, from disk")
+    asked = json.dumps({"options": options, "folder": str(folder), "text": text, "question": question})
+    code = "from octavo.cli.demo import answer_again; answer_again()"
+    run = subprocess.run([sys.executable, "-c", code], input=asked, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    console.print(found["answer"], markup=False, highlight=False)
+    console.print(
+        f"{found['reused']:,} of {found['prompt']:,} prompt tokens came from {store.stats().disk_nbytes:,} B on disk; "
+        f"first token after {found['first_s']:.2f} s instead of {ours.prefill_s:.2f} s "
+        f"({ours.prefill_s / found['first_s']:.1f}x), answer complete after {found['whole_s']:.2f} s "
+        f"instead of {ours.times[0]:.2f} s; loading the model aside",
+        highlight=False,
+    )
+
+
+def answer_again() -> None:
+    """What the fresh process does: its task is JSON on standard input, its answer the last line that it prints."""
+    from octavo.cli.terminal import load
+
+    given = json.loads(sys.stdin.read())
+    options = given["options"]
+    model, tokenizer = load(
+        options["model"], options["adapter"], options["dtype"], options["device"], None, options["kv_dtype"],
+        Path(given["folder"]),
+    )  # fmt: skip
+    warm_up(model, tokenizer)
+    conversation = Conversation(model, tokenizer, Sampling(max_new_tokens=48))
+    began = time.perf_counter()
+    pieces = conversation.ask(INSTRUCTION.format(text=given["text"], question=given["question"]))
+    first, prompt = time.perf_counter() - began, len(conversation.ids)
+    answer = "".join(pieces)
+    whole = time.perf_counter() - began
+    found = {"answer": answer, "first_s": first, "whole_s": whole, "prompt": prompt, "reused": conversation.reused}
+    print(json.dumps(found))
 
 
 def _show_progress(bar: Progress, task: TaskID, done: int, total: int) -> None:

@@ -4,10 +4,13 @@ code 2."""
 import contextlib
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
+from octavo.cli.cache import app as cache
+from octavo.cli.long_suite import app as long_suite
 from octavo.cli.measure import app as measure
 from octavo.cli.retrofit import app as retrofit
 from octavo.cli.talk import app as talk
@@ -51,12 +54,18 @@ def demo(
     text = read_text(file or demonstration.TEXT)
     if file is not None and not question:
         raise ConfigError("give at least one --question about your --file")
-    loaded, tokenizer = load(model, "swiftkv+dms-8x" if swiftkv else adapter, dtype, device, budget, kv_dtype)
-    demonstration.run(loaded, tokenizer, text, question or demonstration.QUESTIONS, console, png)
+    chosen, questions = "swiftkv+dms-8x" if swiftkv else adapter, question or demonstration.QUESTIONS
+    with TemporaryDirectory(prefix="octavo-demo-") as folder:
+        loaded, tokenizer = load(model, chosen, dtype, device, budget, kv_dtype, Path(folder))
+        ours, _ = demonstration.run(loaded, tokenizer, text, questions, console, png)
+        options = {"model": model, "adapter": chosen, "dtype": dtype, "device": device, "kv_dtype": kv_dtype}
+        demonstration.again(loaded, options, Path(folder), text, questions[0], ours, console)
 
 
 app.add_typer(talk)
 app.add_typer(measure)
+app.add_typer(long_suite)
+app.add_typer(cache, name="cache")
 app.add_typer(retrofit, name="retrofit")
 with contextlib.suppress(ImportError):  # octavo.vdb is its C extension, which needs a compiler at installation
     from octavo.cli.bench import app as bench

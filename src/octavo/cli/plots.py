@@ -1,6 +1,6 @@
 """Plots, drawn from the same numbers that are printed: the heat map of a cache, a training run, an evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +91,36 @@ def skip_curve(rows: Sequence[tuple[float, float, str]], path: Path, limit: floa
     _save(figure, path)
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def quality(panels: Mapping[str, Sequence[tuple[float, float, str]]], path: Path, title: str) -> None:
+    """Write quality against bytes as a PNG: per panel (share of the dense model's bytes, figure, policy) per point."""
+    figure, axes = _figure(5.5 * min(2, len(panels)), 3.8 * ((len(panels) + 1) // 2), min(2, len(panels)), panels)
+    names = list(dict.fromkeys(name for panel in panels.values() for _, _, name in panel))
+    marks, shown = "osD^v<>Ph*Xd", {}
+    for axis, (head, panel) in zip(axes, panels.items(), strict=False):
+        for share, value, name in panel:
+            which = names.index(name)
+            look = {"marker": marks[which % len(marks)], "color": f"C{which % 10}", "linestyle": "none"}
+            (shown[name],) = axis.plot([share], [value], label=name, **look)
+        axis.set_xscale("log", base=2)
+        shares = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+        axis.set_xticks(shares, [f"1/{round(1 / share)}" if share < 1 else "1" for share in shares])
+        axis.set(title=head, xlabel="bytes of keys and values", xlim=(min(1 / 17, *(p[0] for p in panel)) * 0.9, 1.2))
+        axis.grid(alpha=0.4)
+    figure.suptitle(title)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize="small")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, columns: int = 1, panels: Collection[Any] = ()) -> tuple[Any, Any]:
+    """A figure and its axes: one, a row of `columns`, or a flat list of at least as many as there are panels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    if panels:
+        grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
+        for unused in grid.flat[len(panels) :]:
+            unused.set_visible(False)
+        return figure, list(grid.flat)
     axes: Axes | Any = figure.subplots(1, columns)
     return figure, axes
 

@@ -10,6 +10,7 @@ from octavo.errors import ConfigError
 
 app = typer.Typer(help="Train adapters for a model.", no_args_is_help=True)
 
+PROMPTS = 2000  # made up where none are given
 LIMIT, SHARES = 0.04, "0.17,0.27,0.33,0.4,0.5"  # of --search
 
 Out = Annotated[Path, typer.Argument(help="Folder for the run and, at its end, the adapter.")]
@@ -26,6 +27,12 @@ Batch = Annotated[int, typer.Option(help="Sequences per step over all processes.
 MicroBatch = Annotated[int, typer.Option(help="Sequences per forward; each is held to the target of gates.")]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Recall = Annotated[float, typer.Option(help="Share of the data with hidden facts and questions.")]
+Exercises = Annotated[
+    float | None,
+    typer.Option(
+        help="Share made from the text: copy, quote, edit, look up; 0.4, or what --recall leaves, if left out."
+    ),
+]
 Init = Annotated[list[str] | None, typer.Option(help="Adapter to start from; may be repeated, one of each kind.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")]
 HeldOut = Annotated[Path | None, typer.Option(help="Text for the evaluation at the end.")]
@@ -44,7 +51,8 @@ def dms(
     length: Length = 8192,
     window: Window = 256,
     lr: float = 2e-4,
-    recall: Recall = 0.25,
+    recall: Recall = 0.1,
+    exercises: Exercises = None,
     seed: int = 0,
     init: Annotated[str | None, typer.Option(help="Adapter to start from.")] = None,
     resume: Resume = False,
@@ -55,11 +63,11 @@ def dms(
 ) -> None:
     """Distil eviction gates for a model from text."""
     from octavo.cli.training import train
-    from octavo.retrofit.settings import GateSettings, RetrofitSettings
+    from octavo.retrofit.settings import GateSettings, RetrofitSettings, exercises_for
 
     settings = RetrofitSettings(
         GateSettings(target, window, lr), steps=steps, batch=batch, micro_batch=micro_batch, length=length,
-        recall=recall, seed=seed,
+        recall=recall, seed=seed, exercises=exercises_for(recall, exercises),
     )  # fmt: skip
     start = adapters_of([init] if init else [])
     loaded, tokenizer = load_plain(model, dtype, device)
@@ -83,6 +91,7 @@ def swiftkv(
     mse_weight: MseWeight = 0.0,
     start: Start = "regression",
     recall: Recall = 0.1,
+    exercises: Exercises = None,
     seed: int = 0,
     init: Init = None,
     resume: Resume = False,
@@ -96,7 +105,7 @@ def swiftkv(
 ) -> None:
     """Distil weights with which prompt tokens skip the later layers (SwiftKV)."""
     from octavo.cli.training import find_skip, train
-    from octavo.retrofit.settings import RetrofitSettings, SwiftSettings, shape_for
+    from octavo.retrofit.settings import RetrofitSettings, SwiftSettings, exercises_for, shape_for
 
     if search and (skip is not None or kv_layers is not None or init or name is not None):
         raise ConfigError("--search takes --shares and --group, not --skip, --kv-layers, --init or --name")
@@ -110,6 +119,7 @@ def swiftkv(
     settings = RetrofitSettings(
         None, SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start), steps=steps,
         batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed, checkpoint_every=100,
+        exercises=exercises_for(recall, exercises),
     )  # fmt: skip
     if search:
         allowed = LIMIT if limit is None else limit
@@ -137,7 +147,8 @@ def swiftkv_and_dms(
     temperature: Temperature = 1.0,
     mse_weight: MseWeight = 0.0,
     start: Start = "regression",
-    recall: Recall = 0.25,
+    recall: Recall = 0.1,
+    exercises: Exercises = None,
     seed: int = 0,
     init: Init = None,
     resume: Resume = False,
@@ -149,7 +160,7 @@ def swiftkv_and_dms(
 ) -> None:
     """Distil SwiftKV weights and eviction gates together; the gates go to a folder inside the adapter's."""
     from octavo.cli.training import train
-    from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings, shape_for
+    from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings, exercises_for, shape_for
 
     adapters = adapters_of(init or [])
     loaded, tokenizer = load_plain(model, dtype, device)
@@ -158,16 +169,40 @@ def swiftkv_and_dms(
         GateSettings(target, window, gates_lr),
         SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start),
         steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
+        exercises=exercises_for(recall, exercises),
     )  # fmt: skip
     train(loaded, tokenizer, data, settings, out, name, adapters, resume, held_out, console, gates_name)
 
 
 @app.command()
+def tokens(
+    out: Annotated[Path, typer.Argument(help="Token file to write; ends with .npy.")],
+    data: Annotated[Path, typer.Option(help="Text or JSONL (.xz, .gz).")],
+    model: Model = None,
+    limit: Annotated[int | None, typer.Option(help="Tokens to take, from all of the text; all if left out.")] = None,
+    seed: int = 0,
+) -> None:
+    """Tokenise text once, or a sample of it, for training elsewhere."""
+    from octavo.retrofit.token_files import sampled, write_tokens
+
+    check_writable(out)
+    _, tokenizer = load_plain(model, None, "cpu")
+    taken = sampled(data, tokenizer, limit, seed)
+    write_tokens(taken, out)
+    console.print(f"{len(taken):,} tokens in {out}")
+
+
+@app.command()
 def chats(
     out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL with 'prompt', 'question', 'instruction' or 'text'.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL with 'prompt', 'question', 'instruction' or 'text'; made-up prompts if left out."),
+    ] = None,
     model: Model = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts to answer; all if left out.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help=f"Prompts to answer; all of the file's, or {PROMPTS} made up, if left out.")
+    ] = None,
     batch: int = 64,
     max_new_tokens: int = 256,
     seed: int = 0,
@@ -178,11 +213,12 @@ def chats(
     from rich.progress import Progress
 
     from octavo.retrofit.chats import read_prompts, write_chats
+    from octavo.retrofit.prompts import made_prompts
 
-    if out.resolve() == prompts.resolve():
+    if prompts is not None and out.resolve() == prompts.resolve():
         raise ConfigError(f"{out} holds the prompts; write the chats to another file")
     check_writable(out)
-    asked = read_prompts(prompts, limit)
+    asked = made_prompts(PROMPTS if limit is None else limit, seed) if prompts is None else read_prompts(prompts, limit)
     loaded, tokenizer = load_plain(model, dtype, device)
     with Progress(console=console) as bar:
         task = bar.add_task("answering", total=len(asked))

@@ -13,6 +13,7 @@ from octavo.cli.terminal import (
     Dtype,
     KvDtype,
     Model,
+    ReuseFolder,
     check_writable,
     console,
     load,
@@ -36,6 +37,7 @@ def chat(
     seed: int = 0,
     save: Annotated[Path | None, typer.Option(help="File for the conversation when it ends, to resume it.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with a conversation that --save wrote.")] = None,
+    reuse: ReuseFolder = None,
     budget: Budget = None,
     kv_dtype: KvDtype = None,
     dtype: Dtype = None,
@@ -53,7 +55,7 @@ def chat(
     if save is not None:
         check_writable(save, replaced=True)
     snapshot = None if resume is None else Snapshot.load(resume)
-    loaded, tokenizer = load(model, adapter, dtype, device, budget, kv_dtype)
+    loaded, tokenizer = load(model, adapter, dtype, device, budget, kv_dtype, reuse)
     if snapshot is None:
         conversation = Conversation(loaded, tokenizer, sampling)
     else:
@@ -86,8 +88,9 @@ def _talk(conversation: "Conversation") -> None:
             console.print(" [interrupted]", markup=False)
         except (PromptError, CacheBudgetError) as e:
             console.print(f"error: {e}", markup=False, highlight=False)
-        cache = conversation.cache
-        console.print(f"\n[dim]{cache.seen:,} tokens, {cache.nbytes:,} B held, dense {cache.dense_nbytes:,} B[/dim]")
+        cache, reused = conversation.cache, f", {conversation.reused:,} reused" if conversation.reused else ""
+        held = f"{cache.nbytes:,} B held, dense {cache.dense_nbytes:,} B"
+        console.print(f"\n[dim]{cache.seen:,} tokens{reused}, {held}[/dim]")
 
 
 @app.command()
@@ -101,6 +104,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    reuse: ReuseFolder = None,
     budget: Budget = None,
     kv_dtype: KvDtype = None,
     dtype: Dtype = None,
@@ -115,7 +119,7 @@ def generate(
     if file is not None:
         text = f"{read_text(file)}\n\n{text}"
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    loaded, tokenizer = load(model, adapter, dtype, device, budget, kv_dtype)
+    loaded, tokenizer = load(model, adapter, dtype, device, budget, kv_dtype, reuse)
     conversation = Conversation(loaded, tokenizer, sampling)
     for piece in conversation.complete(text) if raw else conversation.ask(text):
         print(piece, end="", flush=True)

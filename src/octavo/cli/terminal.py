@@ -24,6 +24,10 @@ AdapterName = Annotated[
     ),
 ]
 Budget = Annotated[int | None, typer.Option(help="Bytes that the KV cache may take.")]
+ReuseFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a reuse cache: what was read before, by any process, is not read again."),
+]
 KvDtype = Annotated[
     str | None,
     typer.Option(help="int8 or fp8 keeps keys and values in half of bf16's bytes; the model's dtype if left out."),
@@ -39,16 +43,25 @@ def load(
     device: str | None,
     budget: int | None,
     kv_dtype: str | None = None,
+    reuse: Path | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) with its adapters attached, as the options say. Raises what `octavo.load` raises."""
     from octavo import models
 
+    store = None if reuse is None else store_at(reuse)
     _quiet()
     with console.status("loading the model"):
         return models.load(
             model, None if adapter == "none" else adapter, dtype=dtype_of(dtype), device=device, budget=budget,
-            kv_dtype=kv_dtype,
+            kv_dtype=kv_dtype, reuse=store,
         )  # fmt: skip
+
+
+def store_at(folder: Path, memory: str | None = "1GiB") -> Any:
+    """The reuse store of a folder. Raises OutputFileError where it can neither be read nor made."""
+    import octavo
+
+    return octavo.ReuseStore(memory, folder, "20GiB")
 
 
 def load_plain(model: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from octavo.adapter_file import SETTINGS, TENSORS
+import octavo
 from octavo.cli import plots
-from octavo.dms import Adapter, load_adapter, save_adapter
 from octavo.errors import AdapterFileError, ConfigError, OutputFileError, TextFileError
 from octavo.retrofit.agreement import Question
 from octavo.retrofit.card import card_text, needles_phrase
-from octavo.retrofit.checkpoint import CHECKPOINT, LOG, read_log
+from octavo.retrofit.checkpoint import FILES, read_log
 from octavo.retrofit.data import Source, encode, load_source, parse_mix, read_text, source_names
 from octavo.retrofit.entries import Entry
 from octavo.retrofit.evaluate import evaluate
@@ -32,9 +31,9 @@ from octavo.retrofit.search import SearchResult, candidates, search
 from octavo.retrofit.settings import RetrofitSettings
 from octavo.retrofit.start import Init
 from octavo.retrofit.trainer import Retrofit, StepReport
-from octavo.swiftkv import SwiftKVAdapter, load_swiftkv_adapter, save_swiftkv_adapter
 
-Trained = Sequence[SwiftKVAdapter | Adapter]
+Either = octavo.Either
+Trained = Sequence[Either]
 CARD, PLOT = "README.md", "training.png"
 
 
@@ -88,7 +87,7 @@ def _check_gates_name(name: str, folder: Path) -> None:
     plain = name not in ("", "..") and name == Path(name).name and not set(name) & set("+/\\\0")
     if not plain:
         raise ConfigError(f"--gates-name must be the name of a folder inside {folder}, without '+', not {name!r}")
-    taken = name.removesuffix(".new") in (TENSORS, SETTINGS, CHECKPOINT, LOG, CARD, PLOT)
+    taken = name.removesuffix(".new") in (*FILES, CARD, PLOT)
     if taken or ((folder / name).exists() and not (folder / name).is_dir()):
         raise ConfigError(f"--gates-name {name} is the name of a file in {folder}; give another")
 
@@ -96,32 +95,31 @@ def _check_gates_name(name: str, folder: Path) -> None:
 def _keep_evaluation(adapters: Trained, folder: Path) -> None:
     """Put on the cards what is on those in `folder`, where nothing was trained since."""
     for adapter in adapters:
-        load = load_swiftkv_adapter if isinstance(adapter, SwiftKVAdapter) else load_adapter
         try:
-            card = load(_place(adapter, folder)).card
+            card = octavo.load_adapter(_place(adapter, folder)).card
         except AdapterFileError:
             continue  # none was saved yet
         if "evaluation" in card:
             adapter.card["evaluation"] = card["evaluation"]
 
 
-def _place(adapter: SwiftKVAdapter | Adapter, folder: Path) -> Path:
+def _place(adapter: Either, folder: Path) -> Path:
     """Gates made on a transform lie in a folder inside the transform's."""
-    return folder if isinstance(adapter, SwiftKVAdapter) or adapter.made_on is None else folder / adapter.name
+    return folder if isinstance(adapter, octavo.SwiftKVAdapter) or adapter.made_on is None else folder / adapter.name
 
 
 def save(adapters: Trained, folder: Path) -> Trained:
     """Write what one run trained, with cards; returns it as the files hold it. Raises OutputFileError."""
-    saved: list[SwiftKVAdapter | Adapter] = []
+    saved: list[Either] = []
     for adapter in adapters:
         place = _place(adapter, folder)
-        if isinstance(adapter, SwiftKVAdapter):
-            save_swiftkv_adapter(adapter, folder)
-            saved.append(load_swiftkv_adapter(folder))
+        if isinstance(adapter, octavo.SwiftKVAdapter):
+            octavo.save_swiftkv_adapter(adapter, folder)
+            saved.append(octavo.load_adapter(folder))
         else:
-            if saved and isinstance(saved[0], SwiftKVAdapter):
+            if saved and isinstance(saved[0], octavo.SwiftKVAdapter):
                 adapter = replace(adapter, made_on=saved[0].transform.fingerprint())
-            save_adapter(adapter, place)
+            octavo.save_adapter(adapter, place)
             saved.append(adapter)
         write_text(place / CARD, card_text(adapter))
     return saved

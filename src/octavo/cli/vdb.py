@@ -7,8 +7,8 @@ Numpy, torch and models are imported by the commands that need them.
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +20,10 @@ from octavo.cli.terminal import check_writable, console
 from octavo.errors import ConfigError, OutputFileError
 from octavo.vdb import VectorDatabase
 from octavo.vdb import verify as verify_file
-from octavo.vdb.rows import model_of, unpack
+from octavo.vdb.rows import model_of, parse_condition, unpack
 
 if TYPE_CHECKING:
-    from octavo.vdb.embed import Embedder, Vectors
-    from octavo.vdb.sources import Batch
+    from octavo.vdb.embed import Embedder
 
 app = typer.Typer(help="Make and search vector databases.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -35,14 +34,18 @@ Database = Annotated[Path, typer.Argument(help="The database, a .vdb file.")]
 Files = Annotated[
     list[Path] | None,
     typer.Argument(
-        help=".npy and .fvecs (vectors), .jsonl ('vector' or 'text', maybe 'id'; the rest is metadata), .txt (a text "
-        "per line).",
+        help=".npy, .fvecs and .bvecs (vectors), .jsonl and .csv ('vector' or 'text', maybe 'id'; the rest is "
+        "metadata), .txt (a text per line).",
     ),
 ]
 Metric = Annotated[str, typer.Option(help="cosine, euclidean or dot.")]
 Storage = Annotated[str, typer.Option(help="f32, f32+i8 (same answers, three times the speed), f16, bf16 or i8.")]
 Index = Annotated[str, typer.Option(help="flat (reads every row) or hnsw (a graph).")]
 IdsFrom = Annotated[Path | None, typer.Option(help="Text file with an id per line, one for each row of the files.")]
+Where = Annotated[
+    str | None,
+    typer.Option(help="""Condition on metadata, as JSON: '{"year": {"$gte": 2020}, "lang": {"$in": ["fr", "ru"]}}'."""),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -78,13 +81,14 @@ def create(
         _say(path, 0, db)
         return
     from octavo.vdb.ingest import fill, read_all
+    from octavo.vdb.sources import split_width
 
-    with console.status("reading"):
+    with _bar("reading") as tell:
         batches = read_all(files, _embedder(None, model), ids_from)
         if dimensions is None:
-            width, batches = _width(batches)
+            width, batches = split_width(batches)
             db = VectorDatabase(width, **settings)
-        added = fill(db, batches, replace=False)
+        added = fill(db, batches, replace=False, tell=tell)
         db.save(str(path), mode="new")
     _say(path, added, db)
 
@@ -99,14 +103,9 @@ def add(
 ) -> None:
     """Add the rows of files: all, or none if one of them cannot be added."""
     from octavo.vdb.ingest import fill, read_all
-    from octavo.vdb.locks import locked
 
-    with locked(path, lambda: _say_waiting(path)):
-        db = VectorDatabase.open(str(path))
-        check_writable(path.resolve(), replaced=True)
-        with console.status("reading"):
-            added = fill(db, read_all(files, _embedder(db, model), ids_from), replace)
-            db.save(str(path), mode="same")
+    with _changed(path) as db, _bar("reading") as tell:
+        added = fill(db, read_all(files, _embedder(db, model), ids_from), replace, tell)
     _say(path, added, db)
 
 
@@ -118,6 +117,7 @@ def search(
     k: Annotated[int, typer.Option("-k", "--k", help="Rows to find for each query.")] = 5,
     exact: Annotated[bool, typer.Option("--exact", help="Read every row although there is a graph.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object per line.")] = False,
+    where: Where = None,
     model: Model = None,
 ) -> None:
     """Find the nearest rows to a text or to vectors. Distances: 1 - cosine, Euclidean, or minus the dot product."""
@@ -125,21 +125,63 @@ def search(
         raise ConfigError("give a text to search for, or --vector-file, and not both")
     if k < 1:
         raise ConfigError(f"k must be at least 1, not {k}")
-    from octavo.vdb.sources import open_any
+    from octavo.vdb.sources import open_any, read_vectors
 
+    condition = None if where is None else parse_condition(where)
     with open_any(path) as db:
         if vector_file is not None:
-            vectors = _query_vectors(vector_file)
+            vectors = read_vectors(vector_file)
         else:
             with console.status("reading"):
                 vectors = _embedder(db, model)().embed([" ".join(query or ())])
-        hits = list(db.search(vectors.data, k=k, exact=exact, with_metadata=True))
+        hits = list(db.search(vectors.data, k=k, filter=condition, exact=exact, with_metadata=True))
     found = [(number, hit) for number, of_query in enumerate(hits) for hit in of_query]
     if as_json:
         for number, hit in found:
             print(json.dumps({**({} if vector_file is None else {"query": number}), **_shown(hit)}))
     else:
         console.print(_table(found, len(hits) > 1))
+
+
+@app.command()
+def remove(
+    path: Database,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of rows to remove.")] = None,
+    ids_from: Annotated[Path | None, typer.Option(help="Text file with an id per line.")] = None,
+    where: Where = None,
+) -> None:
+    """Remove rows, by their ids (all of them, or none if one is not there) or by a condition."""
+    from octavo.vdb.lines import read_text_lines
+
+    names = [*(ids or []), *(() if ids_from is None else (text for _, text in read_text_lines(ids_from)))]
+    if bool(names) == (where is not None):
+        raise ConfigError("give ids to remove, or --where, and not both")
+    with _changed(path) as db:
+        removed = db.remove(names) if where is None else db.remove(filter=parse_condition(where))
+    said = f"{path}: {removed:,} rows removed, {len(db):,} in all"
+    console.print(said, soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def compact(path: Database) -> None:
+    """Give the room of removed rows back; the others get new indices."""
+    before = path.stat().st_size if path.exists() else 0
+    with _changed(path) as db:
+        db.compact()
+    said = f"{path}: {len(db):,} rows, {path.stat().st_size:,} B (were {before:,} B)"
+    console.print(said, soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    path: Database,
+    target: Annotated[Path, typer.Argument(help=".jsonl (rows whole), or .npy or .fvecs (the vectors alone).")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
+) -> None:
+    """Write a database's rows to a file that other programs read."""
+    if target.suffix not in (".jsonl", ".npy", ".fvecs"):
+        raise ConfigError(f"{target}: rows are exported to .jsonl, .npy and .fvecs files; `convert` makes a .vdb")
+    convert(path, target, force=force)
 
 
 @app.command()
@@ -175,8 +217,8 @@ def verify(path: Database) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help=".vdb of either format, .npy, .fvecs or .jsonl vectors.")],
-    target: Annotated[Path, typer.Argument(help=".vdb, or .npy or .fvecs for the vectors alone.")],
+    source: Annotated[Path, typer.Argument(help=".vdb of any format, .npy, .fvecs, .bvecs, .csv or .jsonl vectors.")],
+    target: Annotated[Path, typer.Argument(help=".vdb or .jsonl, or .npy or .fvecs for the vectors alone.")],
     metric: Annotated[str | None, typer.Option(help="For a .vdb; that of the source, or cosine, if left out.")] = None,
     storage: Annotated[str | None, typer.Option(help="For a .vdb; that of the source, or f32, if left out.")] = None,
     index: Annotated[str | None, typer.Option(help="For a .vdb; that of the source, or flat, if left out.")] = None,
@@ -185,7 +227,7 @@ def convert(
     """Write a file's rows in another format, storage or index."""
     from octavo.vdb.export import write
     from octavo.vdb.ingest import fill
-    from octavo.vdb.sources import open_any, read
+    from octavo.vdb.sources import no_texts, open_any, read, split_width
 
     if target.exists() and not force:
         raise OutputFileError(f"{target} exists; --force replaces it")
@@ -194,24 +236,47 @@ def convert(
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and target.suffix != ".vdb":
         raise ConfigError(f"{target} is no .vdb file: it has no {' or '.join(chosen)}")
-    with console.status("converting"):
+    with _bar("converting") as tell:
         if source.suffix == ".vdb":
             with open_any(source) as db:
                 facts = db.info()
-            width, batches = facts.dimensions, read(source, _no_texts)
+            width, batches = facts.dimensions, read(source, no_texts)
             links = {"links": facts.links, "build_effort": facts.build_effort}
             chosen = {"metric": facts.metric, "storage": facts.storage, "index": facts.index, **links, **chosen}
         else:
-            width, batches = _width(read(source, _no_texts))
+            width, batches = split_width(read(source, no_texts))
         if target.suffix == ".vdb":
             db = VectorDatabase(width, **chosen)
-            count = fill(db, batches, replace=False)
+            count = fill(db, batches, replace=False, tell=tell)
             db.save(str(target), mode="any" if force else "new")
         else:
             count = write(target, batches, width)
-    alone = source.suffix in (".vdb", ".jsonl") and target.suffix != ".vdb"
+    alone = source.suffix in (".vdb", ".jsonl", ".csv") and target.suffix not in (".vdb", ".jsonl")
     said = f"{target}: {count:,} rows" + (", without ids and metadata" if alone else "")
     console.print(said, soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], object]]:
+    """A bar, and a function that is told how much is done and how much there is; nothing of it stays."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _changed(path: Path) -> Iterator[VectorDatabase]:
+    """A database in memory, which is saved at the end unless something was raised; others wait meanwhile."""
+    from octavo.vdb.locks import locked
+
+    with locked(path, lambda: _say_waiting(path)):
+        with _bar("opening") as tell:
+            db = VectorDatabase.open(str(path), progress=tell)
+        check_writable(path.resolve(), replaced=True)
+        yield db
+        db.save(str(path), mode="same")
 
 
 def _embedder(db: VectorDatabase | None, model: str | None) -> "Callable[[], Embedder]":
@@ -238,29 +303,6 @@ def _embedder(db: VectorDatabase | None, model: str | None) -> "Callable[[], Emb
 
         choose(model, None)  # a mistake shows although there may be no text
     return load
-
-
-def _no_texts() -> "Embedder":
-    raise ConfigError("convert takes vectors; `octavo vdb create` embeds texts")
-
-
-def _width(batches: "Iterator[Batch]") -> "tuple[int, Iterator[Batch]]":
-    """The dimensions of the first batch, and all batches."""
-    first = next(batches, None)
-    if first is None:
-        raise ConfigError("the files hold no rows to take the dimensions from")
-    return first.vectors.shape[1], chain([first], batches)
-
-
-def _query_vectors(path: Path) -> "Vectors":
-    import numpy as np
-
-    from octavo.vdb.sources import read
-
-    batches = [batch.vectors for batch in read(path, _no_texts)]
-    if not batches:
-        raise ConfigError(f"{path} holds no vectors")
-    return np.concatenate(batches)
 
 
 def _shown(hit: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ more, whose token is dropped.
 """
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from octavo.attachment import require_attachment
 from octavo.engine.grammar import Constraint
 from octavo.engine.request import Output, Request
 from octavo.engine.runner import Runner
@@ -43,7 +45,10 @@ class Engine:
         config: Any = model.config
         self.model, self.tokenizer = model, tokenizer
         self.ends = _ends(model, tokenizer)
-        self.sampler = Sampler(max_batch, config.get_text_config().vocab_size, model.device, eos=tuple(self.ends))
+        text_config = config.get_text_config()
+        # Asked once: a configuration takes longer to answer than a request's part of a step.
+        self.positions: float = getattr(text_config, "max_position_embeddings", None) or math.inf
+        self.sampler = Sampler(max_batch, text_config.vocab_size, model.device, eos=tuple(self.ends))
         self.scheduler = Scheduler(max_batch, step_tokens)
         self.runner = Runner(model, self.sampler)
         self._free = list(range(max_batch))[::-1]  # places in the sampler
@@ -72,12 +77,12 @@ class Engine:
         may run at once.
         """
         params = params or SamplingParams()
-        config: Any = self.model.config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
-        if limit is not None and len(prompt) >= limit:
-            raise PromptError(f"the prompt has {len(prompt):,} tokens, the model has {limit:,} positions; shorten it")
+        if len(prompt) >= self.positions:
+            raise PromptError(
+                f"the prompt has {len(prompt):,} tokens, the model has {self.positions:,} positions; shorten it"
+            )
         if params.n > self.scheduler.max_batch:
             raise ConfigError(f"n is {params.n}, and at most {self.scheduler.max_batch} requests run at once")
         seed = torch.seed() % 2**63 if params.seed is None else params.seed
@@ -111,6 +116,11 @@ class Engine:
     def unfinished(self) -> int:
         """Requests that are not done."""
         return self.scheduler.unfinished
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of device memory held for keys and values, of other users of the model too."""
+        return require_attachment(self.model).kv_nbytes
 
     # One step
 
@@ -256,8 +266,10 @@ class Engine:
         output, params = request.output, request.params
         enough = len(output.tokens) >= params.min_tokens
         ends = enough and ((token in self.ends and not params.ignore_eos) or token in params.stop_token_ids)
-        full = len(output.tokens) >= params.max_tokens or self._positions_end(request)
-        detokenizer = self._texts.setdefault(request, Detokenizer(self.tokenizer))
+        full = len(output.tokens) >= min(params.max_tokens, self.positions - len(request.prompt))
+        detokenizer = self._texts.get(request)
+        if detokenizer is None:
+            detokenizer = self._texts[request] = Detokenizer(self.tokenizer)
         new = "" if ends else detokenizer.add(token, last=full)
         output.text += new
         at = cut_at(output.text, len(new), params.stops) if enough and params.stops else None
@@ -265,13 +277,10 @@ class Engine:
             output.text = output.text[:at]
         return "stop" if ends or at is not None else "length" if full else None
 
-    def _positions_end(self, request: Request) -> bool:
-        config: Any = self.model.config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return limit is not None and len(request.tokens) >= limit
-
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         request.output.finish_reason, request.output.error = reason, error
+        if error is None:
+            self.runner.remember(request)
         self.runner.leave([request])
         request.forget()
         self._release(request)

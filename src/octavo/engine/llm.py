@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from octavo.config import nbytes
 from octavo.engine.engine import Engine
 from octavo.engine.grammar import Constraint, Grammars
 from octavo.engine.request import Output, Request
@@ -15,7 +16,6 @@ from octavo.engine.sampling import SamplingParams
 from octavo.errors import ConfigError, NotAttachedError
 from octavo.models import load
 
-_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 Prompt = str | Sequence[int]
 
 
@@ -25,7 +25,8 @@ class LLM:
     `model`: "default" (the embedded one), a folder, a GGUF file, a hub id, or a model that `octavo.attach` has joined;
     then `tokenizer` comes with it and `adapter` and the settings that `attach` takes are its own. `kv_memory`: bytes
     for keys and values, a number or a text such as "2GiB", None: no bound. `max_batch`: requests that run at once;
-    `step_tokens`: see `Engine`. `settings` go to `octavo.attach`; on CUDA decode steps run from graphs by default.
+    `step_tokens`: see `Engine`. `settings` go to `octavo.attach`, a `reuse` store too; on CUDA decode steps run from
+    graphs by default.
 
     Not for several threads at once. Raises what `octavo.models.load` raises, and ConfigError.
     """
@@ -54,7 +55,7 @@ class LLM:
             settings.setdefault("cuda_graphs", on_gpu)
             self.model, self.tokenizer = load(
                 None if model == "default" else model, adapter, dtype=dtype, device=device,
-                budget=None if kv_memory is None else nbytes(kv_memory), **settings,
+                budget=None if kv_memory is None else nbytes(kv_memory, "kv_memory"), **settings,
             )  # fmt: skip
         self.model.train(False)
         self._grammars: Grammars | None = None
@@ -185,18 +186,6 @@ class LLM:
             for member in (request, *request.family):
                 if not member.done:
                     self.engine.cancel(member)
-
-
-def nbytes(size: int | str) -> int:
-    """Bytes of a size such as 10**9, "512MiB" or "2 GiB". Raises ConfigError."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        return size
-    text = str(size).replace(" ", "").upper()
-    digits = text.rstrip("BKMGI")
-    try:
-        return int(float(digits) * _UNITS[text[len(digits) :] or "B"])
-    except (KeyError, ValueError, OverflowError) as e:
-        raise ConfigError(f"kv_memory must be a number of bytes or a text such as '2GiB', not {size!r}") from e
 
 
 def _after(request: Request, shown: int) -> str:

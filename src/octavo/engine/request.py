@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.attachment import KVCache
+from octavo.attachment.reuse import Reading
 from octavo.engine.sampling import SamplingParams
 from octavo.kv import Snapshot
 
@@ -56,6 +57,7 @@ class Request:
     family: list["Request"] = field(default_factory=list)  # these samples, once they are there
     on_token: Callable[["Request"], None] | None = None
     constraint: Any = None  # see `octavo.engine.grammar`
+    reading: Reading | None = None  # its way through the reuse store, once it reads its prompt
 
     @property
     def tokens(self) -> list[int]:
@@ -71,7 +73,9 @@ class Request:
         """Give back what it holds by itself; what it had read must be read again."""
         if self.cache is not None:
             self.cache.reset()  # now, not when an error's traceback lets go of it
-        self.cache, self.snapshot, self.read = None, None, 0
+        if self.reading is not None:
+            self.reading.close()
+        self.cache, self.snapshot, self.reading, self.read = None, None, None, 0
 
     @property
     def finished(self) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attachment import KVCache
+from octavo.attachment import KVCache, require_attachment
+from octavo.attachment.reuse import begin, store_in
 from octavo.engine.grammar import allowed
 from octavo.engine.request import Request
 from octavo.engine.sampling import Allowed, Sampled, Sampler
@@ -33,6 +34,15 @@ class Runner:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes of all slots that the running requests see, which a step must read. Waits for the device."""
+        if self._batch is None or not self.running:
+            return 0
+        layout = self._batch.memory.layout
+        slot = 2 * layout.head_dim * layout.dtype.itemsize + 4 + 8 * layout.quantised  # expiry, two scales
+        return int(self._batch.kept.sum()) * slot
+
     # Prompts
 
     def prefill(self, request: Request, count: int) -> Tensor | None:
@@ -42,12 +52,30 @@ class Runner:
         """
         if request.cache is None:
             request.cache = KVCache(self.model)
+            self._look_up(request, request.cache)
         tokens = request.tokens
         part = torch.tensor([tokens[request.read : request.read + count]], device=self.device)
-        last = request.read + count == len(tokens)
-        logits = self.model(input_ids=part, past_key_values=request.cache, logits_to_keep=1).logits
-        request.read += count
-        return logits[:, -1].float() if last else None
+        logits: Tensor = self.model(input_ids=part, past_key_values=request.cache, logits_to_keep=1).logits
+        request.read += part.shape[1]
+        if request.read < len(tokens):
+            return None
+        if request.reading is not None:
+            store_in(request.reading, request.cache)
+            request.reading.close()
+        return logits[:, -1].float()
+
+    def _look_up(self, request: Request, cache: KVCache) -> None:
+        """Begin with what the reuse store knows of a request's tokens, where the model has one."""
+        store = require_attachment(self.model).reuse
+        if store is not None:
+            request.reading = begin(store, cache, request.tokens, wait=False)
+        if request.reading is not None:
+            request.read = request.reading.boundary
+
+    def remember(self, request: Request) -> None:
+        """Store what a running request has read, its answer too, for the next turn of a chat."""
+        if request.reading is not None and self._batch is not None and request in self.running:
+            store_in(request.reading, self._batch, self.running.index(request), request.tokens)
 
     def first(self, request: Request, logits: Tensor) -> Sampled:
         """The token that follows what a request has read."""

@@ -1,6 +1,6 @@
 """Snapshots out of pages, and back into the pages of a new row. See `octavo.kv.snapshot` for what they are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from octavo.config import NEVER
 from octavo.errors import CacheStateError
 from octavo.kv.plan import extended, found, ranked
 from octavo.kv.pool import pages_for
-from octavo.kv.snapshot import Ragged, Snapshot, SnapshotLayout
+from octavo.kv.snapshot import Ragged, Snapshot, SnapshotLayout, counted
 from octavo.kv.tables import Index, Tables
 
 AT_ONCE = 2**24  # slots that are searched in one operation, for each of which it holds some ten bytes
@@ -79,6 +79,11 @@ class Boundaries:
         """Without what is past the end of rows that were cut: {row: tokens left}."""
         left = {row: tuple(tail for tail in self.of(row) if int(tail.position) <= end) for row, end in ends.items()}
         return Boundaries(self.wanted, self._tails | left)
+
+    def without(self, row: int, positions: Collection[int]) -> "Boundaries":
+        """Without a row's tails at some boundaries: what they were taken for is done."""
+        left = tuple(tail for tail in self.of(row) if int(tail.position) not in positions)
+        return Boundaries(self.wanted, self._tails | {row: left})
 
     def forgotten(self) -> "Boundaries":
         """Without tails: the rows are gone. What is wanted stays so."""
@@ -151,7 +156,7 @@ def snapshot_of(
         if not chosen:
             raise CacheStateError("a snapshot needs at least one boundary")
         segments = _segments(tables, row, chosen, shift)
-        ends = [_trimmed(pool.pages, known.get(p, known[end])) for p in chosen]
+        ends = [trimmed(pool.pages, known.get(p, known[end])) for p in chosen]
     if tokens is not None:
         tokens = tokens.flatten().int().cpu()
         if len(tokens) < chosen[-1]:
@@ -166,18 +171,19 @@ def layout_of(tables: Tables, shift: int) -> SnapshotLayout:
     return SnapshotLayout(layers, heads, layout.head_dim, layout.dtype, tables.window, shift)
 
 
-def restore_into(tables: Tables, row: int, snapshot: Snapshot, boundary: int) -> None:
+def restore_into(tables: Tables, row: int, layout: SnapshotLayout, parts: Sequence[Ragged], boundary: int) -> None:
     """Make an empty row what its sequence was at a boundary, to the bit; another order of slots aside.
 
-    Raises CacheStateError for another layout or boundary, and CacheBudgetError. Part of a change (`pool.Changing`): a
-    row that nobody has in the end is vacant again.
+    `parts` together are all slots that were seen there, as `Snapshot.at` gives them: with shift 1 the last one has the
+    newest token of every head. Raises CacheStateError for another layout, and CacheBudgetError. Part of a change
+    (`pool.Changing`): a row that nobody has in the end is vacant again.
     """
-    pool, S, shift = tables.pool, tables.pool.layout.page_size, snapshot.layout.shift
+    pool, S, shift = tables.pool, tables.pool.layout.page_size, layout.shift
     ours = layout_of(tables, shift)
-    if snapshot.layout != ours:
-        raise CacheStateError(f"this snapshot is of a cache of {snapshot.layout}, not of {ours}")
-    parts = [Ragged(**{k: t.to(pool.device) for k, t in part.tensors.items()}) for part in snapshot.at(boundary)]
-    counts = snapshot.counts(boundary).to(pool.device)
+    if layout != ours:
+        raise CacheStateError(f"this snapshot is of a cache of {layout}, not of {ours}")
+    parts = [Ragged(**{k: t.to(pool.device) for k, t in part.tensors.items()}) for part in parts]
+    counts = counted(parts)
     with pool.lock:
         most = int(counts.max())
         tables.widen(most)
@@ -192,7 +198,7 @@ def restore_into(tables: Tables, row: int, snapshot: Snapshot, boundary: int) ->
             slot = torch.arange(len(head), device=pool.device) - (n.cumsum(0) - n - filled)[head]
             put(pool.pages, flat[head, slot // S].long(), slot % S, _content(part))
             filled += n
-        if shift:  # the loop's last part is the tail, which has the newest token of every head
+        if shift:
             last = part.position == boundary - 1
             tables.newest[row].view(-1)[head[last]] = slot[last].int()
         tables.position[row] = boundary
@@ -202,21 +208,34 @@ def restore_into(tables: Tables, row: int, snapshot: Snapshot, boundary: int) ->
 
 def _segments(tables: Tables, row: int, chosen: Sequence[int], shift: int) -> list[Ragged]:
     """The slots kept for ever of the tokens that were decided up to each boundary, from the one before on."""
-    pages, S = tables.pool.pages, tables.pool.layout.page_size
+    search = _kept(tables, row)
+    return [_part(tables, row, *search, first - shift, last - shift) for first, last in pairwise((0, *chosen))]
+
+
+def kept_between(tables: Tables, row: int, first: int, last: int) -> Ragged:
+    """The slots of a row that are kept for ever, of positions `first` up to, not including, `last`."""
+    return _part(tables, row, *_kept(tables, row), first, last)
+
+
+def _kept(tables: Tables, row: int) -> tuple[Tensor, Tensor]:
+    """(which slots of a row are kept for ever, the positions of all), both [heads of all layers, slots]."""
+    pages = tables.pool.pages
     table = tables.table[row].flatten(0, 1)  # [L * H, M]
     position, expiry = pages.position[table].flatten(-2), pages.expiry[table].flatten(-2)  # [L * H, W]
     spots = torch.arange(position.shape[-1], device=position.device)
-    kept = (spots < tables.length[row].flatten()[:, None]) & (expiry == NEVER)
-    segments = []
-    for first, last in pairwise((0, *chosen)):
-        wanted = kept & (position >= first - shift) & (position < last - shift)
-        head, slot = _ordered(wanted, position)
-        content = slots(pages, table[head, slot // S].long(), slot % S)
-        segments.append(_ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=False))
-    return segments
+    return (spots < tables.length[row].flatten()[:, None]) & (expiry == NEVER), position
 
 
-def _trimmed(pages: Pages, tail: Tail) -> Ragged:
+def _part(tables: Tables, row: int, kept: Tensor, position: Tensor, first: int, last: int) -> Ragged:
+    """Of the slots that `_kept` has found, those at positions `first` up to, not including, `last`."""
+    pages, S = tables.pool.pages, tables.pool.layout.page_size
+    wanted = kept & (position >= first) & (position < last)
+    head, slot = _ordered(wanted, position)
+    content = slots(pages, tables.table[row].flatten(0, 1)[head, slot // S].long(), slot % S)
+    return _ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=False)
+
+
+def trimmed(pages: Pages, tail: Tail) -> Ragged:
     """A tail without what is not there."""
     names = _names(pages)
     content = [each.flatten(0, 1) for each in tail.content]

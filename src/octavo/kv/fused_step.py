@@ -87,20 +87,35 @@ class FusedStep:
 
 
 class Replayed:
-    """A step inside a CUDA graph, as the host sees it when the graph runs: all that it does is in the graph."""
+    """A step inside a CUDA graph, as the host sees it when the graph runs: all that it does is in the graph.
+
+    The graph may have more places than there are sequences; those behind them stay empty.
+    """
 
     decides_at_commit = True
 
     def __init__(self, step: FusedStep) -> None:
         self._step = step
+        self._used = 0  # places that had a sequence the last time
         self.new = step.new  # written by the graph
         self.left: Tensor | None = None
 
     def prepare(self, rows: Tensor, search: Tensor, scattered: bool) -> None:
         """Say which sequences run, [B] int32, and whether rows are to be searched, [] int32."""
-        self._step.rows.copy_(rows)
+        places, B = self._step.rows, len(rows)
+        places[:B].copy_(rows)
+        if self._used > B:
+            places[B : self._used].fill_(-1)
+        if self._used != B:
+            position, at, start, after, padded = self._step.new
+            self.new = New(position[:B], at[:B], start[:B], after[:B], padded)
+        self._used = B
         self._step.search.copy_(search)
         self.left = self._step.found if scattered else None
+
+    def rehearse(self, marked: Tensor | None) -> None:
+        """End a step that has run outside of a graph and for nobody: its kernels run once, and nothing is noted."""
+        self._step.commit(marked)
 
     def commit(self, marked: Tensor | None) -> None:
         """The graph has done it."""

@@ -1,5 +1,6 @@
 """What a batch of sequences holds: its state, its rows of the tables, and what it counts."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import SupportsInt
 
@@ -109,6 +110,12 @@ class Held:
         self._holding.state = State(boundaries=boundaries, epoch=state.epoch + 1)
         self.quota.forget()
         self.tables.leave(state.rows)
+
+    def let_go(self, which: int, boundaries: Collection[int]) -> None:
+        """Forget what was kept of one sequence at some boundaries (numbers of its tokens), which are needed no more."""
+        with self.tables.pool.lock:
+            left = self.boundaries.without(self.rows[which], boundaries)
+            self._holding.state = replace(self.state, boundaries=left)
 
     def adopt(self, boundaries: Boundaries) -> None:
         """Keep what another, empty batch was asked to keep."""

@@ -30,7 +30,7 @@ from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
 from octavo.kv.rewind import cut, pages_to_own, restore_overwritten, rewind
 from octavo.kv.shape import CacheShape
-from octavo.kv.snapshot import Snapshot
+from octavo.kv.snapshot import Ragged, SnapshotLayout, counted
 from octavo.kv.state import Back, State, cropped, joined, selected
 from octavo.kv.step import Batch, New
 
@@ -175,7 +175,7 @@ class Sequences(Held):
         `rows` [B] int32 and `search` [] int32 are what the graph reads then.
         """
         quota = Quota(None, self.tables, self._holding)
-        given = Batch(self.tables, slice(0, len(rows)), self.eviction, 0, True, True, False, quota)
+        given = Batch(self.tables, slice(0, len(rows)), self.eviction, 0, True, True, False, quota, claims=False)
         self.step = step = FusedStep(given, rows, search)
         return Replayed(step)
 
@@ -328,16 +328,16 @@ class Sequences(Held):
     # Snapshots
 
     @bookkeeping
-    def restore(self, snapshot: Snapshot, boundary: int) -> None:
-        """Become the one sequence of a snapshot at a boundary; nothing may be held. Raises as `restore_into`."""
+    def restore(self, layout: SnapshotLayout, parts: Sequence[Ragged], boundary: int) -> None:
+        """Become the one sequence that sees `parts` at a boundary; nothing may be held. Raises as `restore_into`."""
         assert not self.rows
-        counts, pool = snapshot.counts(boundary), self.tables.pool
+        counts, pool = counted(parts), self.tables.pool
         pages = int(pages_for(counts, pool.layout.page_size).sum())
         self.memory.reclaim()
         with pool.lock, pool.changing():
             (row,) = self.tables.join(1)
             self.quota.claim(pages, pages, (row,))
-            restore_into(self.tables, row, snapshot, boundary)
+            restore_into(self.tables, row, layout, parts, boundary)
             self._holding.state = State(
                 rows=(row,),
                 seen=boundary,

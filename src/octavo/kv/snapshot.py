@@ -8,7 +8,7 @@ that goes through both. The second belong to p: each boundary has a tail of its 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -27,9 +27,7 @@ from octavo.errors import CacheStateError, OutputFileError, SnapshotFileError
 
 KIND, FORMAT = "snapshot", 1
 SETTINGS = "octavo"  # the one entry of the file's metadata: with several, their order would differ from file to file
-_DTYPES = {
-    name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64", "int8", "float8_e4m3fn")
-}
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64", "int8", "float8_e4m3fn")}
 
 
 class Ragged(NamedTuple):
@@ -65,7 +63,10 @@ class SnapshotLayout:
 
     def expected(self, part: dict[str, Tensor], *, tail: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """(dtype, shape) of each tensor of a segment or tail with the counts that `part` has."""
-        n = int(part["counts"].sum())
+        return self.shapes(int(part["counts"].sum()), tail=tail)
+
+    def shapes(self, n: int, *, tail: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """(dtype, shape) of each tensor of n slots, by name; with an expiry each in a `tail`."""
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "counts": (torch.int32, (self.layers, self.kv_heads)),
             "position": (torch.int32, (n,)),
@@ -109,7 +110,7 @@ class Snapshot:
 
     def counts(self, boundary: int) -> Tensor:
         """Slots that are seen at a boundary, int32 [L, H]."""
-        return torch.stack([part.counts for part in self.at(boundary)]).sum(0, dtype=torch.int32)
+        return counted(self.at(boundary))
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +148,7 @@ class Snapshot:
             raise SnapshotFileError(f"snapshot {source} is damaged or was altered: its SHA-256 does not match")
         try:
             boundaries = tuple(settings["boundaries"])
-            layout = SnapshotLayout(**{**settings["layout"], "dtype": _DTYPES[settings["layout"]["dtype"]]})
+            layout = SnapshotLayout(**{**settings["layout"], "dtype": DTYPES[settings["layout"]["dtype"]]})
             _check(boundaries, layout, tensors)
             return _assembled(boundaries, layout, dict(settings["identity"]), tensors)
         except (KeyError, TypeError, ValueError) as e:
@@ -187,6 +188,11 @@ class Snapshot:
             for i, part in enumerate(parts):
                 named |= {f"{kind}.{i}.{name}": tensor for name, tensor in part.tensors.items()}
         return named
+
+
+def counted(parts: Sequence[Ragged]) -> Tensor:
+    """Slots of each layer and head in some parts together, int32 [L, H]."""
+    return torch.stack([part.counts for part in parts]).sum(0, dtype=torch.int32)
 
 
 def _assembled(

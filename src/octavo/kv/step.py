@@ -26,6 +26,7 @@ class Batch:
     scattered: bool  # see `State`
     shared: bool  # see `State`
     quota: Quota
+    claims: bool = True  # whether the step's pages are still to be reserved
 
     @property
     def window(self) -> int:
@@ -44,7 +45,7 @@ class Batch:
 
     def reserve(self, claim: int, need: SupportsInt, wait: bool = True) -> None:
         """See `PagePool.reserve`; within the quota of these sequences. A captured step has reserved before."""
-        if not capturing(self.tables.pool.device):
+        if self.claims and not capturing(self.tables.pool.device):
             self.quota.claim(claim, need)
             self.tables.pool.reserve(claim, need, wait)
 

@@ -74,6 +74,17 @@ def load_plain(
     return nn.Module.eval(loaded), tokenizer
 
 
+def load_tokenizer(model: str | Path | None = None) -> Any:
+    """A model's tokenizer alone; `model` as in `load`. Raises ModelNotFoundError."""
+    source = str(default_model() if model is None else model)
+    if source.endswith(".gguf"):
+        source = str(unpacked_gguf(Path(source)))
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        raise ModelNotFoundError(f"cannot load a tokenizer from {source}: {e}") from e
+
+
 def _place(device: str | torch.device) -> torch.device:
     """The device, after a first tensor on it. Raises ConfigError."""
     try:

@@ -64,13 +64,12 @@ def write_chats(
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed must lie in 0..2**63 - 1, not {seed}")
     torch.manual_seed(seed)
-    tokenizer.padding_side = "left"
     aside = out.with_name(out.name + ".new")
     ordered = sorted(prompts, key=len)  # like lengths together pad least
     try:
         with aside.open("w", encoding="utf-8") as f:
             for first in range(0, len(ordered), batch):
-                for messages in _answered(model, tokenizer, ordered[first : first + batch], max_new_tokens):
+                for messages in sampled_chats(model, tokenizer, ordered[first : first + batch], max_new_tokens):
                     f.write(json.dumps({"messages": messages}) + "\n")
                 on_batch(min(first + batch, len(ordered)))
         aside.replace(out)
@@ -79,10 +78,16 @@ def write_chats(
 
 
 @torch.no_grad()
-def _answered(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[str], max_new_tokens: int
+def sampled_chats(
+    model: PreTrainedModel, tokenizer: Any, prompts: list[str], max_new_tokens: int, seed: int | None = None
 ) -> list[list[dict[str, str]]]:
-    """One chat per prompt."""
+    """One chat of two messages per prompt, answered at temperature 0.7; an answer may be empty.
+
+    `seed`: of the sampling; None goes on from the generators as they are.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    tokenizer.padding_side = "left"
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)

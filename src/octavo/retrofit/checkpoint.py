@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from octavo.adapter_file import SETTINGS, TENSORS
 from octavo.errors import OutputFileError, RetrofitError
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
+FILES = (TENSORS, SETTINGS, CHECKPOINT, LOG)  # what a run leaves in its folder
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -58,6 +60,8 @@ def read_checkpoint(
     """
     path = folder / CHECKPOINT
     step, theirs = _metadata(path)
+    if isinstance(theirs.get("settings"), dict):
+        theirs["settings"].setdefault("exercises", 0.0)  # checkpoints of before had none
     differences = list(_differences(theirs, json.loads(json.dumps(made_with))))
     if differences:
         raise RetrofitError(

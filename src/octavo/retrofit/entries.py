@@ -61,4 +61,16 @@ def together(adapters: Sequence[SwiftKVAdapter | Adapter]) -> Entry:
     return (swiftkv[0], gates[0]) if swiftkv and gates else adapters[0]
 
 
-__all__ = ["DENSE", "Entry", "Parts", "attach_parts", "parts_of", "together"]
+def named(entries: Sequence[tuple[str | None, Entry]]) -> dict[str, Entry]:
+    """Entries by their labels, or where they have none by their own names; the second of one name is "name (2)"."""
+    found: dict[str, Entry] = {}
+    for label, entry in entries:
+        own = " + ".join(a.name for a in (entry if isinstance(entry, tuple) else (entry,)))
+        name, count = label or own, 1
+        while (name if count == 1 else f"{name} ({count})") in found:
+            count += 1
+        found[name if count == 1 else f"{name} ({count})"] = entry
+    return found
+
+
+__all__ = ["DENSE", "Entry", "Parts", "attach_parts", "named", "parts_of", "together"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.retrofit.data import Source
+from octavo.retrofit.exercises import exercise_sequence
 from octavo.retrofit.recall import recall_sequence
 
 Ids = npt.NDArray[np.int64]
@@ -58,22 +59,25 @@ def unbroken(tokens: Ids) -> Rows:
 
 
 class Packer:
-    """Draws documents of a mix of sources, and of recall chats about the first of them, into rows."""
+    """Draws documents of a mix of sources, recall chats about the first of them and exercises on all, into rows."""
 
-    def __init__(self, sources: list[Source], tokenizer: Any, recall: float, length: int) -> None:
+    def __init__(
+        self, sources: list[Source], tokenizer: Any, recall: float, length: int, exercises: float = 0.0
+    ) -> None:
         self.sources, self.tokenizer, self.length = sources, tokenizer, length
         # Documents are drawn in proportion to their length where they are cut, else equally: all tokens alike.
         lengths = [np.diff(source.bounds) for source in sources]
         self._cumulative = [np.maximum(1.0, n / length).cumsum() for n in lengths]
         means = [len(s.tokens) / c[-1] for s, c in zip(sources, self._cumulative, strict=True)]
         shares = np.array([source.share for source in sources]) / sum(source.share for source in sources)
-        wanted = np.array([recall, *(shares * (1 - recall))])
-        self._kinds = wanted / np.array([(self._shortest + length) / 2, *means])
+        made = (self._shortest + length) / 2
+        wanted = np.array([recall, *(shares * (1 - recall - exercises)), exercises])
+        self._kinds = np.maximum(0.0, wanted) / np.array([made, *means, made])
         self._kinds /= self._kinds.sum()
 
     @property
     def _shortest(self) -> int:
-        """Recall chats are this long at least, a row at most."""
+        """Recall chats and exercises are this long at least, a row at most."""
         return max(1, self.length // 4)
 
     def rows(self, rng: np.random.Generator, count: int) -> Rows:
@@ -93,8 +97,10 @@ class Packer:
     def _draw(self, rng: np.random.Generator) -> Ids:
         """One document, or a row's length of one that is longer."""
         kind = int(rng.choice(len(self._kinds), p=self._kinds))
-        if kind == 0:
+        if kind in (0, len(self.sources) + 1):
             length = int(rng.integers(self._shortest, self.length + 1))
+            if kind:
+                return exercise_sequence(self.tokenizer, self.sources, rng, length)
             return recall_sequence(self.tokenizer, self.sources[0], rng, length)
         source, cumulative = self.sources[kind - 1], self._cumulative[kind - 1]
         which = int(cumulative.searchsorted(rng.random() * cumulative[-1], side="right"))

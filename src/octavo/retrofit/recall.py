@@ -52,7 +52,7 @@ def recall_sequence(
     """One chat of exactly `length` tokens about a piece of `text`: [length] int64."""
     made = [_fact(rng) for _ in range(facts)]
     asked = [made[i] for i in rng.permutation(facts)[:questions]]
-    opening, between, closing = _frame(tokenizer, str(rng.choice(_INSTRUCTIONS)))
+    opening, between, closing = chat_frame(tokenizer, str(rng.choice(_INSTRUCTIONS)))
     tail: list[int] = []
     for i, (_, question, answer, value) in enumerate(asked):
         asks = encode(tokenizer, ("\n\n" if i == 0 else "") + question)
@@ -88,12 +88,15 @@ def _fact(rng: np.random.Generator) -> tuple[str, str, str, str]:
     return wording[0].format(**names), wording[1].format(**names), wording[2].format(**names), value
 
 
-def _frame(tokenizer: Any, instruction: str) -> tuple[list[int], list[int], list[int]]:
-    """Token ids (before the text, between question and answer, between answer and the next question)."""
+def chat_frame(tokenizer: Any, instruction: str) -> tuple[list[int], list[int], list[int]]:
+    """Token ids (before a text, between question and answer, between answer and the next question) of a chat.
+
+    Of plain text where the tokenizer has no chat template, or one that rewrites contents.
+    """
     mark = "\x00"
     chat = [{"role": role, "content": mark} for role in ("user", "assistant", "user")]
     has_template = tokenizer.chat_template is not None
     parts = tokenizer.apply_chat_template(chat, tokenize=False).split(mark) if has_template else []
-    if len(parts) != 4:  # no template, or one that rewrites contents
+    if len(parts) != 4:
         return encode(tokenizer, instruction + "\n"), encode(tokenizer, "\nAnswer: "), encode(tokenizer, "\nQuestion: ")
     return encode(tokenizer, parts[0] + instruction + "\n\n"), encode(tokenizer, parts[1]), encode(tokenizer, parts[2])

@@ -8,6 +8,7 @@ from octavo.dms import Adapter
 from octavo.errors import ConfigError
 from octavo.swiftkv import SwiftKVAdapter
 
+EXERCISES = 0.4  # share of the data; measured with books and code at 0.3 each, see docs/experiments.md
 LARGEST_LR = 1.0  # Adam moves a weight by about lr a step: past this it overflows rather than learns
 
 
@@ -87,7 +88,8 @@ class RetrofitSettings:
     """One run: `gates`, `swiftkv` or both are trained.
 
     `batch` sequences of `length` tokens a step over all processes, `micro_batch` at once, which only splits the
-    work but for the noise and the missing eviction of gates; `recall`: share of the data made by `recall_sequence`.
+    work but for the noise and the missing eviction of gates; `recall` and `exercises`: shares of the data made by
+    `recall_sequence` and `exercise_sequence`, the rest is text as it stands.
     """
 
     gates: GateSettings | None = None
@@ -99,14 +101,20 @@ class RetrofitSettings:
     recall: float = 0.25
     seed: int = 0
     checkpoint_every: int = 25
+    exercises: float = 0.0
 
     def __post_init__(self) -> None:
         _check_finite(self)
         for name in ("steps", "batch", "micro_batch", "length", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.recall <= 1:
-            raise ConfigError(f"recall must lie in [0, 1], not {self.recall}")
+        for name in ("recall", "exercises"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        if self.recall + self.exercises > 1:
+            raise ConfigError(
+                f"recall {self.recall:g} and exercises {self.exercises:g} are shares of the data and exceed 1 together"
+            )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in 0..2**63 - 1, not {self.seed}")
         if self.gates is None and self.swiftkv is None:
@@ -129,6 +137,11 @@ def _check_finite(settings: GateSettings | SwiftSettings | RetrofitSettings) -> 
         value = getattr(settings, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{field.name} must be a finite number, not {value}")
+
+
+def exercises_for(recall: float, exercises: float | None) -> float:
+    """The share of exercises where none was asked for: `EXERCISES`, or what `recall` leaves of it."""
+    return max(0.0, min(EXERCISES, 1 - recall)) if exercises is None else exercises
 
 
 def shape_for(

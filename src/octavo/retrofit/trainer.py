@@ -37,6 +37,7 @@ from octavo.retrofit.checkpoint import (
     write_log,
 )
 from octavo.retrofit.data import Source, shares_by_name
+from octavo.retrofit.exercises import exercise_sequence
 from octavo.retrofit.fusing import fused
 from octavo.retrofit.lesson import teach
 from octavo.retrofit.packing import Packer, Rows, unbroken
@@ -105,7 +106,7 @@ class Retrofit:
         # Each part has a learning rate of its own, set at every step.
         groups = [{"params": list(part.parameters()), "name": name} for name, part in self._trained().items()]
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-        self.packer = Packer(sources, tokenizer, settings.recall, settings.length)
+        self.packer = Packer(sources, tokenizer, settings.recall, settings.length, settings.exercises)
         self.step, self.resumed = 0, False
         self.noise = True  # whether decisions are relaxed with logistic noise; tests compare gradients without it
 
@@ -257,12 +258,13 @@ class Retrofit:
         rows = []
         for _ in range(count):
             source = self.sources[int(rng.choice(len(self.sources), p=shares / shares.sum()))]
-            recall = rng.random() < s.recall
-            rows.append(
-                recall_sequence(self.tokenizer, self.sources[0], rng, s.length)
-                if recall
-                else source.draw(rng, s.length)
-            )
+            kind = rng.random()
+            if kind < s.recall:
+                rows.append(recall_sequence(self.tokenizer, self.sources[0], rng, s.length))
+            elif kind < s.recall + s.exercises:
+                rows.append(exercise_sequence(self.tokenizer, self.sources, rng, s.length))
+            else:
+                rows.append(source.draw(rng, s.length))
         return unbroken(np.stack(rows))
 
     def _seed(self, purpose: str, step: int, part: int) -> int:

@@ -3,6 +3,8 @@
     db = VectorDatabase(384, metric="cosine", storage="f32+i8", index="hnsw")
     db.add(vectors, ids=["a", "b"], metadata=[b"...", None])  # [2, 384] float32
     hits = db.search(query, k=10)  # [384], or [n, 384] for a batch
+    db.add(vector, ids="c", metadata={"year": 2021, "lang": "fr"})
+    db.search(query, filter={"year": {"$gte": 2020}, "lang": {"$in": ["fr", "ru"]}})
     hits.distances, hits.indices, hits.ids
     db.save("x.vdb")
     db = VectorDatabase.open("x.vdb", mode="mmap")
@@ -14,10 +16,13 @@ for a setting that cannot be; whatever raises has changed nothing.
 """
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from os import PathLike
-from typing import Self
+from typing import Any, Self, cast, overload
+
+from octavo.errors import UnknownIdError
 
 try:
     from octavo.vdb import _vdb
@@ -77,12 +82,12 @@ class VDBError(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `vector` [D] is float32 as stored: rounded, unless the storage keeps f32."""
+    """One row. `vector` [D] is float32 as stored: rounded, unless the storage keeps f32. `metadata` is as given."""
 
     index: int
     vector: "array[float]"
     id: str | None
-    metadata: bytes | None
+    metadata: bytes | dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,9 @@ class Information:
 
 
 class VectorDatabase(_vdb.Database):
-    """Rows of a vector of `dimensions` float32, maybe an id (text) and metadata (bytes), found by their nearest.
+    """Rows of a vector of `dimensions` float32, maybe an id (text) and metadata, found by their nearest.
+
+    Metadata is bytes, or a dict of str, int, float, bool and None that searches can filter by.
 
     `dimensions`: 1 to 65536. `metric`: "cosine", "euclidean", "dot", or a `VDBMetric`.
     `storage`: "f32"; "f32+i8", which also keeps a byte per number to scan first (a quarter more memory, about three
@@ -128,10 +135,53 @@ class VectorDatabase(_vdb.Database):
         """What a distance is."""
         return VDBMetric(self._metric)
 
-    def get(self, id: str | None = None, index: int | None = None) -> Row:
-        """The row with this index, or the first with this id. Raises UnknownIdError."""
+    @overload
+    def get(self, id: str | int | None = None, index: int | None = None) -> Row: ...
+    @overload
+    def get(self, id: list[str] | list[int] | list[str | int]) -> list[Row]: ...
+    @overload
+    def get(self, id: None = None, *, index: list[int]) -> list[Row]: ...
+    def get(self, id: Any = None, index: Any = None) -> Row | list[Row]:
+        """The row with this index, or the first with this id; a list of rows for a list. Raises UnknownIdError."""
+        if isinstance(id, list) and index is None:
+            return [self.get(one) for one in id]
+        if isinstance(index, list) and id is None:
+            return [self.get(index=one) for one in index]
         place, vector, name, metadata = self._row(id=id, index=index)
         return Row(place, array("f", vector), name, metadata)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Every row, in the order of the indices, each read when it is asked for; rows may be removed meanwhile."""
+        for index in self.indices():
+            try:
+                row = self.get(index=index)
+            except UnknownIdError:
+                continue
+            yield row
+
+    def indices(self) -> "memoryview[int]":
+        """The index of every row [n], int64, ascending. What numpy makes of it without a copy: numpy.asarray(...)."""
+        return memoryview(self._listing()[0]).cast("q")
+
+    def ids(self) -> list[str | None]:
+        """The id of every row, or None, in the order of `indices`."""
+        return self._listing()[1]
+
+    def vectors(self) -> "memoryview[float]":
+        """Vectors of all indices [info().slots, D], float32, read-only; where there is no row it may be anything.
+
+        Of a mapped file that keeps f32 this is the file itself, without a copy, which stays open until the view is
+        gone; otherwise a copy, rounded as stored. `numpy.asarray(db.vectors())[db.indices()]` are those of the rows.
+        """
+        try:
+            return cast("memoryview[float]", memoryview(self))
+        except BufferError:
+            data = memoryview(self._vectors())
+            slots = len(data) // (4 * self.dimensions)
+            return data.cast("f", (slots, self.dimensions)) if slots else data.cast("f")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_bytes, (bytes(self),)
 
     def info(self) -> Information:
         """Settings, rows and bytes. Raises DatabaseClosedError."""

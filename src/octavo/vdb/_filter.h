@@ -20,12 +20,16 @@ typedef struct {
     FilterItem *items;
     PyObject *source; /* a tuple that keeps the ids alive */
     Py_ssize_t item_count, unknown;
+    bool has_where;
+    vdb_condition where;
+    Arena arena; /* of the condition */
 } Filter;
 
 static void filter_close(Filter *filter) {
     free(filter->words);
     free(filter->items);
     Py_XDECREF(filter->source);
+    arena_close(&filter->arena);
 }
 
 /* Needs no GIL. */
@@ -126,7 +130,7 @@ static bool read_filter_items(const State *state, PyObject *items, size_t slots,
         char place[32];
         snprintf(place, sizeof place, "filter[%zd]", i);
         if (PyUnicode_Check(item)) {
-            if (!(out[i].id = read_id(state, item, place))) return false;
+            if (!(out[i].id = read_id(state, item, place, NULL))) return false;
             continue;
         }
         if (PyBool_Check(item)) {
@@ -159,7 +163,7 @@ static bool filter_from_items(const State *state, PyObject *source, size_t slots
         if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError)) return false;
         PyErr_Clear();
         raise_error(state, CONFIG_ERROR,
-                    "filter is %R; pass ids, indices, a bitset or a function, and one id as a list", source);
+                    "filter is %R; pass ids, indices, a bitset, a function or a dict of conditions, and one id as a list", source);
         return false;
     }
     out->item_count = PyTuple_Size(out->source);
@@ -167,38 +171,79 @@ static bool filter_from_items(const State *state, PyObject *source, size_t slots
     return out->items ? read_filter_items(state, out->source, slots, out->items) : no_memory();
 }
 
-/* vdb_query with the items of a filter, all at one moment: hence the lock and the table of vdb.h's sections 5 and 6,
-   which also name every row of an id, where vdb_find names one. VDB_ERROR_NOT_FOUND for an id that no row has. */
-static vdb_error query_by_items(vdb_database *db, const float *queries, size_t count, vdb_query_options *options,
-                                Filter *filter, vdb_answer **out) {
-    if (!vdb_all_finite(queries, count * db->dimensions)) return VDB_ERROR_NOT_FINITE;
-    vdb_enter_read(&db->lock);
+/* The bitset of a filter's items, under a lock that keeps writers out: hence vdb.h's own functions, which also name every
+   row of an id, where vdb_find names one. VDB_ERROR_NOT_FOUND for an id that no row has and, if `strict`, for an index. */
+static vdb_error filter_items(const vdb_database *db, Filter *filter, bool strict) {
     free(filter->words);
-    vdb_error error = filter_make(filter, db->slots) ? VDB_OK : VDB_ERROR_OUT_OF_MEMORY;
-    for (Py_ssize_t i = 0; i < filter->item_count && !error; i++) {
+    if (!filter_make(filter, db->slots)) return VDB_ERROR_OUT_OF_MEMORY;
+    for (Py_ssize_t i = 0; i < filter->item_count; i++) {
         const FilterItem *item = &filter->items[i];
         size_t found = 0, place = 0, size = item->id ? strlen(item->id) : 0;
         uint32_t row;
+        if (!item->id) found = !strict || vdb_is_row(db, item->index);
         if (!item->id) filter_set(filter, item->index);
         for (; size && (row = vdb_table_next(db, item->id, size, &place)) != VDB_NO_ROW; found++) filter_set(filter, row);
-        if (!item->id || found) continue;
+        if (found) continue;
         filter->unknown = i;
-        error = VDB_ERROR_NOT_FOUND;
+        return VDB_ERROR_NOT_FOUND;
     }
+    return VDB_OK;
+}
+
+static void raise_unknown_item(const State *state, const char *name, const Filter *filter) {
+    PyObject *item = PyTuple_GetItem(filter->source, filter->unknown);
+    raise_error(state, UNKNOWN_ID, filter->items[filter->unknown].id ? "%s: no row has the id %R" : "%s: no row has the index %R",
+                name, item);
+}
+
+/* How far a search goes: to the k nearest, or to all rows within a radius, or both. */
+typedef struct {
+    bool within;
+    float radius;
+} Reach;
+
+/* vdb_query or vdb_query_within, with the items of a filter at one moment. */
+static vdb_error query_rows(vdb_database *db, const float *queries, size_t count, vdb_query_options *options, Reach reach,
+                            Filter *filter, vdb_answer **out) {
+    if (!filter->items && !reach.within) return vdb_query(db, queries, count, options, out);
+    if (!filter->items) return vdb_query_within(db, queries, count, reach.radius, options, out);
+    if (!vdb_all_finite(queries, count * db->dimensions)) return VDB_ERROR_NOT_FINITE;
+    vdb_enter_read(&db->lock);
+    vdb_error error = filter_items(db, filter, false);
     options->bitset = filter->words;
     options->bitset_words = filter->count;
-    if (!error) error = vdb_query_locked(db, queries, count, options, out);
+    if (!error && options->k) error = vdb_query_locked(db, queries, count, options, out);
+    else if (!error) error = vdb_range_locked(db, queries, count, reach.radius, options, out);
     vdb_leave_read(&db->lock);
+    for (size_t q = 0; !error && reach.within && q < count; q++) vdb_cut_answer(*out, q, reach.radius);
+    return error;
+}
+
+/* Removes the rows of a filter, all or none of them. */
+static vdb_error remove_filtered(vdb_database *db, Filter *filter, size_t *removed) {
+    vdb_query_options options = vdb_default_query_options(1);
+    *removed = 0;
+    if (!filter->items) {
+        options.bitset = filter->words;
+        options.bitset_words = filter->count;
+        options.where = filter->has_where ? &filter->where : NULL;
+        return vdb_remove_where(db, &options, removed);
+    }
+    if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+    vdb_enter_write(&db->lock);
+    vdb_error error = filter_items(db, filter, true);
+    options.bitset = filter->words;
+    options.bitset_words = filter->count;
+    if (!error) *removed = vdb_drop_passing(db, &options);
+    vdb_leave_write(&db->lock);
     return error;
 }
 
 static bool read_filter(const State *state, const vdb_database *db, PyObject *source, Filter *out) {
     vdb_information facts;
     if (PyDict_Check(source)) {
-        raise_error(state, CONFIG_ERROR,
-                    "filter is a dict, but metadata is bytes here and has no keys; pass ids (a list of str), indices, a "
-                    "bitset, or a function of an index that looks at get(index=i).metadata");
-        return false;
+        out->has_where = true;
+        return read_condition(state, source, 0, &out->arena, &out->where);
     }
     vdb_error error = information(db, &facts);
     if (error) {

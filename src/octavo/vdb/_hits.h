@@ -117,8 +117,7 @@ static PyObject *id_at(const Hits *self, size_t query, size_t place) {
 static PyObject *metadata_at(const Hits *self, size_t query, size_t place) {
     const vdb_answer *answer = self->answer;
     size_t at = (self->first + query) * self->k + place;
-    if (!answer->metadata[at]) Py_RETURN_NONE;
-    return PyBytes_FromStringAndSize(answer->metadata[at], (Py_ssize_t)answer->metadata_sizes[at]);
+    return metadata_object(answer->metadata[at], answer->metadata_sizes[at], answer->has_values[at]);
 }
 
 static PyObject *distance_at(const Hits *self, size_t query, size_t place) {
@@ -428,8 +427,8 @@ FIELD(distances, "float32, ascending: [found]. A memoryview.",
 FIELD(indices, "int64: [found]. A memoryview.", "int64: [n, k], -1 where fewer were found. A memoryview.")
 FIELD(ids, "The ids, None for a row without: a list.",
       "The ids, None for a row without: a list of lists as long as `counts` says.")
-FIELD(metadata, "The metadata (bytes, or None), in a list; only if the search was asked with_metadata.",
-      "The metadata (bytes, or None), in lists like `ids`; only if the search was asked with_metadata.")
+FIELD(metadata, "The metadata (bytes, dict or None), in a list; only if the search was asked with_metadata.",
+      "The metadata (bytes, dict or None), in lists like `ids`; only if the search was asked with_metadata.")
 FIELD(counts, "How many rows were found: a list of one number.", "How many rows were found for each query.")
 #undef FIELD
 

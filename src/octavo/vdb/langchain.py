@@ -21,7 +21,7 @@ from langchain_core.vectorstores import VectorStore
 
 from octavo.errors import ConfigError, UnknownIdError
 from octavo.vdb import VDBMetric, VectorDatabase
-from octavo.vdb.rows import Payload, pack, rows, unpack
+from octavo.vdb.rows import Payload, pack, unpack
 
 Filter = dict[str, Any] | Callable[[Document], bool]
 _WIDEN = 8  # times as many rows are looked at while a filter has left too few
@@ -90,10 +90,11 @@ class OctavoVectorStore(VectorStore):  # type: ignore[misc,unused-ignore]  # Any
         """Remove documents by id, or all of them; ids that are not there are passed over."""
         if self.database is None:
             return True
-        gone = [{"index": row.index} for row in rows(self.database)] if ids is None else [{"id": name} for name in ids]
-        for row in gone:
+        if ids is None:
+            self.database.remove(filter={})
+        for name in ids or ():
             try:
-                self.database.remove(**row)
+                self.database.remove(name)
             except UnknownIdError:
                 continue
         return True
@@ -226,7 +227,7 @@ class OctavoVectorStore(VectorStore):  # type: ignore[misc,unused-ignore]  # Any
         return lambda distance: _within(-distance)
 
 
-def _document(name: str | None, metadata: bytes | None) -> Document:
+def _document(name: str | None, metadata: bytes | dict[str, Any] | None) -> Document:
     payload = unpack(metadata)
     return Document(id=name, page_content=payload.text or "", metadata=payload.metadata)
 

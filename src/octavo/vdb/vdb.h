@@ -4,10 +4,11 @@
  *
  * OVERVIEW
  *
- * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata (bytes).
- * Asked with a vector, the database answers with the k nearest rows: exactly, by reading every row, or through an
+ * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata: bytes, or
+ * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows: exactly, by reading every row, or through an
  * HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
- * -DVDB_MULTITHREADED, pthreads. POSIX systems; Windows has none of the calls for files that this needs:
+ * -DVDB_MULTITHREADED, pthreads. POSIX systems. For Windows (x86-64, clang or mingw) it compiles; it has not been run
+ * there, so nothing of it is tested:
  *
  *     #include "vdb.h"
  *
@@ -24,7 +25,8 @@
  * VDB_DECLARATIONS_ONLY before each #include but one, and VDB_IMPLEMENTATION before that one; where both are defined, in
  * one file, VDB_IMPLEMENTATION counts. The code takes a compiler some seconds at -O2, the declarations nothing: while a
  * program is being written, give the code a file of its own, or define VDB_PLAIN, which leaves out the kernels for
- * particular processors and takes two thirds of the time; answers are the same.
+ * particular processors and takes two thirds of the time; answers are the same. The header is joined from parts by topic,
+ * which Octavo's repository holds (src/octavo/vdb/parts); docs/tour.md says what is in which.
  * VDB_MALLOC and VDB_FREE replace the allocator; VDB_REALLOC is theirs too, and may be left out.
  *
  * MANUAL, in the order of the code
@@ -34,14 +36,28 @@
  *   3 Numbers          16-bit floats, exact distances, checksums
  *   4 Kernels          scans for plain C, AVX2, AVX-512 (VNNI, BF16), AMX and NEON, chosen when first used
  *   5 Threads          many readers or one writer; a pool made once
- *   6 Rows             blocks of vectors, codes and norms; ids and metadata
+ *   6 Rows             blocks of vectors, codes and norms; ids and metadata; columns of values, conditions on them
  *   7 Exact search     bounds, shortlists, exact distances
  *   8 HNSW             graph search, parallel insertion, removal
- *   9 Files            format 2, its checks, the mapped view, the loader of the first format
+ *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format
  *  10 Functions        the declared ones, each a short use of the above
  *
  * DISTANCES, ascending: cosine 1 - cos(q, x), where a zero vector is at distance 1 from everything; Euclidean with the
  * root; dot product negated.
+ *
+ * FILTERS BY VALUE. A condition (vdb_condition) is a comparison of a named value with others, or all or any of several:
+ *
+ *     vdb_value year = {NULL, VDB_VALUE_INT, 2020, 0, NULL, 0};
+ *     vdb_condition since = {VDB_AT_LEAST, "year", &year, NULL, 1};
+ *     vdb_query_options options = vdb_default_query_options(10);
+ *     options.where = &since;                                 // vdb_query(db, query, 1, &options, &answer)
+ *
+ * It becomes a bitset over all rows, once for a call however many questions it asks: scans skip what is not in it, a
+ * graph answers with nothing else. The first search that asks for a name reads it from the records of all rows into a
+ * column of 9 bytes a row, with the least and greatest value of every 1024 rows; later searches read again only what has
+ * changed, and a condition that is asked again finds its bitset (the last 8 are kept) until a record changes. Columns are
+ * no part of the file; vdb_compact and vdb_remove_vector, which
+ * renumber rows, make them forgotten.
  *
  * GUARANTEES
  *
@@ -72,6 +88,7 @@
  *   - Numbers other than the three metrics, and files that are damaged, are refused. 0.1 does not read what this saves.
  *   - A save to a pipe, a device, a hard link, or a file whose folder takes no other, is refused (0.1 wrote in place).
  *   - Distances differ in their last digits: 0.1 added in float.
+ *   - Windows: 0.1 was built by any compiler; this needs gcc (which takes the plain kernels only) or clang.
  *   - C++: the code needs gcc or clang, and casts between pointers and numbers that -Wold-style-cast reports.
  */
 #ifndef VDB_H
@@ -120,7 +137,7 @@ typedef enum {
   VDB_ERROR_OWNER = -16,           /* the file is another user's or group's, which this process may not give it */
   VDB_ERROR_FOLDER = -17,          /* the file's folder takes no new file, or does not let it be replaced; see errno */
   VDB_ERROR_CHANGED = -18,         /* the file is not the one that the database was read from (vdb_save_as) */
-  VDB_ERROR_INTERRUPTED = -19      /* the caller's function said so (vdb_add_watched) */
+  VDB_ERROR_INTERRUPTED = -19      /* the caller's function said so (vdb_add_watched, vdb_open_watched) */
 } vdb_error;
 
 typedef enum { VDB_METRIC_COSINE = 0, VDB_METRIC_EUCLIDEAN = 1, VDB_METRIC_DOT_PRODUCT = 2 } vdb_metric;
@@ -155,14 +172,55 @@ typedef enum {
   VDB_ADD_ANY = 2      /* keep both */
 } vdb_add_mode;
 
+/* Metadata with names, which searches may ask for (vdb_condition). */
+typedef enum {
+  VDB_VALUE_NONE = 0,
+  VDB_VALUE_BOOL = 1,
+  VDB_VALUE_INT = 2,
+  VDB_VALUE_FLOAT = 3, /* not NaN */
+  VDB_VALUE_TEXT = 4
+} vdb_value_type;
+
+typedef struct {
+  const char *name;   /* 1 to 255 bytes of UTF-8, each name once in a row */
+  vdb_value_type type;
+  int64_t integer;    /* of INT; 0 or 1 of BOOL */
+  double number;      /* of FLOAT */
+  const char *text;   /* of TEXT: `text_size` bytes of UTF-8, which may hold zeros */
+  size_t text_size;
+} vdb_value;
+
 typedef struct {
   const char *id;        /* UTF-8, at most 2^20 bytes; NULL or "" for none */
   const void *metadata;  /* copied */
   size_t metadata_size;  /* at most 2^31 - 1 */
+  const vdb_value *values; /* copied; a row has metadata, or values, or neither */
+  size_t value_count;
 } vdb_record;
 
+/* Which rows a search may answer with, by their values. Ints and floats compare as the numbers they are; a bool is no
+ * number, and NONE is equal to NONE only. A row without the name is not equal to anything: it passes NOT_IN alone. */
+typedef enum {
+  VDB_IS_IN = 0,    /* equal to one of `values` */
+  VDB_NOT_IN = 1,   /* equal to none of them */
+  VDB_LESS = 2,     /* than values[0], a number; so with the next three */
+  VDB_AT_MOST = 3,
+  VDB_GREATER = 4,
+  VDB_AT_LEAST = 5,
+  VDB_ALL_OF = 6,   /* every one of `parts` holds */
+  VDB_ANY_OF = 7
+} vdb_operator;
+
+typedef struct vdb_condition {
+  vdb_operator operation;
+  const char *name;
+  const vdb_value *values;           /* [count], whose names do not matter */
+  const struct vdb_condition *parts; /* [count], nested at most 32 deep */
+  size_t count;
+} vdb_condition;
+
 /* Which rows may be in the answer: by a bitset over indices (bit i of bitset[i / 64]; rows past the end are out), by
- * a function, or by both. The function is called from several threads and must not call the database. */
+ * a function, by their values, or by all of these. The function is called from several threads and must not call the database. */
 typedef struct {
   size_t k;
   int exact;              /* not 0: read every row although there is a graph */
@@ -172,7 +230,8 @@ typedef struct {
   int (*filter)(uint64_t index, void *context); /* not 0 to keep a row; NULL for none */
   void *filter_context;
   int with_ids;           /* not 0: fill `ids` */
-  int with_metadata;      /* not 0: fill `metadata` and `metadata_sizes` */
+  int with_metadata;      /* not 0: fill `metadata`, `metadata_sizes` and `has_values` */
+  const vdb_condition *where; /* by values; NULL for none. The first search that asks for a name reads it from all rows */
 } vdb_query_options;
 
 /* The answer to `queries` questions: arrays [queries][k], nearest first, where k is what was asked for, or the number
@@ -186,6 +245,7 @@ typedef struct {
   const char **ids;       /* NULL unless asked for; a row without id has NULL */
   const void **metadata;  /* NULL unless asked for */
   size_t *metadata_sizes; /* NULL unless asked for */
+  unsigned char *has_values; /* NULL unless metadata was asked for; not 0 where it is to be read by vdb_next_value */
 } vdb_answer;
 
 typedef struct {
@@ -252,8 +312,8 @@ VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out);
  * find all of the new rows, or none yet. */
 VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                           vdb_add_mode mode, uint64_t *indices);
-/* As vdb_add; while rows enter a graph, which may take long, `go_on` is asked now and then, on the caller's thread, whether
- * to go on: with how many of `count` are in. If it answers 0 the call ends with VDB_ERROR_INTERRUPTED, and nothing was
+/* As vdb_add; while many rows are stored and enter a graph, which may take long, `go_on` is asked now and then, on the
+ * caller's thread, whether to go on: with how many of `count` are in the graph. If it answers 0 the call ends with VDB_ERROR_INTERRUPTED, and nothing was
  * added. It must not call the database. */
 VDB_API vdb_error vdb_add_watched(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                                   vdb_add_mode mode, uint64_t *indices,
@@ -264,17 +324,31 @@ VDB_API vdb_error vdb_reserve(vdb_database *db, size_t count);
 VDB_API vdb_error vdb_find(const vdb_database *db, const char *id, uint64_t *index);
 /* Copies a row's vector [dimensions] as stored. */
 VDB_API vdb_error vdb_read_vector(const vdb_database *db, uint64_t index, float *vector);
-/* Copies id (with its NUL) and metadata into one new block, to be freed with vdb_free_record. */
+/* Copies id (with its NUL) and metadata into one new block, to be freed with vdb_free_record. Of a row with values,
+ * `metadata` is what vdb_next_value reads, and `value_count` is not 0. */
 VDB_API vdb_error vdb_read_record(const vdb_database *db, uint64_t index, vdb_record *out);
 VDB_API void vdb_free_record(vdb_record *record);
+/* The value at `*place`, 0 at first, which moves on to the next; 0 when there are no more. Texts and names end with a NUL. */
+VDB_API int vdb_next_value(const void *values, size_t size, size_t *place, vdb_value *out);
+/* Gives a row new metadata, or values, or none; its vector and id stay. Pointers to its id end. `record->id` is ignored. */
+VDB_API vdb_error vdb_set_metadata(vdb_database *db, uint64_t index, const vdb_record *record);
+/* The same for the lowest index with this id. */
+VDB_API vdb_error vdb_set_metadata_of(vdb_database *db, const char *id, const vdb_record *record);
 VDB_API vdb_error vdb_remove_index(vdb_database *db, uint64_t index);
 /* Removes every row with this id. `removed` may be NULL. */
 VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *removed);
+/* Removes every row that passes the options' bitset, function and condition, at least one of which must be given; the
+ * other options do not matter. `removed` may be NULL. */
+VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *options, size_t *removed);
 /* Gives the memory of removed rows back. Rows keep their order; indices become 0 to count - 1. */
 VDB_API vdb_error vdb_compact(vdb_database *db);
 /* Answers `count` questions, queries [count][dimensions]. */
 VDB_API vdb_error vdb_query(const vdb_database *db, const float *queries, size_t count,
                             const vdb_query_options *options, vdb_answer **out);
+/* The rows at most `radius` away, nearest first: all of them by an exact scan, though there be a graph, if options->k is
+ * 0, and otherwise those of the k that vdb_query finds. The answer is as wide as the longest list. */
+VDB_API vdb_error vdb_query_within(const vdb_database *db, const float *queries, size_t count, float radius,
+                                   const vdb_query_options *options, vdb_answer **out);
 VDB_API void vdb_free_answer(vdb_answer *answer);
 
 typedef enum {
@@ -294,6 +368,14 @@ typedef enum {
 VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode);
 /* `threads` as in vdb_options. */
 VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out);
+/* As vdb_open; while a file is read into memory `go_on` is asked on the caller's thread, after about every half megabyte,
+ * with how many of the file's bytes are read. If it answers 0 the call ends with VDB_ERROR_INTERRUPTED and no database. */
+VDB_API vdb_error vdb_open_watched(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out,
+                                   int (*go_on)(size_t done, size_t count, void *context), void *context);
+/* The bytes of the file that a save would write, in memory that vdb_free_bytes gives back; and a database from such. */
+VDB_API vdb_error vdb_to_bytes(const vdb_database *db, void **bytes, size_t *size);
+VDB_API void vdb_free_bytes(void *bytes);
+VDB_API vdb_error vdb_from_bytes(const void *bytes, size_t size, uint32_t threads, vdb_database **out);
 /* Reads a whole file of either format, and says in `message` (may be NULL) what is wrong with it. */
 VDB_API vdb_error vdb_verify(const char *path, char *message, size_t message_size);
 VDB_API vdb_error vdb_set_threads(vdb_database *db, uint32_t threads);
@@ -331,13 +413,24 @@ VDB_API vdb_error vdb_set_kernels(const char *name);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
+#ifdef _WIN32
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <io.h>
+#include <windows.h>
+#else
+#include <sys/mman.h>
+#endif
 #ifdef VDB_MULTITHREADED
 #include <pthread.h>
 #include <sched.h>
 #endif
-#if defined(VDB_PLAIN)
+#if defined(VDB_PLAIN) || (defined(_WIN32) && !defined(__clang__)) /* gcc misaligns its stack there (gcc bug 54412) */
 #elif defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -369,6 +462,31 @@ VDB_SYSTEM(int, get_nprocs, (void));
 VDB_SYSTEM(int, madvise, (void *, size_t, int));
 VDB_SYSTEM(long, syscall, (long, ...));
 #define VDB_HERE (-100) /* AT_FDCWD */
+#elif defined(_WIN32)
+#define vdb_sys_close _close
+#define vdb_sys_fsync _commit
+#define vdb_sys_unlink _unlink
+static inline long vdb_sys_getpid(void) { return (long)GetCurrentProcessId(); }
+static inline int64_t vdb_sys_lseek(int file, int64_t place, int from) { return _lseeki64(file, place, from); }
+static inline long vdb_sys_write(int file, const void *bytes, size_t size) {
+  return _write(file, bytes, (unsigned)(size < 1u << 30 ? size : 1u << 30));
+}
+static inline long vdb_sys_pread(int file, void *to, size_t size, int64_t at) {
+  OVERLAPPED place;
+  DWORD got = 0;
+  memset(&place, 0, sizeof place);
+  place.Offset = (DWORD)at;
+  place.OffsetHigh = (DWORD)(at >> 32);
+  if (ReadFile((HANDLE)_get_osfhandle(file), to, (DWORD)(size < 1u << 30 ? size : 1u << 30), &got, &place)) return (long)got;
+  if (GetLastError() == ERROR_HANDLE_EOF) return 0;
+  errno = EIO;
+  return -1;
+}
+static inline int vdb_sys_get_nprocs(void) {
+  SYSTEM_INFO system;
+  GetSystemInfo(&system);
+  return (int)system.dwNumberOfProcessors;
+}
 #else
 #include <unistd.h>
 #define vdb_sys_close close
@@ -398,7 +516,14 @@ static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS
 #define VDB_FREE free
 #endif
 
+#ifdef ESTALE
+#define VDB_STALE ESTALE
+#else
+#define VDB_STALE EBUSY
+#endif
+
 #define VDB_INLINE static inline __attribute__((always_inline))
+#define VDB_RARE static inline __attribute__((cold)) /* compiled to be small, which is quicker; no loop over numbers */
 #define VDB_ALIGNMENT 64u /* of every array of rows; as many readable bytes follow each */
 
 VDB_INLINE size_t vdb_min(size_t a, size_t b) { return a < b ? a : b; }
@@ -599,7 +724,7 @@ VDB_INLINE size_t vdb_tile_scratch(size_t dimensions) {
 #endif
 
 /* Element j of a row, codes as they are. */
-VDB_INLINE float vdb_value(vdb_element element, const void *row, size_t j) {
+VDB_INLINE float vdb_number_at(vdb_element element, const void *row, size_t j) {
   if (element == VDB_F16) return vdb_from_f16(((const uint16_t *)row)[j]);
   if (element == VDB_BF16) return vdb_from_bf16(((const uint16_t *)row)[j]);
   if (element == VDB_I8) return (float)((const int8_t *)row)[j];
@@ -810,8 +935,8 @@ VDB_INLINE vdb_f32x4 vdb_load_row_plain(vdb_element element, const void *row, si
 #ifdef VDB_ARM
   if (element == VDB_F16) return (vdb_f32x4)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)row + j)));
 #endif
-  vdb_f32x4 values = {vdb_value(element, row, j), vdb_value(element, row, j + 1), vdb_value(element, row, j + 2),
-                      vdb_value(element, row, j + 3)};
+  vdb_f32x4 values = {vdb_number_at(element, row, j), vdb_number_at(element, row, j + 1), vdb_number_at(element, row, j + 2),
+                      vdb_number_at(element, row, j + 3)};
   return values;
 }
 
@@ -857,7 +982,7 @@ VDB_INLINE void vdb_scan_plain(vdb_element element, int squares, const float *qu
     for (size_t r = 0; r < 4 && i + r < count; r++) {
       float sum = (sums[r][0] + sums[r][2]) + (sums[r][1] + sums[r][3]);
       for (size_t k = j; k < dimensions; k++) {
-        float x = vdb_value(element, row[r], k), difference = query[k] - x;
+        float x = vdb_number_at(element, row[r], k), difference = query[k] - x;
         sum += squares ? difference * difference : query[k] * x;
       }
       out[i + r] = sum;
@@ -942,7 +1067,7 @@ static inline void vdb_decode_plain(vdb_element element, const void *row, float 
   } else if (element == VDB_I8) {
     for (size_t j = 0; j < dimensions; j++) out[j] = scale * (float)((const int8_t *)row)[j];
   } else {
-    for (size_t j = 0; j < dimensions; j++) out[j] = vdb_value(element, row, j);
+    for (size_t j = 0; j < dimensions; j++) out[j] = vdb_number_at(element, row, j);
   }
 }
 
@@ -1845,7 +1970,7 @@ VDB_INLINE VDB_TARGET(VDB_AVX2) void vdb_decode_as_avx2(vdb_element element, con
     _mm256_storeu_ps(out + j, element == VDB_I8 ? _mm256_mul_ps(x, _mm256_set1_ps(scale)) : x);
   }
   for (; j < dimensions; j++) {
-    float x = vdb_value(element, row, j);
+    float x = vdb_number_at(element, row, j);
     out[j] = element == VDB_I8 ? scale * x : x;
   }
 }
@@ -1895,11 +2020,12 @@ VDB_INLINE VDB_TARGET(VDB_AVX2) void vdb_exact_as_avx2(const float *query, const
       vdb_exact_step_avx2(_mm_loadu_ps(query + j + 4 * v), _mm_loadu_ps(row + j + 4 * v), squares, &products[v],
                           &norms[v]);
   }
-  VDB_UNROLL for (int v = 0; v < 4; v++, j += 4) {
-    if (j >= dimensions) break;
-    __m128i rest = _mm256_castsi256_si128(_mm256_castps_si256(vdb_first_avx2(dimensions - j)));
-    vdb_exact_step_avx2(_mm_maskload_ps(query + j, rest), _mm_maskload_ps(row + j, rest), squares, &products[v],
-                        &norms[v]);
+  VDB_UNROLL for (int v = 0; v < 4; v++) {
+    size_t at = j + 4 * (size_t)v, left = dimensions > at ? dimensions - at : 0;
+    __m128i rest = _mm256_castsi256_si128(_mm256_castps_si256(vdb_first_avx2(left)));
+    if (left)
+      vdb_exact_step_avx2(_mm_maskload_ps(query + at, rest), _mm_maskload_ps(row + at, rest), squares, &products[v],
+                          &norms[v]);
   }
   sums[0] = vdb_fold_f64_avx2(products);
   sums[1] = vdb_fold_f64_avx2(norms);
@@ -2341,6 +2467,36 @@ static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb
 
 #endif
 
+/* Who may stop a long call; see vdb_add_watched and vdb_open_watched. */
+typedef struct {
+  int (*go_on)(size_t done, size_t count, void *context);
+  void *context;
+#ifdef VDB_MULTITHREADED
+  pthread_t caller;
+#endif
+  int stopped; /* written by the caller's thread; read and written atomically */
+} vdb_watch;
+
+static inline void vdb_watch_make(vdb_watch *watch, int (*go_on)(size_t, size_t, void *), void *context) {
+  memset(watch, 0, sizeof *watch);
+  watch->go_on = go_on;
+  watch->context = context;
+#ifdef VDB_MULTITHREADED
+  watch->caller = pthread_self();
+#endif
+}
+
+/* Whether the call was stopped; on the caller's thread, asks. */
+static inline int vdb_watch_stops(vdb_watch *watch, size_t done, size_t count) {
+  if (__atomic_load_n(&watch->stopped, __ATOMIC_RELAXED)) return 1;
+#ifdef VDB_MULTITHREADED
+  if (!pthread_equal(watch->caller, pthread_self())) return 0;
+#endif
+  if (watch->go_on(done, count, watch->context)) return 0;
+  __atomic_store_n(&watch->stopped, 1, __ATOMIC_RELAXED);
+  return 1;
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
  * 6 Rows
  *
@@ -2417,6 +2573,31 @@ typedef struct {
   uint32_t crc;
 } vdb_identity;
 
+#define VDB_KEPT_FILTERS 8
+
+/* The bitset of a condition that was asked for, until a record changes. */
+typedef struct {
+  unsigned char *key; /* [key_size] the condition, written out; NULL for none */
+  size_t key_size;
+  uint64_t *bits; /* [words] */
+  size_t words;
+  uint64_t asked; /* when last */
+} vdb_kept_filter;
+
+/* Columns of values, read by searches. */
+typedef struct {
+  vdb_kept_filter kept[VDB_KEPT_FILTERS];
+  uint64_t searches;
+  struct vdb_column *columns; /* [count] */
+  size_t count, capacity;
+  uint64_t *touched; /* [rows / 64] rows whose record has changed since they were read */
+  size_t rows;       /* columns know of the rows below */
+  int any_touched;
+#ifdef VDB_MULTITHREADED
+  pthread_mutex_t mutex; /* of who reads and makes them, under a reader's lock */
+#endif
+} vdb_columns;
+
 struct vdb_database {
   size_t dimensions, count;
   vdb_metric metric;
@@ -2432,6 +2613,7 @@ struct vdb_database {
   size_t free_count, free_capacity;
   vdb_graph graph;
   vdb_records records;
+  vdb_columns columns;
   vdb_mapping mapping;
   vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
   vdb_lock lock;
@@ -2479,7 +2661,7 @@ static inline int vdb_has_codes(vdb_storage storage) {
   return storage == VDB_STORAGE_I8 || storage == VDB_STORAGE_F32_I8;
 }
 
-static inline vdb_block_layout vdb_layout_of(const vdb_database *db) {
+VDB_RARE vdb_block_layout vdb_layout_of(const vdb_database *db) {
   size_t rows = vdb_block_rows(db), place = 0;
   vdb_block_layout layout;
   memset(&layout, 0, sizeof layout);
@@ -2500,8 +2682,8 @@ static inline vdb_block_layout vdb_layout_of(const vdb_database *db) {
   return layout;
 }
 
-static inline void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, unsigned char *base,
-                                   vdb_block *block) {
+VDB_RARE void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, unsigned char *base,
+                              vdb_block *block) {
   block->vectors = base + layout->vectors;
   block->codes = db->options.storage == VDB_STORAGE_F32_I8 ? (int8_t *)(base + layout->codes)
                  : db->options.storage == VDB_STORAGE_I8   ? (int8_t *)block->vectors
@@ -2527,7 +2709,7 @@ static inline void vdb_graph_release(vdb_database *db);
 static inline size_t vdb_graph_bytes(const vdb_database *db);
 
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
-static inline int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
+VDB_RARE int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
   if (count > SIZE_MAX / item) return 0;
 #ifdef VDB_REALLOC
   unsigned char *grown = (unsigned char *)VDB_REALLOC(*array, count * item);
@@ -2545,7 +2727,7 @@ static inline int vdb_grow(void **array, size_t old_count, size_t count, size_t 
 
 #define VDB_SLAB_BYTES ((size_t)32 << 20) /* of blocks that are allocated together, at most */
 
-static inline vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
+VDB_RARE vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
   size_t blocks = (rows + vdb_block_rows(db) - 1) >> db->block_shift;
   if (blocks <= db->block_count) return VDB_OK;
   if (blocks > db->block_capacity) {
@@ -2572,7 +2754,7 @@ static inline vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
 }
 
 /* Room for indices below `rows`. */
-static inline vdb_error vdb_make_room(vdb_database *db, size_t rows) {
+VDB_RARE vdb_error vdb_make_room(vdb_database *db, size_t rows) {
   if (rows > VDB_MAX_ROWS) return VDB_ERROR_FULL;
   if (rows > db->capacity) {
     size_t old = db->capacity, capacity = vdb_round_up(vdb_max(rows, vdb_max(64, old + old / 2)), 64);
@@ -2604,13 +2786,20 @@ static inline void vdb_make_live(vdb_database *db, const uint32_t *rows, size_t 
 }
 
 /* A row's place may be used again. Where there is no memory to note that, it is lost until vdb_compact. */
-static inline void vdb_free_row(vdb_database *db, size_t row) {
+VDB_RARE void vdb_free_row(vdb_database *db, size_t row) {
   if (db->free_count == db->free_capacity) {
     size_t capacity = vdb_max(64, 2 * db->free_capacity);
     if (!vdb_grow((void **)&db->free_rows, db->free_capacity, capacity, sizeof(uint32_t))) return;
     db->free_capacity = capacity;
   }
   db->free_rows[db->free_count++] = (uint32_t)row;
+}
+
+/* Noted by writers, for the next search that asks for values. */
+static inline void vdb_columns_touch(vdb_columns *columns, size_t row) {
+  if (row >= columns->rows) return;
+  columns->touched[row >> 6] |= (uint64_t)1 << (row & 63);
+  columns->any_touched = 1;
 }
 
 /* --- one row --- */
@@ -2661,6 +2850,115 @@ static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded
   block->residuals[place] = block->norms[place] < 0.0f ? 0.0f : (float)(sqrt(missed) * 1.000001);
 }
 
+/* --- values: metadata with names ---
+ *
+ * One after the other, in the caller's order: u8 type, u8 bytes of the name, name, 0, then nothing (none), u8 (bool), i64
+ * (int), f64 (float), or u32 bytes of the text, text, 0. A record that holds values instead of bytes says so in the
+ * highest bit of its metadata's size.
+ */
+#define VDB_VALUES_BIT 0x80000000u
+
+/* By its bits, so that it holds under -ffast-math too. */
+VDB_INLINE int vdb_is_nan(double number) {
+  uint64_t bits;
+  memcpy(&bits, &number, 8);
+  return bits << 1 > (uint64_t)0x7ff << 53;
+}
+
+/* The next value from `*place` on, which moves behind it. 0 at the end, and where the bytes make no sense. */
+VDB_API int vdb_next_value(const void *values, size_t size, size_t *place, vdb_value *out) {
+  const unsigned char *at = (const unsigned char *)values + *place;
+  size_t left = *place < size ? size - *place : 0, bytes;
+  if (left < 3 || left < (bytes = 3 + (size_t)at[1])) return 0;
+  memset(out, 0, sizeof *out);
+  out->type = (vdb_value_type)at[0];
+  out->name = (const char *)at + 2;
+  if (!at[1] || at[bytes - 1]) return 0;
+  at += bytes;
+  left -= bytes;
+  *place += bytes;
+  if (out->type == VDB_VALUE_NONE) return 1;
+  if (out->type == VDB_VALUE_BOOL) {
+    if (!left || *at > 1) return 0;
+    out->integer = *at;
+    *place += 1;
+    return 1;
+  }
+  if (out->type == VDB_VALUE_INT || out->type == VDB_VALUE_FLOAT) {
+    if (left < 8) return 0;
+    memcpy(out->type == VDB_VALUE_INT ? (void *)&out->integer : (void *)&out->number, at, 8);
+    *place += 8;
+    return out->type == VDB_VALUE_INT || !vdb_is_nan(out->number);
+  }
+  uint32_t length;
+  if (out->type != VDB_VALUE_TEXT || left < 5) return 0;
+  memcpy(&length, at, 4);
+  if (length > left - 5 || at[4 + (size_t)length]) return 0;
+  out->text = (const char *)at + 4;
+  out->text_size = length;
+  *place += 5 + (size_t)length;
+  return 1;
+}
+
+/* How many values there are, or -1 if the bytes are no values, or two have one name. */
+VDB_RARE long vdb_count_values(const unsigned char *values, size_t size) {
+  size_t place = 0, before;
+  vdb_value value, other;
+  long count = 0;
+  while (place < size) {
+    size_t from = place;
+    if (!vdb_next_value(values, size, &place, &value) || strlen(value.name) != values[from + 1]) return -1;
+    for (before = 0; before < from;)
+      if (!vdb_next_value(values, size, &before, &other) || strcmp(other.name, value.name) == 0) return -1;
+    count++;
+  }
+  return count;
+}
+
+/* Bytes that values take when they are kept; SIZE_MAX for such as cannot be. */
+VDB_RARE size_t vdb_values_size(const vdb_value *values, size_t count) {
+  size_t bytes = 0;
+  if (!values && count) return SIZE_MAX;
+  for (size_t i = 0; i < count; i++) {
+    const vdb_value *value = &values[i];
+    size_t name = value->name ? strlen(value->name) : 0;
+    if (!name || name > 255) return SIZE_MAX;
+    for (size_t j = 0; j < i; j++)
+      if (strcmp(values[j].name, value->name) == 0) return SIZE_MAX;
+    bytes += 3 + name;
+    if (value->type == VDB_VALUE_BOOL) bytes += 1;
+    else if (value->type == VDB_VALUE_INT || value->type == VDB_VALUE_FLOAT) bytes += 8;
+    else if (value->type == VDB_VALUE_TEXT) bytes += 5;
+    else if (value->type != VDB_VALUE_NONE) return SIZE_MAX;
+    if (value->type == VDB_VALUE_FLOAT && vdb_is_nan(value->number)) return SIZE_MAX;
+    if (value->type != VDB_VALUE_TEXT) continue;
+    if (value->text_size > INT32_MAX || (value->text_size && !value->text)) return SIZE_MAX;
+    bytes += value->text_size;
+    if (bytes > INT32_MAX) return SIZE_MAX;
+  }
+  return bytes > INT32_MAX ? SIZE_MAX : bytes;
+}
+
+VDB_RARE void vdb_write_values(const vdb_value *values, size_t count, unsigned char *out) {
+  for (size_t i = 0; i < count; i++) {
+    const vdb_value *value = &values[i];
+    size_t name = strlen(value->name);
+    uint32_t length = (uint32_t)value->text_size;
+    *out++ = (unsigned char)value->type;
+    *out++ = (unsigned char)name;
+    memcpy(out, value->name, name + 1);
+    out += name + 1;
+    if (value->type == VDB_VALUE_BOOL) *out++ = value->integer != 0;
+    if (value->type == VDB_VALUE_INT) memcpy(out, &value->integer, 8), out += 8;
+    if (value->type == VDB_VALUE_FLOAT) memcpy(out, &value->number, 8), out += 8;
+    if (value->type != VDB_VALUE_TEXT) continue;
+    memcpy(out, &length, 4);
+    if (length) memcpy(out + 4, value->text, length);
+    out[4 + (size_t)length] = 0;
+    out += 5 + (size_t)length;
+  }
+}
+
 /* --- records --- */
 #define VDB_CHUNK_BYTES ((size_t)1 << 16)
 #define VDB_MAX_ID ((size_t)1 << 20)
@@ -2684,6 +2982,7 @@ static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t 
   uint32_t sizes[2];
   if (place % 8 || place > mapping->text_size || mapping->text_size - place < sizeof sizes + 1) return NULL;
   memcpy(sizes, mapping->text + place, sizeof sizes);
+  sizes[1] &= ~VDB_VALUES_BIT;
   uint64_t room = mapping->text_size - place - sizeof sizes - 1;
   if (sizes[0] > room || sizes[1] > room - sizes[0]) return NULL;
   return mapping->text[place + sizeof sizes + sizes[0]] == 0 ? mapping->text + place : NULL;
@@ -2698,8 +2997,16 @@ static inline int vdb_record_at(const vdb_database *db, size_t row, const char *
   *id = sizes[0] ? (const char *)record + sizeof sizes : NULL;
   *id_size = sizes[0];
   *metadata = record ? record + sizeof sizes + sizes[0] + 1 : NULL;
-  *metadata_size = sizes[1];
+  *metadata_size = sizes[1] & ~VDB_VALUES_BIT;
   return record != NULL;
+}
+
+/* Not 0 if the metadata of a row is values. */
+static inline int vdb_has_values(const vdb_database *db, size_t row) {
+  const unsigned char *record = vdb_record_of(db, row);
+  uint32_t sizes[2] = {0, 0};
+  if (record) memcpy(sizes, record, sizeof sizes);
+  return (sizes[1] & VDB_VALUES_BIT) != 0;
 }
 
 /* Whether a record lies in the text of a file. */
@@ -2760,12 +3067,12 @@ static inline void vdb_hold_end(const vdb_hold *hold) {
 static inline size_t vdb_bytes_of_record(const unsigned char *record) {
   uint32_t sizes[2];
   memcpy(sizes, record, sizeof sizes);
-  return vdb_record_bytes(sizes[0], sizes[1]);
+  return vdb_record_bytes(sizes[0], sizes[1] & ~VDB_VALUES_BIT);
 }
 
 /* Moves records out of the text of a file, about `budget` bytes of them, and gives the text back when none is left. 0
  * for want of memory: what was moved is moved, and the rest is where it was. */
-static inline int vdb_leave_text(vdb_database *db, size_t budget) {
+VDB_RARE int vdb_leave_text(vdb_database *db, size_t budget) {
   vdb_records *records = &db->records;
   vdb_loaded *loaded = records->loaded;
   for (size_t spent = 0; loaded->moved < db->slots && spent < budget; loaded->moved++, spent += sizeof(void *)) {
@@ -2800,7 +3107,7 @@ static inline void vdb_discard_record(vdb_database *db, unsigned char *record) {
     (void)vdb_leave_text(db, 4 * bytes + 4096);
 }
 
-static inline void vdb_release_records(vdb_database *db) {
+VDB_RARE void vdb_release_records(vdb_database *db) {
   vdb_records *records = &db->records;
   for (size_t row = 0; records->records && row < db->capacity; row++) {
     unsigned char *record = records->records[row];
@@ -2819,7 +3126,7 @@ static inline void vdb_table_enter(vdb_database *db, size_t row, uint64_t hash) 
 }
 
 /* A table for the rows there are and `more` ids to come, less than half full and without gone places. */
-static inline vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
+VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
   size_t ids = more, size = 16, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -2878,10 +3185,16 @@ static inline vdb_error vdb_table_room(vdb_database *db, size_t ids) {
   return vdb_rebuild_table(db, vdb_max(ids, db->records.table_used / 2));
 }
 
-/* Copies id and metadata and enters the id into the table, where there must be room. */
-static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const char *id, size_t id_size, uint64_t hash,
-                                       const void *metadata, size_t metadata_size) {
-  uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size};
+/* The bytes of a record's metadata, values or not. */
+static inline size_t vdb_metadata_size(const vdb_record *record) {
+  return record->value_count ? vdb_values_size(record->values, record->value_count) : record->metadata_size;
+}
+
+/* Makes the record of a row, which has none yet. */
+static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
+                                        const vdb_record *given) {
+  size_t metadata_size = vdb_metadata_size(given);
+  uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size | (given->value_count ? VDB_VALUES_BIT : 0)};
   if (!id_size && !metadata_size) return VDB_OK;
   if (!db->records.records &&
       !vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *)))
@@ -2889,12 +3202,22 @@ static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const char 
   unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
   if (!record) return VDB_ERROR_OUT_OF_MEMORY;
   memcpy(record, sizes, sizeof sizes);
+  unsigned char *metadata = record + sizeof sizes + id_size + 1;
   if (id_size) memcpy(record + sizeof sizes, id, id_size);
-  record[sizeof sizes + id_size] = 0;
-  if (metadata_size) memcpy(record + sizeof sizes + id_size + 1, metadata, metadata_size);
+  metadata[-1] = 0;
+  if (given->value_count) vdb_write_values(given->values, given->value_count, metadata);
+  else if (metadata_size) memcpy(metadata, given->metadata, metadata_size);
   db->records.records[row] = record;
-  if (id_size) vdb_table_enter(db, row, hash);
+  vdb_columns_touch(&db->columns, row);
   return VDB_OK;
+}
+
+/* Copies id and metadata and enters the id into the table, where there must be room. */
+static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const vdb_record *given, size_t id_size,
+                                       uint64_t hash) {
+  vdb_error error = vdb_make_record(db, row, given->id, id_size, given);
+  if (!error && id_size) vdb_table_enter(db, row, hash);
+  return error;
 }
 
 static inline void vdb_drop_record(vdb_database *db, size_t row) {
@@ -2911,11 +3234,313 @@ static inline void vdb_drop_record(vdb_database *db, size_t row) {
   }
   unsigned char *record = records->records[row];
   records->records[row] = NULL;
+  vdb_columns_touch(&db->columns, row);
   vdb_discard_record(db, record);
 }
 
+/* --- columns ---
+ *
+ * What searches have asked for by name, read from the records of all rows and kept: chunks of 1024 rows with a tag and a
+ * word for each, and what is known of all of them, so that most chunks need not be looked at. Writers only note which
+ * records changed (vdb_columns_touch); the next search that wants values reads those again. A text stands in a column by
+ * its number in the column's dictionary, or by its hash where it is long or the dictionary is full, and is then compared
+ * with the record.
+ */
+#define VDB_COLUMN_ROWS 1024u
+#define VDB_COLUMN_WORDS (VDB_COLUMN_ROWS / 64u)
+#define VDB_COLUMNS_MOST 256u    /* when there are more, all are forgotten */
+#define VDB_DICTIONARY_MOST 65536u
+#define VDB_DICTIONARY_TEXT 256u /* bytes of a text in it, at most */
+
+typedef enum {
+  VDB_TAG_MISSING, VDB_TAG_NONE, VDB_TAG_FALSE, VDB_TAG_TRUE, VDB_TAG_INT, VDB_TAG_FLOAT, VDB_TAG_CODED, VDB_TAG_HASHED
+} vdb_tag;
+
+typedef struct {
+  uint64_t values[VDB_COLUMN_ROWS]; /* bits of an int or a float, a number of the dictionary, or a hash */
+  uint8_t tags[VDB_COLUMN_ROWS];
+  uint32_t used;                    /* rows with a tag other than MISSING */
+  uint32_t kinds;                   /* bits of tags that were ever here, but for MISSING */
+  int64_t least_int, greatest_int;  /* of all that were ever here */
+  double least, greatest;
+} vdb_chunk;
+
+typedef struct {
+  uint64_t hash;
+  char *text;
+  size_t size;
+} vdb_word;
+
+typedef struct vdb_column {
+  char *name;
+  vdb_chunk **chunks; /* [chunk_capacity]; NULL for rows without */
+  size_t chunk_capacity;
+  vdb_word *words; /* [word_count] the dictionary */
+  size_t word_count, word_capacity;
+  uint32_t *places; /* [place_count] open addressing by hash: 1 + number, 0 for none */
+  size_t place_count;
+} vdb_column;
+
+static inline int vdb_columns_make(vdb_columns *columns) {
+#ifdef VDB_MULTITHREADED
+  return pthread_mutex_init(&columns->mutex, NULL) == 0;
+#else
+  return columns->count == 0;
+#endif
+}
+
+static inline void vdb_columns_destroy(vdb_columns *columns) {
+#ifdef VDB_MULTITHREADED
+  pthread_mutex_destroy(&columns->mutex);
+#else
+  (void)columns;
+#endif
+}
+
+static inline void vdb_columns_enter(vdb_columns *columns) {
+#ifdef VDB_MULTITHREADED
+  pthread_mutex_lock(&columns->mutex);
+#else
+  (void)columns;
+#endif
+}
+
+static inline void vdb_columns_leave(vdb_columns *columns) {
+#ifdef VDB_MULTITHREADED
+  pthread_mutex_unlock(&columns->mutex);
+#else
+  (void)columns;
+#endif
+}
+
+VDB_RARE void vdb_column_release(vdb_column *column) {
+  for (size_t i = 0; i < column->chunk_capacity; i++) VDB_FREE(column->chunks[i]);
+  for (size_t i = 0; i < column->word_count; i++) VDB_FREE(column->words[i].text);
+  VDB_FREE(column->chunks);
+  VDB_FREE(column->words);
+  VDB_FREE(column->places);
+  VDB_FREE(column->name);
+}
+
+VDB_RARE void vdb_kept_release(vdb_columns *columns) {
+  for (int i = 0; i < VDB_KEPT_FILTERS; i++) {
+    VDB_FREE(columns->kept[i].key);
+    VDB_FREE(columns->kept[i].bits);
+  }
+  memset(columns->kept, 0, sizeof columns->kept);
+}
+
+/* Forgets all columns; those that are asked for are read anew. */
+VDB_RARE void vdb_columns_release(vdb_columns *columns) {
+  vdb_kept_release(columns);
+  for (size_t i = 0; i < columns->count; i++) vdb_column_release(&columns->columns[i]);
+  VDB_FREE(columns->columns);
+  VDB_FREE(columns->touched);
+  columns->columns = NULL;
+  columns->touched = NULL;
+  columns->count = columns->capacity = columns->rows = 0;
+  columns->any_touched = 0;
+}
+
+/* Memory of the columns, for vdb_info. */
+VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
+  vdb_columns_enter(columns);
+  size_t bytes = columns->rows / 8 + columns->capacity * sizeof(vdb_column);
+  for (size_t i = 0; i < columns->count; i++) {
+    const vdb_column *column = &columns->columns[i];
+    bytes += column->chunk_capacity * sizeof(vdb_chunk *) + column->word_capacity * sizeof(vdb_word) +
+             column->place_count * sizeof(uint32_t);
+    for (size_t c = 0; c < column->chunk_capacity; c++) bytes += column->chunks[c] ? sizeof(vdb_chunk) : 0;
+    for (size_t w = 0; w < column->word_count; w++) bytes += column->words[w].size + 1;
+  }
+  for (int i = 0; i < VDB_KEPT_FILTERS; i++) bytes += columns->kept[i].key_size + columns->kept[i].words * sizeof(uint64_t);
+  vdb_columns_leave(columns);
+  return bytes;
+}
+
+/* The number of a text in the dictionary, or VDB_NO_ROW. */
+static inline uint32_t vdb_word_find(const vdb_column *column, const char *text, size_t size, uint64_t hash) {
+  if (!column->place_count) return VDB_NO_ROW;
+  for (size_t mask = column->place_count - 1, at = (size_t)hash & mask;; at = (at + 1) & mask) {
+    uint32_t number = column->places[at];
+    if (!number) return VDB_NO_ROW;
+    const vdb_word *word = &column->words[number - 1];
+    if (word->hash == hash && word->size == size && memcmp(word->text, text, size) == 0) return number - 1;
+  }
+}
+
+static inline void vdb_word_enter(vdb_column *column, uint32_t number) {
+  size_t mask = column->place_count - 1, at = (size_t)column->words[number].hash & mask;
+  while (column->places[at]) at = (at + 1) & mask;
+  column->places[at] = number + 1;
+}
+
+/* Adds a text to the dictionary. 0 for want of memory. */
+static inline int vdb_word_add(vdb_column *column, const char *text, size_t size, uint64_t hash) {
+  if (column->word_count == column->word_capacity) {
+    size_t capacity = vdb_max(16, 2 * column->word_capacity), places = 2 * capacity;
+    uint32_t *fresh = (uint32_t *)VDB_MALLOC(places * sizeof(uint32_t));
+    if (!fresh) return 0;
+    if (!vdb_grow((void **)&column->words, column->word_capacity, capacity, sizeof(vdb_word))) {
+      VDB_FREE(fresh);
+      return 0;
+    }
+    VDB_FREE(column->places);
+    memset(fresh, 0, places * sizeof(uint32_t));
+    column->places = fresh;
+    column->place_count = places;
+    column->word_capacity = capacity;
+    for (size_t i = 0; i < column->word_count; i++) vdb_word_enter(column, (uint32_t)i);
+  }
+  char *copy = (char *)VDB_MALLOC(size + 1);
+  if (!copy) return 0;
+  if (size) memcpy(copy, text, size);
+  vdb_word *word = &column->words[column->word_count];
+  word->hash = hash;
+  word->text = copy;
+  word->size = size;
+  vdb_word_enter(column, (uint32_t)column->word_count++);
+  return 1;
+}
+
+/* The tag of a value in a column, and its word. VDB_TAG_MISSING for want of memory. */
+static inline vdb_tag vdb_column_encode(vdb_column *column, const vdb_value *value, uint64_t *word) {
+  *word = 0;
+  if (value->type == VDB_VALUE_NONE) return VDB_TAG_NONE;
+  if (value->type == VDB_VALUE_BOOL) return value->integer ? VDB_TAG_TRUE : VDB_TAG_FALSE;
+  if (value->type == VDB_VALUE_INT) return memcpy(word, &value->integer, 8), VDB_TAG_INT;
+  if (value->type == VDB_VALUE_FLOAT) return memcpy(word, &value->number, 8), VDB_TAG_FLOAT;
+  uint64_t hash = vdb_hash(value->text, value->text_size);
+  uint32_t number = vdb_word_find(column, value->text, value->text_size, hash);
+  if (number == VDB_NO_ROW && value->text_size <= VDB_DICTIONARY_TEXT && column->word_count < VDB_DICTIONARY_MOST) {
+    number = (uint32_t)column->word_count;
+    if (!vdb_word_add(column, value->text, value->text_size, hash)) return VDB_TAG_MISSING;
+  }
+  *word = number == VDB_NO_ROW ? hash : number;
+  return number == VDB_NO_ROW ? VDB_TAG_HASHED : VDB_TAG_CODED;
+}
+
+/* A row without the name, until it is put. */
+static inline void vdb_column_clear(vdb_column *column, size_t row) {
+  vdb_chunk *chunk = column->chunks[row / VDB_COLUMN_ROWS];
+  if (!chunk || !chunk->tags[row % VDB_COLUMN_ROWS]) return;
+  chunk->tags[row % VDB_COLUMN_ROWS] = VDB_TAG_MISSING;
+  chunk->used--;
+}
+
+/* 0 for want of memory. */
+static inline int vdb_column_put(vdb_column *column, size_t row, const vdb_value *value) {
+  vdb_chunk **at = &column->chunks[row / VDB_COLUMN_ROWS], *chunk = *at;
+  size_t place = row % VDB_COLUMN_ROWS;
+  uint64_t word;
+  vdb_tag tag = vdb_column_encode(column, value, &word);
+  if (tag == VDB_TAG_MISSING) return 0;
+  if (!chunk) {
+    if (!(chunk = *at = (vdb_chunk *)VDB_MALLOC(sizeof(vdb_chunk)))) return 0;
+    memset(chunk, 0, sizeof *chunk);
+    chunk->least_int = INT64_MAX;
+    chunk->greatest_int = INT64_MIN;
+    chunk->least = INFINITY;
+    chunk->greatest = -INFINITY;
+  }
+  chunk->used += !chunk->tags[place];
+  chunk->tags[place] = (uint8_t)tag;
+  chunk->values[place] = word;
+  chunk->kinds |= 1u << tag;
+  if (tag == VDB_TAG_INT) {
+    if (value->integer < chunk->least_int) chunk->least_int = value->integer;
+    if (value->integer > chunk->greatest_int) chunk->greatest_int = value->integer;
+  } else if (tag == VDB_TAG_FLOAT) {
+    if (value->number < chunk->least) chunk->least = value->number;
+    if (value->number > chunk->greatest) chunk->greatest = value->number;
+  }
+  return 1;
+}
+
+/* The value of this name in a row. 0 if there is none. */
+static inline int vdb_find_value(const vdb_database *db, size_t row, const char *name, vdb_value *out) {
+  const char *id;
+  const unsigned char *metadata;
+  size_t id_size, size, place = 0;
+  if (!vdb_record_at(db, row, &id, &id_size, &metadata, &size) || !vdb_has_values(db, row)) return 0;
+  while (vdb_next_value(metadata, size, &place, out))
+    if (strcmp(out->name, name) == 0) return 1;
+  return 0;
+}
+
+/* Reads a row's values into columns [count]. 0 for want of memory. */
+static inline int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_column *columns, size_t count) {
+  const char *id;
+  const unsigned char *metadata;
+  size_t id_size, size, place = 0;
+  vdb_value value;
+  if (!vdb_record_at(db, row, &id, &id_size, &metadata, &size) || !vdb_has_values(db, row)) return 1;
+  while (vdb_next_value(metadata, size, &place, &value))
+    for (size_t i = 0; i < count; i++)
+      if (strcmp(columns[i].name, value.name) == 0 && !vdb_column_put(&columns[i], row, &value)) return 0;
+  return 1;
+}
+
+/* Room in a column for indices below `rows`. */
+VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
+  size_t chunks = (rows + VDB_COLUMN_ROWS - 1) / VDB_COLUMN_ROWS;
+  if (chunks <= column->chunk_capacity) return 1;
+  if (!vdb_grow((void **)&column->chunks, column->chunk_capacity, chunks, sizeof(vdb_chunk *))) return 0;
+  column->chunk_capacity = chunks;
+  return 1;
+}
+
+/* Reads what has changed since. Under a reader's lock and the mutex. */
+VDB_RARE vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
+  size_t old = columns->rows, slots = db->slots, words = (columns->rows + 63) / 64;
+  if (columns->any_touched || slots > old) vdb_kept_release(columns);
+  for (size_t word = 0; word < words && columns->any_touched; word++) {
+    for (uint64_t rest = columns->touched[word]; rest; rest &= rest - 1) {
+      size_t row = 64 * word + (size_t)__builtin_ctzll(rest);
+      for (size_t i = 0; i < columns->count; i++) vdb_column_clear(&columns->columns[i], row);
+      if (row < slots && !vdb_columns_read_row(db, row, columns->columns, columns->count)) return VDB_ERROR_OUT_OF_MEMORY;
+    }
+    columns->touched[word] = 0;
+  }
+  columns->any_touched = 0;
+  if (slots <= old) return VDB_OK;
+  size_t rows = vdb_round_up(slots, 64);
+  for (size_t i = 0; i < columns->count; i++)
+    if (!vdb_column_room(&columns->columns[i], rows)) return VDB_ERROR_OUT_OF_MEMORY;
+  if (!vdb_grow((void **)&columns->touched, words, rows / 64, sizeof(uint64_t))) return VDB_ERROR_OUT_OF_MEMORY;
+  for (size_t row = old; row < slots; row++)
+    if (!vdb_columns_read_row(db, row, columns->columns, columns->count)) return VDB_ERROR_OUT_OF_MEMORY;
+  columns->rows = rows; /* those past `slots` have no record yet, and are noted when they get one */
+  return VDB_OK;
+}
+
+static inline vdb_column *vdb_columns_find(const vdb_columns *columns, const char *name) {
+  for (size_t i = 0; i < columns->count; i++)
+    if (strcmp(columns->columns[i].name, name) == 0) return &columns->columns[i];
+  return NULL;
+}
+
+/* Adds the column of a name, read from all rows. Columns must be fresh. */
+VDB_RARE vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns, const char *name) {
+  vdb_column column;
+  memset(&column, 0, sizeof column);
+  if (columns->count == columns->capacity) {
+    size_t capacity = vdb_max(8, 2 * columns->capacity);
+    if (!vdb_grow((void **)&columns->columns, columns->capacity, capacity, sizeof column)) return VDB_ERROR_OUT_OF_MEMORY;
+    columns->capacity = capacity;
+  }
+  column.name = (char *)VDB_MALLOC(strlen(name) + 1);
+  int good = column.name != NULL;
+  if (good) memcpy(column.name, name, strlen(name) + 1);
+  good = good && vdb_column_room(&column, vdb_max(columns->rows, db->slots));
+  for (size_t row = 0; row < db->slots && good; row++) good = vdb_columns_read_row(db, row, &column, 1);
+  if (good) columns->columns[columns->count++] = column;
+  else vdb_column_release(&column);
+  return good ? VDB_OK : VDB_ERROR_OUT_OF_MEMORY;
+}
+
 /* --- the whole --- */
-static inline int vdb_valid_options(size_t dimensions, vdb_metric metric, const vdb_options *options) {
+VDB_RARE int vdb_valid_options(size_t dimensions, vdb_metric metric, const vdb_options *options) {
   return dimensions >= 1 && dimensions <= VDB_MAX_DIMENSIONS && (unsigned)metric <= 2 &&
          (unsigned)options->storage <= 4 && (unsigned)options->index <= 1 && options->links >= 2 &&
          options->links <= 128 && options->build_effort >= 1 && options->build_effort <= 4096 &&
@@ -2923,20 +3548,24 @@ static inline int vdb_valid_options(size_t dimensions, vdb_metric metric, const 
 }
 
 /* Blocks of about a quarter of a megabyte, and at least 64 rows: the last one is rarely full. */
-static inline unsigned vdb_block_shift_for(size_t dimensions, vdb_storage storage) {
+VDB_RARE unsigned vdb_block_shift_for(size_t dimensions, vdb_storage storage) {
   size_t row = dimensions * (vdb_element_size(storage) + (storage == VDB_STORAGE_F32_I8));
   unsigned shift = 6;
   while (shift < 16 && (row << (shift + 1)) <= ((size_t)1 << 18)) shift++;
   return shift;
 }
 
-static inline void vdb_release(vdb_database *db) {
+static inline void vdb_unmap_file(void *base, size_t size);
+
+VDB_RARE void vdb_release(vdb_database *db) {
   if (!db) return;
   for (size_t i = 0; i < db->block_count; i++) vdb_aligned_free(db->blocks[i].memory);
   vdb_graph_release(db);
-  if (db->mapping.base) munmap(db->mapping.base, db->mapping.size); /* the table lies in the file */
+  if (db->mapping.base) vdb_unmap_file(db->mapping.base, db->mapping.size); /* the table lies in the file */
   else VDB_FREE(db->records.table);
   vdb_release_records(db);
+  vdb_columns_release(&db->columns);
+  vdb_columns_destroy(&db->columns);
   VDB_FREE(db->blocks);
   VDB_FREE(db->live);
   VDB_FREE(db->free_rows);
@@ -2946,13 +3575,15 @@ static inline void vdb_release(vdb_database *db) {
   VDB_FREE(db);
 }
 
-static inline vdb_error vdb_allocate(size_t dimensions, vdb_metric metric, const vdb_options *options,
-                                     vdb_database **out) {
+VDB_RARE vdb_error vdb_allocate(size_t dimensions, vdb_metric metric, const vdb_options *options,
+                                vdb_database **out) {
   vdb_database *db = (vdb_database *)VDB_MALLOC(sizeof(vdb_database));
   if (!db) return VDB_ERROR_OUT_OF_MEMORY;
   memset(db, 0, sizeof *db);
   db->pool = (vdb_pool *)VDB_MALLOC(sizeof(vdb_pool));
-  if (!db->pool || !vdb_lock_make(&db->lock)) {
+  int locks = db->pool ? vdb_lock_make(&db->lock) : 0;
+  if (!locks || !vdb_columns_make(&db->columns)) {
+    if (locks) vdb_lock_destroy(&db->lock);
     VDB_FREE(db->pool);
     VDB_FREE(db);
     return VDB_ERROR_OUT_OF_MEMORY;
@@ -2966,6 +3597,441 @@ static inline vdb_error vdb_allocate(size_t dimensions, vdb_metric metric, const
   db->graph.entry = VDB_NO_ROW;
   *out = db;
   return VDB_OK;
+}
+
+/* --- conditions ---
+ *
+ * A condition becomes a list of nodes, each before its parts, and that a bitset: chunk by chunk, on all threads. A chunk
+ * whose statistics say none or all is not looked at.
+ */
+#define VDB_CONDITION_DEPTH 32
+
+typedef struct {
+  const vdb_condition *asked;
+  size_t size;              /* nodes of it and of its parts */
+  const vdb_column *column; /* comparisons only, from here on */
+  uint32_t kinds;           /* bits of the tags that pass whatever the word */
+  int negated;
+  int64_t low, high;        /* ints that may pass */
+  double least, most;       /* floats that may pass */
+  int64_t *ints;            /* sorted, when more than one may be equal; NULL otherwise */
+  double *numbers;          /* likewise */
+  size_t int_count, number_count;
+  uint64_t *codes;          /* bitset over the dictionary; NULL when no text is asked for */
+  size_t code_count;
+  uint64_t *hashes;         /* sorted, of texts that are not in it; NULL for none */
+  size_t hash_count;
+} vdb_node;
+
+typedef struct {
+  const vdb_database *db;
+  vdb_node *nodes;
+  size_t count, capacity;
+  uint64_t *out; /* [words] */
+  size_t words;
+} vdb_filtering;
+
+/* How many nodes a condition makes; SIZE_MAX for what is no condition. */
+VDB_RARE size_t vdb_condition_nodes(const vdb_condition *condition, int depth) {
+  size_t nodes = 1;
+  unsigned operation = (unsigned)condition->operation;
+  if (operation == VDB_ALL_OF || operation == VDB_ANY_OF) {
+    if (depth >= VDB_CONDITION_DEPTH || (condition->count && !condition->parts)) return SIZE_MAX;
+    for (size_t i = 0; i < condition->count && nodes != SIZE_MAX; i++) {
+      size_t part = vdb_condition_nodes(&condition->parts[i], depth + 1);
+      nodes = part == SIZE_MAX || part > SIZE_MAX / 2 - nodes ? SIZE_MAX : nodes + part;
+    }
+    return nodes;
+  }
+  if (operation > VDB_ANY_OF || !condition->name || (condition->count && !condition->values)) return SIZE_MAX;
+  for (size_t i = 0; i < condition->count; i++) {
+    const vdb_value *value = &condition->values[i];
+    if ((unsigned)value->type > VDB_VALUE_TEXT || (value->type == VDB_VALUE_FLOAT && vdb_is_nan(value->number)) ||
+        (value->type == VDB_VALUE_TEXT && value->text_size && !value->text))
+      return SIZE_MAX;
+  }
+  if (operation <= VDB_NOT_IN) return nodes;
+  int number = condition->count == 1 &&
+               (condition->values->type == VDB_VALUE_INT || condition->values->type == VDB_VALUE_FLOAT);
+  return number ? nodes : SIZE_MAX;
+}
+
+static inline int vdb_by_int(const void *a, const void *b) {
+  int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+  return x < y ? -1 : x > y;
+}
+
+static inline int vdb_by_number(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return x < y ? -1 : x > y;
+}
+
+static inline int vdb_by_hash(const void *a, const void *b) {
+  uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+  return x < y ? -1 : x > y;
+}
+
+#define VDB_TWO_63 9223372036854775808.0
+
+/* Whether a float is an int of 64 bits, and which. */
+VDB_RARE int vdb_is_int(double number, int64_t *out) {
+  if (!(number >= -VDB_TWO_63 && number < VDB_TWO_63)) return 0;
+  *out = (int64_t)number;
+  return (double)*out == number;
+}
+
+/* The numbers that an ordering lets pass: ints from `low` to `high`, floats from `least` to `most`. Exact, though not
+ * every int is a float. */
+VDB_RARE void vdb_node_range(vdb_node *node, vdb_operator operation, const vdb_value *value) {
+  int below = operation == VDB_LESS || operation == VDB_AT_MOST;
+  int equal = operation == VDB_AT_MOST || operation == VDB_AT_LEAST;
+  double bound = value->type == VDB_VALUE_INT ? (double)value->integer : value->number, away = below ? -INFINITY : INFINITY;
+  int64_t whole = value->integer, back = 0;
+  int exact = 1; /* the bound is the value itself, as a float and as an int */
+  node->low = INT64_MIN, node->high = INT64_MAX, node->least = -INFINITY, node->most = INFINITY;
+  if (value->type == VDB_VALUE_INT) {
+    /* The float next to the int may lie on either side of it. */
+    exact = vdb_is_int(bound, &back) && back == whole;
+    int beyond = bound >= VDB_TWO_63 || (!exact && back > whole); /* bound > whole */
+    double limit = exact ? (equal ? bound : nextafter(bound, away)) : below == beyond ? nextafter(bound, away) : bound;
+    if (below) node->most = limit;
+    else node->least = limit;
+    if (!equal && whole == (below ? INT64_MIN : INT64_MAX)) {
+      node->low = 1, node->high = 0; /* none */
+      return;
+    }
+    if (below) node->high = equal ? whole : whole - 1;
+    else node->low = equal ? whole : whole + 1;
+    return;
+  }
+  if (below) node->most = equal ? bound : nextafter(bound, away);
+  else node->least = equal ? bound : nextafter(bound, away);
+  if (!equal && bound == away) node->least = INFINITY, node->most = -INFINITY; /* nothing is beyond infinity */
+  double rounded = below ? floor(bound) : ceil(bound);
+  if (vdb_is_int(rounded, &whole)) {
+    int outside = !equal && rounded == bound;
+    if (outside && whole == (below ? INT64_MIN : INT64_MAX)) node->low = 1, node->high = 0;
+    else if (below) node->high = whole - outside;
+    else node->low = whole + outside;
+  } else if (below ? rounded < 0.0 : rounded > 0.0) {
+    node->low = 1, node->high = 0; /* beyond all ints */
+  }
+}
+
+/* What of a column is equal to one of the values asked for. 0 for want of memory. */
+VDB_RARE int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
+  size_t count = asked->count, words = node->column->word_count / 64 + 1;
+  node->ints = (int64_t *)VDB_MALLOC(count * sizeof(int64_t) + 8);
+  node->numbers = (double *)VDB_MALLOC(count * sizeof(double) + 8);
+  node->hashes = (uint64_t *)VDB_MALLOC(count * sizeof(uint64_t) + 8);
+  node->codes = (uint64_t *)VDB_MALLOC(words * sizeof(uint64_t));
+  if (!node->ints || !node->numbers || !node->hashes || !node->codes) return 0;
+  memset(node->codes, 0, words * sizeof(uint64_t));
+  for (size_t i = 0; i < count; i++) {
+    const vdb_value *value = &asked->values[i];
+    int64_t whole = value->integer;
+    if (value->type == VDB_VALUE_NONE) node->kinds |= 1u << VDB_TAG_NONE;
+    else if (value->type == VDB_VALUE_BOOL) node->kinds |= 1u << (value->integer ? VDB_TAG_TRUE : VDB_TAG_FALSE);
+    else if (value->type == VDB_VALUE_INT) {
+      int64_t back;
+      node->ints[node->int_count++] = whole;
+      if (vdb_is_int((double)whole, &back) && back == whole) node->numbers[node->number_count++] = (double)whole;
+    } else if (value->type == VDB_VALUE_FLOAT) {
+      node->numbers[node->number_count++] = value->number;
+      if (vdb_is_int(value->number, &whole)) node->ints[node->int_count++] = whole;
+    } else {
+      uint64_t hash = vdb_hash(value->text, value->text_size);
+      uint32_t number = vdb_word_find(node->column, value->text, value->text_size, hash);
+      if (number == VDB_NO_ROW) node->hashes[node->hash_count++] = hash;
+      else node->codes[number >> 6] |= (uint64_t)1 << (number & 63), node->code_count++;
+    }
+  }
+  qsort(node->ints, node->int_count, sizeof(int64_t), vdb_by_int);
+  qsort(node->numbers, node->number_count, sizeof(double), vdb_by_number);
+  qsort(node->hashes, node->hash_count, sizeof(uint64_t), vdb_by_hash);
+  node->low = node->int_count ? node->ints[0] : 1;
+  node->high = node->int_count ? node->ints[node->int_count - 1] : 0;
+  node->least = node->number_count ? node->numbers[0] : INFINITY;
+  node->most = node->number_count ? node->numbers[node->number_count - 1] : -INFINITY;
+  return 1;
+}
+
+/* Adds the nodes of a condition, for which there is room. */
+VDB_RARE vdb_error vdb_condition_compile(vdb_filtering *filtering, const vdb_condition *asked) {
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
+  size_t place = filtering->count++;
+  vdb_error error = VDB_OK;
+  vdb_node *node = &filtering->nodes[place];
+  memset(node, 0, sizeof *node);
+  node->asked = asked;
+  if (asked->operation >= VDB_ALL_OF) {
+    for (size_t i = 0; i < asked->count && !error; i++) error = vdb_condition_compile(filtering, &asked->parts[i]);
+  } else {
+    node->column = vdb_columns_find(columns, asked->name);
+    node->negated = asked->operation == VDB_NOT_IN;
+    if (asked->operation > VDB_NOT_IN) vdb_node_range(node, asked->operation, asked->values);
+    else if (!vdb_node_set(node, asked)) error = VDB_ERROR_OUT_OF_MEMORY;
+  }
+  filtering->nodes[place].size = filtering->count - place;
+  return error;
+}
+
+/* Whether a text that stands by its hash is one of those asked for. */
+static inline int vdb_text_passes(const vdb_database *db, const vdb_node *node, size_t row, uint64_t hash) {
+  vdb_value value;
+  if (!node->hash_count || !bsearch(&hash, node->hashes, node->hash_count, sizeof hash, vdb_by_hash)) return 0;
+  if (!vdb_find_value(db, row, node->column->name, &value) || value.type != VDB_VALUE_TEXT) return 0;
+  for (size_t i = 0; i < node->asked->count; i++) {
+    const vdb_value *wanted = &node->asked->values[i];
+    if (wanted->type == VDB_VALUE_TEXT && wanted->text_size == value.text_size &&
+        memcmp(wanted->text, value.text, value.text_size) == 0)
+      return 1;
+  }
+  return 0;
+}
+
+static inline int vdb_value_passes(const vdb_database *db, const vdb_node *node, size_t row, vdb_tag tag, uint64_t word) {
+  int64_t integer;
+  double number;
+  switch (tag) {
+    case VDB_TAG_INT:
+      memcpy(&integer, &word, 8);
+      if (integer < node->low || integer > node->high) return 0;
+      return node->int_count < 2 || bsearch(&integer, node->ints, node->int_count, 8, vdb_by_int) != NULL;
+    case VDB_TAG_FLOAT:
+      memcpy(&number, &word, 8);
+      if (!(number >= node->least && number <= node->most)) return 0;
+      return node->number_count < 2 || bsearch(&number, node->numbers, node->number_count, 8, vdb_by_number) != NULL;
+    case VDB_TAG_CODED: return node->code_count && (int)(node->codes[word >> 6] >> (word & 63) & 1u);
+    case VDB_TAG_HASHED: return vdb_text_passes(db, node, row, word);
+    default: return (int)(node->kinds >> tag & 1u);
+  }
+}
+
+/* 0 if none of a chunk's values can pass, 1 if all of them do, 2 if they must be looked at. */
+static inline int vdb_chunk_says(const vdb_node *node, const vdb_chunk *chunk) {
+  int none = 1, all = 1;
+  for (uint32_t rest = chunk->kinds; rest; rest &= rest - 1) {
+    vdb_tag tag = (vdb_tag)__builtin_ctz(rest);
+    int out = 0, in = 0; /* no value of this tag passes; every one does */
+    if (tag == VDB_TAG_INT) {
+      out = node->low > node->high || chunk->greatest_int < node->low || chunk->least_int > node->high;
+      in = node->int_count < 2 && chunk->least_int >= node->low && chunk->greatest_int <= node->high;
+    } else if (tag == VDB_TAG_FLOAT) {
+      out = node->least > node->most || chunk->greatest < node->least || chunk->least > node->most;
+      in = node->number_count < 2 && chunk->least >= node->least && chunk->greatest <= node->most;
+    } else if (tag == VDB_TAG_CODED) {
+      out = !node->code_count;
+    } else if (tag == VDB_TAG_HASHED) {
+      out = !node->hash_count;
+    } else {
+      in = (int)(node->kinds >> tag & 1u);
+      out = !in;
+    }
+    none &= out;
+    all &= in;
+  }
+  return none ? 0 : all ? 1 : 2;
+}
+
+/* Which of 64 rows pass. Columns mostly hold one type: ints, floats and texts have loops of their own. */
+static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *node, const vdb_chunk *chunk, size_t first,
+                                       size_t row) {
+  const uint64_t *values = chunk->values + first;
+  const uint8_t *tags = chunk->tags + first;
+  uint64_t word = 0;
+  if (chunk->kinds == 1u << VDB_TAG_INT && node->int_count < 2) {
+    for (unsigned i = 0; i < 64; i++) {
+      int64_t value = (int64_t)values[i];
+      word |= (uint64_t)((tags[i] == VDB_TAG_INT) & (value >= node->low) & (value <= node->high)) << i;
+    }
+  } else if (chunk->kinds == 1u << VDB_TAG_FLOAT && node->number_count < 2) {
+    for (unsigned i = 0; i < 64; i++) {
+      double value;
+      memcpy(&value, &values[i], 8);
+      word |= (uint64_t)((tags[i] == VDB_TAG_FLOAT) & (value >= node->least) & (value <= node->most)) << i;
+    }
+  } else if (chunk->kinds == 1u << VDB_TAG_CODED) {
+    for (unsigned i = 0; i < 64; i++) /* a row without has the code it had before, or 0 */
+      word |= ((uint64_t)(tags[i] == VDB_TAG_CODED) & (node->codes[values[i] >> 6] >> (values[i] & 63))) << i;
+  } else {
+    for (unsigned i = 0; i < 64; i++)
+      if (tags[i]) word |= (uint64_t)(unsigned)vdb_value_passes(db, node, row + i, (vdb_tag)tags[i], values[i]) << i;
+  }
+  return word;
+}
+
+static inline void vdb_node_chunk(const vdb_database *db, const vdb_node *node, size_t chunk_number, uint64_t *out) {
+  const vdb_column *column = node->column;
+  const vdb_chunk *chunk = chunk_number < column->chunk_capacity ? column->chunks[chunk_number] : NULL;
+  int says = chunk && chunk->used ? vdb_chunk_says(node, chunk) : 0;
+  if (says == 1 && chunk->used < VDB_COLUMN_ROWS) says = 2;
+  for (size_t word = 0; word < VDB_COLUMN_WORDS; word++) {
+    out[word] = says == 1 ? ~(uint64_t)0 : 0;
+    if (says == 2)
+      out[word] = vdb_word_passes(db, node, chunk, 64 * word, chunk_number * VDB_COLUMN_ROWS + 64 * word);
+    if (node->negated) out[word] = ~out[word];
+  }
+}
+
+/* The rows of one chunk that pass the nodes from `node` on. */
+static inline void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_node *node, size_t chunk, uint64_t *out) {
+  vdb_operator operation = node->asked->operation;
+  if (operation < VDB_ALL_OF) {
+    vdb_node_chunk(filtering->db, node, chunk, out);
+    return;
+  }
+  int all = operation == VDB_ALL_OF;
+  memset(out, all ? 0xff : 0, VDB_COLUMN_WORDS * sizeof *out);
+  for (size_t part = 1; part < node->size; part += node[part].size) {
+    uint64_t passes[VDB_COLUMN_WORDS], seen = 0;
+    vdb_filter_chunk(filtering, node + part, chunk, passes);
+    for (size_t word = 0; word < VDB_COLUMN_WORDS; word++) {
+      out[word] = all ? out[word] & passes[word] : out[word] | passes[word];
+      seen |= all ? out[word] : ~out[word];
+    }
+    if (!seen) return; /* nothing is left to be decided */
+  }
+}
+
+#define VDB_FILTER_CHUNKS 16u /* of one task */
+
+static inline void vdb_filter_task(void *context, size_t task) {
+  vdb_filtering *filtering = (vdb_filtering *)context;
+  uint64_t passes[VDB_COLUMN_WORDS];
+  for (size_t i = 0; i < VDB_FILTER_CHUNKS; i++) {
+    size_t chunk = task * VDB_FILTER_CHUNKS + i, first = chunk * VDB_COLUMN_WORDS;
+    if (first >= filtering->words) return;
+    vdb_filter_chunk(filtering, filtering->nodes, chunk, passes);
+    memcpy(filtering->out + first, passes, vdb_min(VDB_COLUMN_WORDS, filtering->words - first) * sizeof *passes);
+  }
+}
+
+/* The columns that a condition asks for, made if need be. */
+VDB_RARE vdb_error vdb_condition_columns(const vdb_database *db, vdb_columns *columns, const vdb_condition *asked) {
+  vdb_error error = VDB_OK;
+  if (asked->operation >= VDB_ALL_OF) {
+    for (size_t i = 0; i < asked->count && !error; i++) error = vdb_condition_columns(db, columns, &asked->parts[i]);
+    return error;
+  }
+  return vdb_columns_find(columns, asked->name) ? VDB_OK : vdb_columns_add(db, columns, asked->name);
+}
+
+VDB_RARE void vdb_filtering_end(vdb_filtering *filtering) {
+  for (size_t i = 0; i < filtering->count; i++) {
+    VDB_FREE(filtering->nodes[i].ints);
+    VDB_FREE(filtering->nodes[i].numbers);
+    VDB_FREE(filtering->nodes[i].codes);
+    VDB_FREE(filtering->nodes[i].hashes);
+  }
+  VDB_FREE(filtering->nodes);
+}
+
+/* A condition written out, so that two may be compared. Returns its bytes; `out` may be NULL. */
+VDB_RARE size_t vdb_condition_key(const vdb_condition *condition, unsigned char *out) {
+  int joins = condition->operation >= VDB_ALL_OF;
+  size_t size = 0, name = joins ? 0 : strlen(condition->name);
+  uint64_t head[3] = {(uint64_t)condition->operation, condition->count, name};
+  if (out) memcpy(out, head, sizeof head);
+  size += sizeof head;
+  if (out && name) memcpy(out + size, condition->name, name);
+  size += name;
+  for (size_t i = 0; i < condition->count; i++) {
+    if (joins) {
+      size += vdb_condition_key(&condition->parts[i], out ? out + size : NULL);
+      continue;
+    }
+    const vdb_value *value = &condition->values[i];
+    uint64_t word[2] = {(uint64_t)value->type, 0};
+    if (value->type == VDB_VALUE_BOOL) word[1] = value->integer != 0;
+    if (value->type == VDB_VALUE_INT) memcpy(&word[1], &value->integer, 8);
+    if (value->type == VDB_VALUE_FLOAT) memcpy(&word[1], &value->number, 8);
+    if (value->type == VDB_VALUE_TEXT) word[1] = value->text_size;
+    if (out) memcpy(out + size, word, sizeof word);
+    size += sizeof word;
+    if (value->type != VDB_VALUE_TEXT) continue;
+    if (out && value->text_size) memcpy(out + size, value->text, value->text_size);
+    size += value->text_size;
+  }
+  return size;
+}
+
+/* The bitset that was made for the same condition, if no record has changed since; or the place for a new one. */
+VDB_RARE vdb_kept_filter *vdb_kept_find(vdb_columns *columns, const unsigned char *key, size_t size, size_t words) {
+  vdb_kept_filter *oldest = &columns->kept[0];
+  for (int i = 0; i < VDB_KEPT_FILTERS; i++) {
+    vdb_kept_filter *kept = &columns->kept[i];
+    if (kept->key && kept->key_size == size && kept->words == words && memcmp(kept->key, key, size) == 0) return kept;
+    if (kept->asked < oldest->asked) oldest = kept;
+  }
+  return oldest;
+}
+
+/* Makes a bitset, from columns that are made if need be. */
+VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *condition, size_t nodes, uint64_t *out,
+                                   size_t words) {
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
+  vdb_filtering filtering;
+  memset(&filtering, 0, sizeof filtering);
+  filtering.db = db;
+  filtering.out = out;
+  filtering.words = words;
+  filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
+  vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
+  if (!error) error = vdb_condition_compile(&filtering, condition);
+  size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
+  if (!error) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
+  vdb_filtering_end(&filtering);
+  return error;
+}
+
+/* Keeps a copy of a bitset for whoever asks again; `key` is taken over. For want of memory nothing is kept. */
+VDB_RARE void vdb_kept_enter(vdb_kept_filter *kept, unsigned char *key, size_t key_size, const uint64_t *bits,
+                             size_t words) {
+  VDB_FREE(kept->key);
+  VDB_FREE(kept->bits);
+  memset(kept, 0, sizeof *kept);
+  kept->bits = (uint64_t *)VDB_MALLOC((words + 1) * sizeof(uint64_t));
+  if (!kept->bits) {
+    VDB_FREE(key);
+    return;
+  }
+  memcpy(kept->bits, bits, words * sizeof(uint64_t));
+  kept->key = key;
+  kept->key_size = key_size;
+  kept->words = words;
+}
+
+/* The bitset [slots / 64, rounded up] of a condition, to be freed; bits of rows that are gone mean nothing. Under a
+ * reader's lock: searches that filter by value make their bitsets one after the other, each on all threads. */
+VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *condition, uint64_t **out) {
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
+  size_t nodes = vdb_condition_nodes(condition, 0), words = (db->slots + 63) / 64;
+  *out = NULL;
+  if (nodes == SIZE_MAX || nodes > SIZE_MAX / sizeof(vdb_node)) return VDB_ERROR_INVALID_ARGUMENT;
+  size_t size = vdb_condition_key(condition, NULL);
+  unsigned char *key = (unsigned char *)VDB_MALLOC(size);
+  uint64_t *bits = (uint64_t *)VDB_MALLOC((words + 1) * sizeof(uint64_t));
+  if (!key || !bits) {
+    VDB_FREE(key);
+    VDB_FREE(bits);
+    return VDB_ERROR_OUT_OF_MEMORY;
+  }
+  (void)vdb_condition_key(condition, key);
+  vdb_columns_enter(columns);
+  if (columns->count > VDB_COLUMNS_MOST) vdb_columns_release(columns);
+  vdb_error error = vdb_columns_refresh(db, columns);
+  vdb_kept_filter *kept = vdb_kept_find(columns, key, size, words);
+  int known = !error && kept->key && kept->words == words && kept->key_size == size && memcmp(kept->key, key, size) == 0;
+  if (known) memcpy(bits, kept->bits, words * sizeof(uint64_t));
+  else if (!error) error = vdb_filter_make(db, condition, nodes, bits, words);
+  if (!error && !known) vdb_kept_enter(kept, key, size, bits, words);
+  if (!error) kept->asked = ++columns->searches;
+  vdb_columns_leave(columns);
+  if (error || known) VDB_FREE(key);
+  if (error) VDB_FREE(bits);
+  else *out = bits;
+  return error;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -3382,8 +4448,16 @@ static inline float vdb_share_threshold(float *shared, float own) {
   return own > seen ? own : seen;
 }
 
-/* Scores up to 32 rows from `row` on and adds those that may be in the answer to the list. */
-static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mask, vdb_shortlist *list) {
+/* Up to 32 rows that are scored side by side. */
+typedef struct {
+  size_t count;
+  uint8_t picked[VDB_SCAN_ROWS]; /* offsets from the first row */
+  float scores[VDB_SCAN_ROWS], uppers[VDB_SCAN_ROWS];
+  vdb_row_terms terms;
+} vdb_group;
+
+/* Scores the rows of `mask` from `row` on. 0 if none of them reaches the threshold. */
+VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
   const vdb_database *db = scan->db;
   const vdb_question *question = scan->question;
   const vdb_kernel_set *kernels = vdb_active();
@@ -3392,28 +4466,34 @@ static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mas
   size_t stride = vdb_scanned_bytes(db);
   const unsigned char *base = vdb_scanned_rows(db, block);
   const void *rows[VDB_SCAN_ROWS];
-  uint8_t picked[VDB_SCAN_ROWS];
-  float scores[VDB_SCAN_ROWS], uppers[VDB_SCAN_ROWS];
-  vdb_row_terms terms;
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
-    picked[count] = (uint8_t)__builtin_ctz(rest);
-    rows[count] = base + (first + picked[count]) * stride;
+    group->picked[count] = (uint8_t)__builtin_ctz(rest);
+    rows[count] = base + (first + group->picked[count]) * stride;
     count++;
   }
+  group->count = count;
   vdb_element element = vdb_scanned_element(db);
   const float *values = question->probe.values;
+  float *scores = group->scores;
   if (element == VDB_I8) kernels->dots_i8(&question->probe, rows, count, db->dimensions, scores);
   else if (scan->form == VDB_FORM_SQUARES) kernels->squares[element](values, rows, count, db->dimensions, scores);
   else kernels->dots[element](values, rows, count, db->dimensions, scores);
-  vdb_terms(scan, block, first, count == VDB_SCAN_ROWS ? NULL : picked, count, &terms);
+  vdb_terms(scan, block, first, count == VDB_SCAN_ROWS ? NULL : group->picked, count, &group->terms);
   float gamma = scan->form == VDB_FORM_SQUARES ? 0.0f : scan->gamma;
-  if (!question->wild && !kernels->gate(scores, &terms, count, gamma, scan->delta, list->threshold, uppers)) return;
-  for (size_t i = 0; i < count; i++) {
-    uint32_t candidate = (uint32_t)(row + picked[i]);
-    float upper = question->wild || !vdb_is_finite(uppers[i]) ? VDB_UNBOUNDED : uppers[i];
+  return question->wild || kernels->gate(scores, &group->terms, count, gamma, scan->delta, threshold, group->uppers);
+}
+
+/* Scores up to 32 rows from `row` on and adds those that may be in the answer to the list. */
+static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mask, vdb_shortlist *list) {
+  vdb_group group;
+  if (!vdb_score_group(scan, row, mask, list->threshold, &group)) return;
+  for (size_t i = 0; i < group.count; i++) {
+    uint32_t candidate = (uint32_t)(row + group.picked[i]);
+    float upper = scan->question->wild || !vdb_is_finite(group.uppers[i]) ? VDB_UNBOUNDED : group.uppers[i];
     if (upper < list->threshold) continue;
     if (scan->options->filter && !scan->options->filter(candidate, scan->options->filter_context)) continue;
-    vdb_shortlist_add(scan, list, upper, vdb_lower_of(scan, &terms, i, upper, scores[i]), candidate);
+    float lower = vdb_lower_of(scan, &group.terms, i, upper, group.scores[i]);
+    vdb_shortlist_add(scan, list, upper, lower, candidate);
   }
 }
 
@@ -3633,6 +4713,97 @@ static inline vdb_error vdb_scan_panel(const vdb_database *db, const vdb_questio
   return VDB_OK;
 }
 
+/* --- all rows within a radius --- */
+typedef struct {
+  vdb_found *rows;
+  size_t count, capacity;
+  int failed; /* for want of memory */
+} vdb_ball;
+
+typedef struct {
+  const vdb_scan *scan;
+  float radius;
+  size_t rows_per_task;
+  vdb_ball *balls; /* [tasks] */
+} vdb_range_job;
+
+static inline void vdb_ball_add(vdb_ball *ball, float distance, uint32_t row) {
+  vdb_found found = {distance, row};
+  if (ball->count == ball->capacity) {
+    size_t capacity = vdb_max(64, 2 * ball->capacity);
+    if (!vdb_grow((void **)&ball->rows, ball->capacity, capacity, sizeof(vdb_found))) {
+      ball->failed = 1;
+      return;
+    }
+    ball->capacity = capacity;
+  }
+  ball->rows[ball->count++] = found;
+}
+
+/* Every row whose bound reaches the radius is measured. */
+static inline void vdb_range_task(void *context, size_t task) {
+  vdb_range_job *job = (vdb_range_job *)context;
+  const vdb_database *db = job->scan->db;
+  vdb_scan scan = *job->scan;
+  scan.decoded += task * vdb_padded(db->dimensions);
+  vdb_ball *ball = &job->balls[task];
+  float threshold = vdb_key_of(&scan, job->radius);
+  size_t row = task * job->rows_per_task, end = vdb_min(row + job->rows_per_task, db->slots);
+  for (; row < end && !ball->failed; row += VDB_SCAN_ROWS) {
+    vdb_group group;
+    uint32_t mask = vdb_row_mask(db, scan.options, row);
+    if (end - row < VDB_SCAN_ROWS) mask &= (1u << (end - row)) - 1u;
+    if (!mask || !vdb_score_group(&scan, row, mask, threshold, &group)) continue;
+    for (size_t i = 0; i < group.count; i++) {
+      uint32_t candidate = (uint32_t)(row + group.picked[i]);
+      if (!scan.question->wild && vdb_is_finite(group.uppers[i]) && group.uppers[i] < threshold) continue;
+      if (scan.options->filter && !scan.options->filter(candidate, scan.options->filter_context)) continue;
+      float distance = vdb_exact_distance(db, scan.question, candidate, scan.decoded);
+      if (distance <= job->radius) vdb_ball_add(ball, distance, candidate);
+    }
+  }
+}
+
+static inline int vdb_by_distance(const void *a, const void *b) {
+  const vdb_found *x = (const vdb_found *)a, *y = (const vdb_found *)b;
+  return vdb_farther(*x, *y) ? 1 : vdb_farther(*y, *x) ? -1 : 0;
+}
+
+/* Every distance is 1. */
+static inline void vdb_range_zero(const vdb_database *db, const vdb_query_options *options, float radius,
+                                  vdb_ball *out) {
+  for (size_t row = 0; row < db->slots && radius >= 1.0f && !out->failed; row++)
+    if (vdb_passes(db, options, row)) vdb_ball_add(out, 1.0f, (uint32_t)row);
+}
+
+/* The rows within `radius` of one question, by (distance, row), in `out`, whose rows are to be freed. */
+static inline vdb_error vdb_range_one(const vdb_database *db, const vdb_question *question,
+                                      const vdb_query_options *options, float radius, vdb_ball *out) {
+  memset(out, 0, sizeof *out);
+  if (db->metric == VDB_METRIC_COSINE && question->square == 0.0) {
+    vdb_range_zero(db, options, radius, out);
+    return out->failed ? VDB_ERROR_OUT_OF_MEMORY : VDB_OK;
+  }
+  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots * vdb_scanned_bytes(db), &rows_per_task);
+  size_t decoded = vdb_padded(db->dimensions) * sizeof(float), balls = vdb_round_up(tasks * sizeof(vdb_ball), 64);
+  unsigned char *memory = (unsigned char *)vdb_aligned_alloc(balls + tasks * decoded);
+  if (!memory) return VDB_ERROR_OUT_OF_MEMORY;
+  memset(memory, 0, balls);
+  vdb_scan scan = vdb_scan_make(db, question, options, vdb_form_of(db, 0), vdb_rounding(db->dimensions),
+                                question->missing, (float *)(void *)(memory + balls));
+  vdb_range_job job = {&scan, radius, rows_per_task, (vdb_ball *)(void *)memory};
+  vdb_parallel(db, tasks, vdb_range_task, &job);
+  for (size_t task = 0; task < tasks; task++) {
+    for (size_t i = 0; i < job.balls[task].count && !out->failed; i++)
+      vdb_ball_add(out, job.balls[task].rows[i].distance, job.balls[task].rows[i].row);
+    out->failed |= job.balls[task].failed;
+    VDB_FREE(job.balls[task].rows);
+  }
+  vdb_aligned_free(memory);
+  if (out->count > 1) qsort(out->rows, out->count, sizeof(vdb_found), vdb_by_distance);
+  return out->failed ? VDB_ERROR_OUT_OF_MEMORY : VDB_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
  * 8 HNSW
  *
@@ -3734,7 +4905,7 @@ VDB_INLINE size_t vdb_link_count(const vdb_database *db, const uint32_t *links, 
 }
 
 /* --- memory --- */
-static inline vdb_walker *vdb_make_walker(const vdb_database *db, size_t rows, size_t room) {
+VDB_RARE vdb_walker *vdb_make_walker(const vdb_database *db, size_t rows, size_t room) {
   size_t padded = vdb_padded(db->dimensions), gather = vdb_max(2 * (size_t)db->options.links, VDB_PAD);
   size_t head = vdb_round_up(sizeof(vdb_walker), VDB_ALIGNMENT), floats = 2 * padded * sizeof(float);
   size_t gathered = vdb_round_up(gather * (sizeof(void *) + sizeof(uint32_t) + sizeof(float)), VDB_ALIGNMENT);
@@ -3809,7 +4980,7 @@ static inline size_t vdb_build_room(const vdb_database *db) {
 }
 
 /* Room for towers of rows below `rows` that have none yet. */
-static inline vdb_error vdb_make_towers(vdb_database *db, size_t rows) {
+VDB_RARE vdb_error vdb_make_towers(vdb_database *db, size_t rows) {
   vdb_graph *graph = &db->graph;
   size_t wanted = vdb_max(1, graph->towers_size), links = db->options.links;
   for (size_t row = 0; row < rows; row++) {
@@ -3826,7 +4997,7 @@ static inline vdb_error vdb_make_towers(vdb_database *db, size_t rows) {
 }
 
 /* After it, inserting rows below `rows` cannot fail for want of memory. */
-static inline vdb_error vdb_graph_make_room(vdb_database *db, size_t rows) {
+VDB_RARE vdb_error vdb_graph_make_room(vdb_database *db, size_t rows) {
   vdb_workshop *workshop = vdb_workshop_of(db);
   if (!workshop) return VDB_ERROR_OUT_OF_MEMORY;
   if (!workshop->rows && db->graph.tower_of) workshop->rows = db->slots; /* read from a file */
@@ -3857,7 +5028,7 @@ static inline vdb_error vdb_graph_make_room(vdb_database *db, size_t rows) {
   return VDB_OK;
 }
 
-static inline void vdb_graph_release(vdb_database *db) {
+VDB_RARE void vdb_graph_release(vdb_database *db) {
   vdb_workshop *workshop = db->graph.workshop;
   if (!db->mapping.base) { /* otherwise they lie in the file */
     VDB_FREE(db->graph.tower_of);
@@ -3871,7 +5042,7 @@ static inline void vdb_graph_release(vdb_database *db) {
 }
 
 /* Memory of the towers; what walks use is not counted. */
-static inline size_t vdb_graph_bytes(const vdb_database *db) {
+VDB_RARE size_t vdb_graph_bytes(const vdb_database *db) {
   size_t rows = db->graph.workshop ? vdb_max(db->graph.workshop->rows, db->slots) : db->slots;
   return db->graph.tower_of ? (rows + db->graph.towers_capacity) * sizeof(uint32_t) : 0;
 }
@@ -4144,16 +5315,6 @@ static inline size_t vdb_enter_rows(const vdb_database *db, const vdb_aim *aim, 
   return entered;
 }
 
-/* Who may stop an insertion; see vdb_add_watched. */
-typedef struct {
-  int (*go_on)(size_t done, size_t count, void *context);
-  void *context;
-#ifdef VDB_MULTITHREADED
-  pthread_t caller;
-#endif
-  int stopped; /* written by the caller's thread; read and written atomically */
-} vdb_watch;
-
 typedef struct {
   vdb_database *db;
   const uint32_t *rows; /* of the batch */
@@ -4163,17 +5324,8 @@ typedef struct {
   unsigned char done[VDB_BATCH]; /* of task i */
 } vdb_insertion;
 
-/* Whether the insertion was stopped; on the caller's thread, asks. */
 static inline int vdb_is_stopped(const vdb_insertion *job) {
-  vdb_watch *watch = job->watch;
-  if (!watch) return 0;
-  if (__atomic_load_n(&watch->stopped, __ATOMIC_RELAXED)) return 1;
-#ifdef VDB_MULTITHREADED
-  if (!pthread_equal(watch->caller, pthread_self())) return 0;
-#endif
-  if (watch->go_on(job->entered, job->all, watch->context)) return 0;
-  __atomic_store_n(&watch->stopped, 1, __ATOMIC_RELAXED);
-  return 1;
+  return job->watch && vdb_watch_stops(job->watch, job->entered, job->all);
 }
 
 /* Candidates for the links of a row of a batch on one level, into the pool: from a walk that begins at `at`, which
@@ -4313,7 +5465,7 @@ static inline void vdb_run_insertion(vdb_insertion *job, size_t work, size_t eac
 
 /* A tower for a row that stands higher than the lowest level. A removed row's has no levels, and says behind that how
  * many it has room for. Without memory, which only rows renumbered by vdb_compact can want, the row gets none. */
-static inline void vdb_place_tower(vdb_database *db, size_t row) {
+VDB_RARE void vdb_place_tower(vdb_database *db, size_t row) {
   vdb_graph *graph = &db->graph;
   uint32_t links = db->options.links, levels = vdb_level_of(row, links);
   size_t size = vdb_tower_size(levels, links), place = graph->tower_of[row], end = graph->towers_size + size;
@@ -4334,7 +5486,7 @@ static inline void vdb_place_tower(vdb_database *db, size_t row) {
   graph->towers_size = end;
 }
 
-static inline void vdb_leave_tower(vdb_database *db, size_t row) {
+VDB_RARE void vdb_leave_tower(vdb_database *db, size_t row) {
   uint32_t levels = vdb_levels_at(db, row);
   if (!levels) return;
   for (uint32_t level = 1; level <= levels; level++) vdb_links_of(db, row, level)[0] = 0;
@@ -4424,7 +5576,7 @@ static inline void vdb_connect(vdb_database *db) {
 }
 
 /* Of rows that were to be inserted, the first `linked` were: they stay as way points, as if removed. */
-static inline void vdb_graph_give_up(vdb_database *db, const uint32_t *rows, size_t count, size_t linked) {
+VDB_RARE void vdb_graph_give_up(vdb_database *db, const uint32_t *rows, size_t count, size_t linked) {
   db->graph.workshop->unchecked += linked;
   for (size_t i = count; i-- > linked;) {
     vdb_leave_tower(db, rows[i]);
@@ -4530,7 +5682,7 @@ static inline void vdb_mend_task(void *context, size_t task) {
 }
 
 /* The lowest of the live rows on the highest level. */
-static inline void vdb_choose_entry(vdb_database *db) {
+VDB_RARE void vdb_choose_entry(vdb_database *db) {
   db->graph.entry = VDB_NO_ROW;
   db->graph.top = 0;
   for (size_t row = 0; row < db->slots; row++) {
@@ -4572,7 +5724,7 @@ static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row) {
 
 /* After a sweep, when rows and their links have moved: new_of_old[i] is the new number of row i, VDB_NO_ROW if it is
  * gone. No row has moved up, so that each place of tower_of is read before it is written. */
-static inline void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, size_t old_slots) {
+VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, size_t old_slots) {
   vdb_graph *graph = &db->graph;
   for (size_t old = 0; old < old_slots; old++) {
     uint32_t row = new_of_old[old], place = graph->tower_of[old];
@@ -4779,6 +5931,293 @@ static inline size_t vdb_tower_words(const vdb_database *db, size_t row) {
   return levels ? vdb_tower_size(levels, db->options.links) : 0;
 }
 
+/* --- the operating system's files --- */
+#define VDB_NAME_ROOM 8192u /* longer than any path that a system takes */
+
+/* The file that a path leads to. */
+typedef struct {
+  char *path, *other, *temporary; /* [VDB_NAME_ROOM] each; path: without a symbolic link at its end */
+  int exists;
+#ifndef _WIN32
+  struct stat status; /* if it exists */
+#endif
+  vdb_error error;                /* why it cannot be replaced; VDB_ERROR_IO for what errno says */
+} vdb_target;
+
+VDB_RARE int vdb_target_failed(vdb_target *target, vdb_error error, int number) {
+  target->error = error;
+  return number;
+}
+
+VDB_RARE const char *vdb_last_separator(const char *path) {
+  const char *slash = strrchr(path, '/');
+#ifdef _WIN32
+  const char *other = strrchr(path, '\\');
+  if (other && (!slash || other > slash)) slash = other;
+#endif
+  return slash;
+}
+
+/* The name of a new file beside the target: its own, cut to `most` bytes where a file system takes no longer one, with
+ * what tells it from others. */
+VDB_RARE void vdb_name_temporary(vdb_target *target, size_t most) {
+  static unsigned counter;
+  unsigned number = __atomic_fetch_add(&counter, 1u, __ATOMIC_RELAXED);
+  const char *slash = vdb_last_separator(target->path), *name = slash ? slash + 1 : target->path;
+  size_t size = strlen(name);
+  for (size = vdb_min(size, most); size && ((unsigned char)name[size] & 0xc0u) == 0x80u;) size--; /* whole letters */
+  size += (size_t)(name - target->path);
+  memcpy(target->temporary, target->path, size);
+  snprintf(target->temporary + size, 64, ".tmp-%ld-%u", (long)vdb_sys_getpid(), number);
+}
+
+#ifndef _WIN32
+/* Follows symbolic links at the end of target->path, to a file that need not be there. 0 or errno. */
+VDB_RARE int vdb_follow_links(vdb_target *target) {
+  for (int hops = 0; hops < 40; hops++) {
+    long size = vdb_sys_readlink(target->path, target->other, VDB_NAME_ROOM);
+    if (size < 0) return errno == EINVAL || errno == ENOENT ? 0 : errno; /* no link, or nothing */
+    const char *slash = strrchr(target->path, '/');
+    size_t folder = slash && target->other[0] != '/' ? (size_t)(slash - target->path) + 1 : 0;
+    if (folder + (size_t)size + 64 >= VDB_NAME_ROOM) return ENAMETOOLONG; /* 64: for a temporary name */
+    memcpy(target->path + folder, target->other, (size_t)size);
+    target->path[folder + (size_t)size] = 0;
+  }
+  return ELOOP;
+}
+
+/* What is at `path`, and whether it may be replaced. 0 or errno. */
+VDB_RARE int vdb_find_target(const char *path, vdb_target *target) {
+  struct stat seen;
+  if (!*path) return vdb_target_failed(target, VDB_ERROR_IO, ENOENT);
+  if (strlen(path) + 64 >= VDB_NAME_ROOM) return vdb_target_failed(target, VDB_ERROR_IO, ENAMETOOLONG);
+  memcpy(target->path, path, strlen(path) + 1);
+  target->exists = stat(path, &seen) == 0;
+  if (!target->exists && errno != ENOENT) return vdb_target_failed(target, VDB_ERROR_IO, errno);
+  if (target->exists && !S_ISREG(seen.st_mode))
+    return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, S_ISDIR(seen.st_mode) ? EISDIR : EINVAL);
+  int failed = vdb_follow_links(target);
+  if (failed) return vdb_target_failed(target, VDB_ERROR_IO, failed);
+  if (!target->exists) return 0;
+  target->status = seen;
+  /* A link of /proc may lead to a file that has no name any more. */
+  if (stat(target->path, &seen) || seen.st_ino != target->status.st_ino || seen.st_dev != target->status.st_dev)
+    return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, ENOENT);
+  return seen.st_nlink > 1 ? vdb_target_failed(target, VDB_ERROR_LINKED, EMLINK) : 0;
+}
+
+/* An open file of a new name beside the target. -1 on failure. Names are tried again, for a killed process of our number
+ * may have left some. */
+VDB_RARE int vdb_create_beside(vdb_target *target) {
+  static const size_t lengths[] = {VDB_NAME_ROOM, 200, 100, 20};
+  int file = -1, length = 0;
+  for (int attempt = 0; attempt < 100 && file < 0; attempt++) {
+    vdb_name_temporary(target, lengths[length]);
+    file = open(target->temporary, O_WRONLY | O_CREAT | O_EXCL, target->exists ? 0600 : 0666);
+    if (file < 0 && errno == ENAMETOOLONG && length < 3) length++;
+    else if (file < 0 && errno != EEXIST) break;
+  }
+  if (file >= 0) fcntl(file, F_SETFD, FD_CLOEXEC);
+  return file;
+}
+
+/* Gives the new file the owner, group and mode of the one whose place it will take. 0 or errno. */
+VDB_RARE int vdb_take_over(int file, const struct stat *old) {
+  struct stat own;
+  if (fstat(file, &own)) return errno;
+  int others = own.st_uid != old->st_uid || own.st_gid != old->st_gid;
+  unsigned user = own.st_uid == old->st_uid ? (unsigned)-1 : (unsigned)old->st_uid;
+  if (others && vdb_sys_fchown(file, user, (unsigned)old->st_gid)) return errno;
+  if ((others || own.st_mode != old->st_mode) && vdb_sys_fchmod(file, old->st_mode & 07777u)) return errno;
+  return 0;
+}
+
+/* The new file, open for writing. -1 with errno and target->error set on failure. */
+VDB_RARE int vdb_create_new(vdb_target *target) {
+  int file = vdb_create_beside(target), failed = 0;
+  target->error = VDB_ERROR_IO;
+  if (file < 0) {
+    if (target->exists && (errno == EACCES || errno == EPERM || errno == EROFS)) target->error = VDB_ERROR_FOLDER;
+    return -1;
+  }
+  if (target->exists) failed = vdb_take_over(file, &target->status);
+  if (!failed) return file;
+  vdb_sys_close(file);
+  vdb_sys_unlink(target->temporary);
+  target->error = VDB_ERROR_OWNER;
+  errno = failed;
+  return -1;
+}
+
+/* The folder that holds `path`, to be synced after the rename. -1 if it may not be read: it is left to the system. */
+VDB_RARE int vdb_open_folder(const char *path, char *name) {
+  const char *slash = strrchr(path, '/');
+  size_t size = slash ? (size_t)(slash - path) : 0;
+  if (size) memcpy(name, path, size);
+  if (!size) name[size++] = slash ? '/' : '.';
+  name[size] = 0;
+  int folder = open(name, O_RDONLY);
+  if (folder >= 0) fcntl(folder, F_SETFD, FD_CLOEXEC);
+  return folder;
+}
+
+/* Gives the finished file the name that nothing may have yet. 0 or errno. */
+VDB_RARE int vdb_name_new(vdb_target *target) {
+  if (vdb_sys_linkat(VDB_HERE, target->temporary, VDB_HERE, target->path, 0) == 0)
+    return vdb_sys_unlink(target->temporary) ? errno : 0;
+  if (errno == EEXIST) return vdb_target_failed(target, VDB_ERROR_CHANGED, EEXIST);
+  return rename(target->temporary, target->path) ? errno : 0; /* a file system without hard links */
+}
+
+/* The finished file takes its name; then the folder is synced. Not every file system can; EINVAL says that it cannot. */
+VDB_RARE int vdb_put_in_place(vdb_target *target, vdb_save_mode mode) {
+  int folder = vdb_open_folder(target->path, target->other), failed = 0;
+  if (mode == VDB_SAVE_NEW) {
+    failed = vdb_name_new(target);
+  } else if (rename(target->temporary, target->path)) {
+    failed = errno;
+    if (target->exists && (failed == EPERM || failed == EACCES)) target->error = VDB_ERROR_FOLDER;
+  }
+  while (folder >= 0 && !failed && vdb_sys_fsync(folder) && errno != EINVAL)
+    if (errno != EINTR) failed = errno;
+  if (folder >= 0) vdb_sys_close(folder);
+  return failed;
+}
+
+VDB_RARE int vdb_is_there(const char *path) {
+  struct stat status;
+  return stat(path, &status) == 0;
+}
+
+/* Opens a file for reading; a pipe or a device is refused without waiting for it. -1 on failure. */
+VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
+  struct stat status;
+  int file = open(path, O_RDONLY | O_NONBLOCK), failed = 0;
+  if (file < 0) return -1;
+  fcntl(file, F_SETFD, FD_CLOEXEC);
+  if (fstat(file, &status)) failed = errno;
+  if (!failed && !S_ISREG(status.st_mode)) failed = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
+  if (!failed && (uint64_t)status.st_size > SIZE_MAX) failed = EFBIG;
+  *size = (uint64_t)status.st_size;
+  if (!failed) return file;
+  vdb_sys_close(file);
+  errno = failed;
+  return -1;
+}
+
+/* A read-only view of an open file; NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size) {
+  void *base = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+  return base == MAP_FAILED ? NULL : base;
+}
+
+static inline void vdb_unmap_file(void *base, size_t size) { (void)munmap(base, size); }
+#endif
+
+#ifdef _WIN32
+/* Windows. Paths are in the code page of the process, as for fopen. ReplaceFile keeps attributes and access control
+ * lists; it does not replace a file that is open elsewhere or mapped, which is VDB_ERROR_IO with EACCES. */
+VDB_RARE int vdb_windows_errno(void) {
+  switch (GetLastError()) {
+    case ERROR_FILE_NOT_FOUND:
+    case ERROR_PATH_NOT_FOUND: return ENOENT;
+    case ERROR_FILE_EXISTS:
+    case ERROR_ALREADY_EXISTS: return EEXIST;
+    case ERROR_ACCESS_DENIED:
+    case ERROR_SHARING_VIOLATION:
+    case ERROR_LOCK_VIOLATION:
+    case ERROR_USER_MAPPED_FILE:
+    case ERROR_UNABLE_TO_REMOVE_REPLACED: return EACCES;
+    case ERROR_DISK_FULL: return ENOSPC;
+    case ERROR_NOT_ENOUGH_MEMORY: return ENOMEM;
+    default: return EIO;
+  }
+}
+
+/* What is at `path`, and whether it may be replaced. 0 or errno. */
+VDB_RARE int vdb_find_target(const char *path, vdb_target *target) {
+  BY_HANDLE_FILE_INFORMATION seen;
+  if (!*path) return vdb_target_failed(target, VDB_ERROR_IO, ENOENT);
+  if (strlen(path) + 64 >= VDB_NAME_ROOM) return vdb_target_failed(target, VDB_ERROR_IO, ENAMETOOLONG);
+  memcpy(target->path, path, strlen(path) + 1);
+  DWORD attributes = GetFileAttributesA(path), share = FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE;
+  HANDLE file = CreateFileA(path, 0, share, NULL, OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+  target->exists = file != INVALID_HANDLE_VALUE;
+  if (!target->exists) {
+    int failed = vdb_windows_errno();
+    return failed == ENOENT ? 0 : vdb_target_failed(target, VDB_ERROR_IO, failed);
+  }
+  int disk = GetFileType(file) == FILE_TYPE_DISK && GetFileInformationByHandle(file, &seen);
+  int named = 1;
+  if (disk && attributes != INVALID_FILE_ATTRIBUTES && attributes & FILE_ATTRIBUTE_REPARSE_POINT) { /* a link: follow it */
+    DWORD size = GetFinalPathNameByHandleA(file, target->path, VDB_NAME_ROOM - 64, 0);
+    named = size && size < VDB_NAME_ROOM - 64;
+  }
+  CloseHandle(file);
+  if (!disk) return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, EINVAL);
+  if (seen.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, EISDIR);
+  if (!named) return vdb_target_failed(target, VDB_ERROR_IO, ENAMETOOLONG);
+  return seen.nNumberOfLinks > 1 ? vdb_target_failed(target, VDB_ERROR_LINKED, EMLINK) : 0;
+}
+
+/* The new file, open for writing. -1 with errno and target->error set on failure. */
+VDB_RARE int vdb_create_new(vdb_target *target) {
+  static const size_t lengths[] = {VDB_NAME_ROOM, 200, 100, 20};
+  int file = -1;
+  for (int attempt = 0; attempt < 100 && file < 0; attempt++) {
+    vdb_name_temporary(target, lengths[attempt < 4 ? attempt : 3]);
+    file = _open(target->temporary, _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY | _O_NOINHERIT, _S_IREAD | _S_IWRITE);
+    if (file < 0 && errno != EEXIST && attempt >= 3) break;
+  }
+  target->error = file < 0 && target->exists && errno == EACCES ? VDB_ERROR_FOLDER : VDB_ERROR_IO;
+  return file;
+}
+
+VDB_RARE int vdb_put_in_place(vdb_target *target, vdb_save_mode mode) {
+  DWORD flags = MOVEFILE_WRITE_THROUGH | (mode == VDB_SAVE_NEW ? 0 : MOVEFILE_REPLACE_EXISTING);
+  if (mode != VDB_SAVE_NEW && target->exists && ReplaceFileA(target->path, target->temporary, NULL, 0, NULL, NULL)) return 0;
+  if ((mode == VDB_SAVE_NEW || !target->exists) && MoveFileExA(target->temporary, target->path, flags)) return 0;
+  int failed = vdb_windows_errno();
+  return failed == EEXIST ? vdb_target_failed(target, VDB_ERROR_CHANGED, EEXIST) : failed;
+}
+
+VDB_RARE int vdb_is_there(const char *path) { return GetFileAttributesA(path) != INVALID_FILE_ATTRIBUTES; }
+
+/* Opens a file for reading, which others may replace meanwhile. -1 on failure. */
+VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
+  LARGE_INTEGER length;
+  DWORD share = FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE;
+  HANDLE handle = CreateFileA(path, GENERIC_READ, share, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+  if (handle == INVALID_HANDLE_VALUE) {
+    errno = vdb_windows_errno();
+    return -1;
+  }
+  int regular = GetFileType(handle) == FILE_TYPE_DISK && GetFileSizeEx(handle, &length);
+  if (regular && (uint64_t)length.QuadPart <= SIZE_MAX) {
+    int file = _open_osfhandle((intptr_t)handle, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
+    *size = (uint64_t)length.QuadPart;
+    if (file >= 0) return file;
+  }
+  CloseHandle(handle);
+  errno = regular ? EFBIG : EINVAL;
+  return -1;
+}
+
+/* A read-only view of an open file; NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size) {
+  HANDLE mapping = CreateFileMappingA((HANDLE)_get_osfhandle(file), NULL, PAGE_READONLY, 0, 0, NULL);
+  void *base = mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, size) : NULL;
+  if (!base) errno = vdb_windows_errno();
+  if (mapping) CloseHandle(mapping); /* the view keeps it */
+  return base;
+}
+
+static inline void vdb_unmap_file(void *base, size_t size) {
+  (void)size;
+  UnmapViewOfFile(base);
+}
+#endif
+
 /* --- writing --- */
 typedef struct {
   int file, failed; /* failed: errno of the first failure */
@@ -4787,9 +6226,35 @@ typedef struct {
   uint64_t position; /* in the file, the buffer's bytes included */
   uint32_t crc;      /* of the section so far, the buffer's bytes not included */
   vdb_identity identity; /* of the file, once it is written */
+  unsigned char *memory; /* in place of a file; NULL until something is written */
+  size_t size, capacity; /* of memory */
+  int to_memory;
 } vdb_writer;
 
-static inline void vdb_write_all(vdb_writer *writer, const unsigned char *bytes, size_t size) {
+/* Memory grows by half, so that little is copied and little is left over. */
+VDB_RARE void vdb_write_memory(vdb_writer *writer, const unsigned char *bytes, size_t size) {
+  if (writer->failed) return;
+  if (size > writer->capacity - writer->size) {
+    size_t capacity = vdb_max(writer->size + size, writer->capacity + writer->capacity / 2);
+    unsigned char *grown = (unsigned char *)VDB_MALLOC(capacity);
+    if (!grown) {
+      writer->failed = ENOMEM;
+      return;
+    }
+    if (writer->size) memcpy(grown, writer->memory, writer->size);
+    VDB_FREE(writer->memory);
+    writer->memory = grown;
+    writer->capacity = capacity;
+  }
+  memcpy(writer->memory + writer->size, bytes, size);
+  writer->size += size;
+}
+
+VDB_RARE void vdb_write_all(vdb_writer *writer, const unsigned char *bytes, size_t size) {
+  if (writer->to_memory) {
+    vdb_write_memory(writer, bytes, size);
+    return;
+  }
   while (size && !writer->failed) {
     long written = vdb_sys_write(writer->file, bytes, size);
     if (written < 0 && errno == EINTR) continue;
@@ -4802,13 +6267,13 @@ static inline void vdb_write_all(vdb_writer *writer, const unsigned char *bytes,
   }
 }
 
-static inline void vdb_flush(vdb_writer *writer) {
+VDB_RARE void vdb_flush(vdb_writer *writer) {
   writer->crc = vdb_crc32c(writer->crc, writer->buffer, writer->used);
   vdb_write_all(writer, writer->buffer, writer->used);
   writer->used = 0;
 }
 
-static inline void vdb_emit(vdb_writer *writer, const void *data, size_t size) {
+VDB_RARE void vdb_emit(vdb_writer *writer, const void *data, size_t size) {
   const unsigned char *bytes = (const unsigned char *)data;
   writer->position += size;
   while (size && !writer->failed) {
@@ -4826,22 +6291,22 @@ static inline void vdb_emit(vdb_writer *writer, const void *data, size_t size) {
   }
 }
 
-static inline void vdb_emit_zeros(vdb_writer *writer, uint64_t size) {
+VDB_RARE void vdb_emit_zeros(vdb_writer *writer, uint64_t size) {
   static const unsigned char zeros[4096] = {0};
   for (; size > sizeof zeros; size -= sizeof zeros) vdb_emit(writer, zeros, sizeof zeros);
   vdb_emit(writer, zeros, (size_t)size);
 }
 
 /* A list of links and its unused places as zeros, so that what memory held before does not get into files. */
-static inline void vdb_emit_links(vdb_writer *writer, const uint32_t *links, size_t places) {
+VDB_RARE void vdb_emit_links(vdb_writer *writer, const uint32_t *links, size_t places) {
   uint32_t count = *links <= places ? *links : 0;
   vdb_emit(writer, &count, sizeof count);
   vdb_emit(writer, links + 1, count * sizeof *links);
   vdb_emit_zeros(writer, (places - count) * sizeof *links);
 }
 
-static inline void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int part, size_t block,
-                                  size_t row_bytes) {
+VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int part, size_t block,
+                             size_t row_bytes) {
   const vdb_block *from = &db->blocks[block];
   size_t rows = vdb_rows_of_block(db, block);
   if (part != VDB_LINKS) {
@@ -4853,7 +6318,7 @@ static inline void vdb_emit_block(vdb_writer *writer, const vdb_database *db, in
 }
 
 /* Towers move together as they are written, in the order of rows. */
-static inline void vdb_emit_towers(vdb_writer *writer, const vdb_database *db, int part) {
+VDB_RARE void vdb_emit_towers(vdb_writer *writer, const vdb_database *db, int part) {
   uint32_t next = 1, none = 0;
   size_t links = db->options.links;
   if (part == VDB_TOWERS) vdb_emit(writer, &none, sizeof none);
@@ -4874,25 +6339,27 @@ typedef struct {
   const char *id;
   const unsigned char *metadata;
   size_t id_size, metadata_size, bytes; /* bytes: of the whole record, 0 for none */
+  uint32_t bit;                         /* VDB_VALUES_BIT, or 0 */
 } vdb_text;
 
-static inline vdb_text vdb_text_of(const vdb_database *db, size_t row) {
-  vdb_text text = {NULL, NULL, 0, 0, 0};
+VDB_RARE vdb_text vdb_text_of(const vdb_database *db, size_t row) {
+  vdb_text text = {NULL, NULL, 0, 0, 0, 0};
   if (vdb_is_live(db, row) &&
       vdb_record_at(db, row, &text.id, &text.id_size, &text.metadata, &text.metadata_size)) {
     if (!text.id) text.id_size = 0;
     if (text.id_size || text.metadata_size) text.bytes = vdb_record_bytes(text.id_size, text.metadata_size);
+    if (text.metadata_size && vdb_has_values(db, row)) text.bit = VDB_VALUES_BIT;
   }
   return text;
 }
 
 /* The offsets of records, or the records. */
-static inline void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int part) {
+VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int part) {
   uint64_t place = 0, none = 0;
   for (size_t row = 0; row < db->slots; row++) {
     vdb_text text = vdb_text_of(db, row);
     uint64_t offset = place + 1;
-    uint32_t sizes[2] = {(uint32_t)text.id_size, (uint32_t)text.metadata_size};
+    uint32_t sizes[2] = {(uint32_t)text.id_size, (uint32_t)text.metadata_size | text.bit};
     place += text.bytes;
     if (part == VDB_OFFSETS) vdb_emit(writer, text.bytes ? &offset : &none, sizeof offset);
     if (part == VDB_OFFSETS || !text.bytes) continue;
@@ -4904,15 +6371,19 @@ static inline void vdb_emit_records(vdb_writer *writer, const vdb_database *db, 
   }
 }
 
-static inline int vdb_has_records(const vdb_database *db) {
+/* 0 for no records, 2 for records, 3 if some hold values: the versions of the format that know of them. */
+VDB_RARE int vdb_has_records(const vdb_database *db) {
+  int found = 0;
   if (!db->records.records && !db->mapping.offsets) return 0;
-  for (size_t row = 0; row < db->slots; row++)
-    if (vdb_text_of(db, row).bytes) return 1;
-  return 0;
+  for (size_t row = 0; row < db->slots && found < 3; row++) {
+    vdb_text text = vdb_text_of(db, row);
+    if (text.bytes) found = text.bit ? 3 : 2;
+  }
+  return found;
 }
 
-static inline void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vdb_header *header, int part,
-                                 int has_records) {
+VDB_RARE void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vdb_header *header, int part,
+                            int has_records) {
   if (part <= VDB_LINKS) {
     size_t row_bytes = vdb_part_row(header, part);
     for (size_t block = 0; row_bytes && block << db->block_shift < db->slots; block++)
@@ -4930,7 +6401,7 @@ static inline void vdb_emit_part(vdb_writer *writer, const vdb_database *db, con
   }
 }
 
-static inline void vdb_fill_header(const vdb_database *db, vdb_header *header) {
+VDB_RARE void vdb_fill_header(const vdb_database *db, vdb_header *header) {
   memset(header, 0, sizeof *header);
   memcpy(header->magic, VDB_MAGIC, sizeof header->magic);
   header->version = 2;
@@ -4951,10 +6422,11 @@ static inline void vdb_fill_header(const vdb_database *db, vdb_header *header) {
 }
 
 /* Sections first, the header last, once their checksums are known: until then the file has no magic. */
-static inline void vdb_write_sections(vdb_writer *writer, const vdb_database *db) {
+VDB_RARE void vdb_write_sections(vdb_writer *writer, const vdb_database *db) {
   vdb_header header;
   int has_records = vdb_has_records(db);
   vdb_fill_header(db, &header);
+  if (has_records == 3) header.version = 3;
   vdb_emit_zeros(writer, sizeof header);
   vdb_flush(writer);
   for (int part = 0; part < VDB_SECTIONS; part++) {
@@ -4972,180 +6444,49 @@ static inline void vdb_write_sections(vdb_writer *writer, const vdb_database *db
   header.crc = vdb_crc32c(0, &header, sizeof header - sizeof header.crc);
   writer->identity.size = header.file_size;
   writer->identity.crc = header.crc;
+  if (writer->to_memory) {
+    if (!writer->failed) memcpy(writer->memory, &header, sizeof header);
+    return;
+  }
   if (!writer->failed && vdb_sys_lseek(writer->file, 0, SEEK_SET) != 0) writer->failed = errno;
   vdb_write_all(writer, (const unsigned char *)&header, sizeof header);
   while (!writer->failed && vdb_sys_fsync(writer->file))
     if (errno != EINTR) writer->failed = errno;
 }
 
-/* --- where to --- */
-#define VDB_NAME_ROOM 8192u /* longer than any path that a system takes */
-
-/* The file that a path leads to. */
-typedef struct {
-  char *path, *other, *temporary; /* [VDB_NAME_ROOM] each; path: without a symbolic link at its end */
-  int exists;
-  struct stat status;             /* if it exists */
-  vdb_error error;                /* why it cannot be replaced; VDB_ERROR_IO for what errno says */
-} vdb_target;
-
-static inline int vdb_target_failed(vdb_target *target, vdb_error error, int number) {
-  target->error = error;
-  return number;
-}
-
-/* Follows symbolic links at the end of target->path, to a file that need not be there. 0 or errno. */
-static inline int vdb_follow_links(vdb_target *target) {
-  for (int hops = 0; hops < 40; hops++) {
-    long size = vdb_sys_readlink(target->path, target->other, VDB_NAME_ROOM);
-    if (size < 0) return errno == EINVAL || errno == ENOENT ? 0 : errno; /* no link, or nothing */
-    const char *slash = strrchr(target->path, '/');
-    size_t folder = slash && target->other[0] != '/' ? (size_t)(slash - target->path) + 1 : 0;
-    if (folder + (size_t)size + 64 >= VDB_NAME_ROOM) return ENAMETOOLONG; /* 64: for a temporary name */
-    memcpy(target->path + folder, target->other, (size_t)size);
-    target->path[folder + (size_t)size] = 0;
-  }
-  return ELOOP;
-}
-
-/* What is at `path`, and whether it may be replaced. 0 or errno. */
-static inline int vdb_find_target(const char *path, vdb_target *target) {
-  struct stat seen;
-  if (!*path) return vdb_target_failed(target, VDB_ERROR_IO, ENOENT);
-  if (strlen(path) + 64 >= VDB_NAME_ROOM) return vdb_target_failed(target, VDB_ERROR_IO, ENAMETOOLONG);
-  memcpy(target->path, path, strlen(path) + 1);
-  target->exists = stat(path, &seen) == 0;
-  if (!target->exists && errno != ENOENT) return vdb_target_failed(target, VDB_ERROR_IO, errno);
-  if (target->exists && !S_ISREG(seen.st_mode))
-    return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, S_ISDIR(seen.st_mode) ? EISDIR : EINVAL);
-  int failed = vdb_follow_links(target);
-  if (failed) return vdb_target_failed(target, VDB_ERROR_IO, failed);
-  if (!target->exists) return 0;
-  target->status = seen;
-  /* A link of /proc may lead to a file that has no name any more. */
-  if (stat(target->path, &seen) || seen.st_ino != target->status.st_ino || seen.st_dev != target->status.st_dev)
-    return vdb_target_failed(target, VDB_ERROR_NOT_REGULAR, ENOENT);
-  return seen.st_nlink > 1 ? vdb_target_failed(target, VDB_ERROR_LINKED, EMLINK) : 0;
-}
-
-/* The name of a new file beside the target: its own, cut to `most` bytes where a file system takes no longer one, with
- * what tells it from others. */
-static inline void vdb_name_temporary(vdb_target *target, size_t most) {
-  static unsigned counter;
-  unsigned number = __atomic_fetch_add(&counter, 1u, __ATOMIC_RELAXED);
-  const char *slash = strrchr(target->path, '/'), *name = slash ? slash + 1 : target->path;
-  size_t size = strlen(name);
-  for (size = vdb_min(size, most); size && ((unsigned char)name[size] & 0xc0u) == 0x80u;) size--; /* whole letters */
-  size += (size_t)(name - target->path);
-  memcpy(target->temporary, target->path, size);
-  snprintf(target->temporary + size, 64, ".tmp-%ld-%u", (long)vdb_sys_getpid(), number);
-}
-
-/* An open file of a new name beside the target. -1 on failure. Names are tried again, for a killed process of our number
- * may have left some. */
-static inline int vdb_create_beside(vdb_target *target) {
-  static const size_t lengths[] = {VDB_NAME_ROOM, 200, 100, 20};
-  int file = -1, length = 0;
-  for (int attempt = 0; attempt < 100 && file < 0; attempt++) {
-    vdb_name_temporary(target, lengths[length]);
-    file = open(target->temporary, O_WRONLY | O_CREAT | O_EXCL, target->exists ? 0600 : 0666);
-    if (file < 0 && errno == ENAMETOOLONG && length < 3) length++;
-    else if (file < 0 && errno != EEXIST) break;
-  }
-  if (file >= 0) fcntl(file, F_SETFD, FD_CLOEXEC);
-  return file;
-}
-
-/* Gives the new file the owner, group and mode of the one whose place it will take. 0 or errno. */
-static inline int vdb_take_over(int file, const struct stat *old) {
-  struct stat own;
-  if (fstat(file, &own)) return errno;
-  int others = own.st_uid != old->st_uid || own.st_gid != old->st_gid;
-  unsigned user = own.st_uid == old->st_uid ? (unsigned)-1 : (unsigned)old->st_uid;
-  if (others && vdb_sys_fchown(file, user, (unsigned)old->st_gid)) return errno;
-  if ((others || own.st_mode != old->st_mode) && vdb_sys_fchmod(file, old->st_mode & 07777u)) return errno;
-  return 0;
-}
-
-/* The new file, open for writing. -1 with errno and target->error set on failure. */
-static inline int vdb_create_new(vdb_target *target) {
-  int file = vdb_create_beside(target), failed = 0;
-  target->error = VDB_ERROR_IO;
-  if (file < 0) {
-    if (target->exists && (errno == EACCES || errno == EPERM || errno == EROFS)) target->error = VDB_ERROR_FOLDER;
-    return -1;
-  }
-  if (target->exists) failed = vdb_take_over(file, &target->status);
-  if (!failed) return file;
-  vdb_sys_close(file);
-  vdb_sys_unlink(target->temporary);
-  target->error = VDB_ERROR_OWNER;
-  errno = failed;
-  return -1;
-}
-
 /* The identity of an open file. 0 or errno. */
 static inline int vdb_identify(int file, uint64_t size, vdb_identity *out);
 
 /* Whether what is at the path is what `mode` wants. 0, or errno with target->error set. */
-static inline int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
-  struct stat status;
+VDB_RARE int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
+  uint64_t size = 0;
   vdb_identity identity = {0, 0};
   int failed = 0, file;
   if (mode == VDB_SAVE_ANY) return 0;
   if (mode == VDB_SAVE_NEW)
-    return stat(target->path, &status) == 0 ? vdb_target_failed(target, VDB_ERROR_CHANGED, EEXIST) : 0;
-  file = open(target->path, O_RDONLY | O_NONBLOCK);
+    return vdb_is_there(target->path) ? vdb_target_failed(target, VDB_ERROR_CHANGED, EEXIST) : 0;
+  file = vdb_open_file(target->path, &size);
   if (file < 0 && errno == ENOENT) return vdb_target_failed(target, VDB_ERROR_CHANGED, ENOENT);
-  if (file < 0 || fstat(file, &status)) failed = errno;
-  else failed = vdb_identify(file, (uint64_t)status.st_size, &identity);
+  failed = file < 0 ? errno : vdb_identify(file, size, &identity);
   if (file >= 0) vdb_sys_close(file);
   if (failed) return vdb_target_failed(target, VDB_ERROR_IO, failed);
   int same = db->identity.size && identity.size == db->identity.size && identity.crc == db->identity.crc;
-  return same ? 0 : vdb_target_failed(target, VDB_ERROR_CHANGED, ESTALE);
+  return same ? 0 : vdb_target_failed(target, VDB_ERROR_CHANGED, VDB_STALE);
 }
 
-/* The folder that holds `path`, to be synced after the rename. -1 if it may not be read: it is left to the system. */
-static inline int vdb_open_folder(const char *path, char *name) {
-  const char *slash = strrchr(path, '/');
-  size_t size = slash ? (size_t)(slash - path) : 0;
-  if (size) memcpy(name, path, size);
-  if (!size) name[size++] = slash ? '/' : '.';
-  name[size] = 0;
-  int folder = open(name, O_RDONLY);
-  if (folder >= 0) fcntl(folder, F_SETFD, FD_CLOEXEC);
-  return folder;
-}
-
-/* Gives the finished file the name that nothing may have yet. 0 or errno. */
-static inline int vdb_name_new(vdb_target *target) {
-  if (vdb_sys_linkat(VDB_HERE, target->temporary, VDB_HERE, target->path, 0) == 0)
-    return vdb_sys_unlink(target->temporary) ? errno : 0;
-  if (errno == EEXIST) return vdb_target_failed(target, VDB_ERROR_CHANGED, EEXIST);
-  return rename(target->temporary, target->path) ? errno : 0; /* a file system without hard links */
-}
-
-/* Puts the finished file in place. Not every file system can sync a folder; EINVAL says that it cannot. */
-static inline int vdb_replace(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
+/* Puts the finished file in place. */
+VDB_RARE int vdb_replace(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
   target->error = VDB_ERROR_IO;
-  int folder = vdb_open_folder(target->path, target->other), failed = vdb_check_target(db, target, mode);
-  if (!failed && mode == VDB_SAVE_NEW) {
-    failed = vdb_name_new(target);
-  } else if (!failed && rename(target->temporary, target->path)) {
-    failed = errno;
-    if (target->exists && (failed == EPERM || failed == EACCES)) target->error = VDB_ERROR_FOLDER;
-  }
-  if (failed) vdb_sys_unlink(target->temporary);
-  while (folder >= 0 && !failed && vdb_sys_fsync(folder) && errno != EINVAL)
-    if (errno != EINTR) failed = errno;
-  if (folder >= 0) vdb_sys_close(folder);
+  int failed = vdb_check_target(db, target, mode);
+  if (!failed) failed = vdb_put_in_place(target, mode);
+  if (failed) vdb_sys_unlink(target->temporary); /* if it has its name still */
   return failed;
 }
 
 /* Writes a new file beside the old one and renames it. After a failure the old file is as it was; only if syncing the
  * folder fails is the new one there already. */
-static inline vdb_error vdb_write_file(const vdb_database *db, const char *path, vdb_save_mode mode,
-                                       vdb_identity *identity) {
+VDB_RARE vdb_error vdb_write_file(const vdb_database *db, const char *path, vdb_save_mode mode,
+                                  vdb_identity *identity) {
   vdb_writer writer;
   vdb_target target;
   memset(&writer, 0, sizeof writer);
@@ -5177,19 +6518,45 @@ static inline vdb_error vdb_write_file(const vdb_database *db, const char *path,
   return target.error;
 }
 
+/* The same in memory. */
+VDB_RARE vdb_error vdb_write_bytes(const vdb_database *db, unsigned char **out, size_t *size) {
+  vdb_writer writer;
+  memset(&writer, 0, sizeof writer);
+  writer.to_memory = 1;
+  writer.buffer = (unsigned char *)vdb_aligned_alloc(VDB_PIECE);
+  if (!writer.buffer) return VDB_ERROR_OUT_OF_MEMORY;
+  vdb_write_sections(&writer, db);
+  vdb_aligned_free(writer.buffer);
+  if (writer.failed) {
+    VDB_FREE(writer.memory);
+    return VDB_ERROR_OUT_OF_MEMORY;
+  }
+  *out = writer.memory;
+  *size = writer.size;
+  return VDB_OK;
+}
+
 /* --- reading --- */
+/* A file, or a saved database that lies in memory. */
 typedef struct {
   int file;
+  const unsigned char *memory; /* NULL for a file */
+} vdb_source;
+
+typedef struct {
+  vdb_source source;
   uint64_t size, position; /* position: of the first format's next read */
   unsigned char *buffer;   /* [VDB_PIECE] */
   size_t begin, end;       /* the buffer's unread bytes */
   char *message;
   size_t message_size;
+  vdb_watch *watch; /* NULL for none */
+  size_t done;      /* bytes of sections that are read; counted atomically */
 } vdb_reader;
 
 /* Says what is wrong. */
-static inline vdb_error vdb_fault(vdb_reader *reader, vdb_error error, const char *where, const char *what,
-                                  uint64_t at) {
+VDB_RARE vdb_error vdb_fault(vdb_reader *reader, vdb_error error, const char *where, const char *what,
+                             uint64_t at) {
   int number = error == VDB_ERROR_IO ? errno : error == VDB_ERROR_OUT_OF_MEMORY ? ENOMEM : EINVAL;
   if (reader->message && reader->message_size) {
     if (error == VDB_ERROR_IO)
@@ -5201,18 +6568,23 @@ static inline vdb_error vdb_fault(vdb_reader *reader, vdb_error error, const cha
   return error;
 }
 
-static inline vdb_error vdb_fault_inside(vdb_reader *reader, const vdb_header *header, int part, const char *what,
-                                         uint64_t place) {
+VDB_RARE vdb_error vdb_fault_inside(vdb_reader *reader, const vdb_header *header, int part, const char *what,
+                                    uint64_t place) {
   return vdb_fault(reader, VDB_ERROR_CORRUPT, vdb_part_name(part), what, header->section[part].offset + place);
 }
 
 #define VDB_FILE_ENDS (-1)
+#define VDB_STOPPED (-2)
 
 /* 0, errno, or VDB_FILE_ENDS. */
-static inline int vdb_read_bytes(int file, void *to, size_t size, uint64_t at) {
+VDB_RARE int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t at) {
   unsigned char *bytes = (unsigned char *)to;
+  if (source.memory) { /* readers stay below its size, as they do in a file */
+    memcpy(bytes, source.memory + at, size);
+    return 0;
+  }
   while (size) {
-    long got = vdb_sys_pread(file, bytes, size, (long)at);
+    long got = vdb_sys_pread(source.file, bytes, size, (int64_t)at);
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) return got < 0 ? errno : VDB_FILE_ENDS;
     bytes += got;
@@ -5222,24 +6594,26 @@ static inline int vdb_read_bytes(int file, void *to, size_t size, uint64_t at) {
   return 0;
 }
 
-static inline int vdb_identify(int file, uint64_t size, vdb_identity *out) {
+VDB_RARE int vdb_identify(int file, uint64_t size, vdb_identity *out) {
   unsigned char head[sizeof(vdb_header) - 4]; /* with its own checksum behind it, every header would have the same */
   size_t have = size < sizeof head ? (size_t)size : sizeof head;
+  vdb_source source = {file, NULL};
   memset(head, 0, sizeof head);
-  int failed = vdb_read_bytes(file, head, have, 0);
+  int failed = vdb_read_bytes(source, head, have, 0);
   out->size = size;
   out->crc = vdb_crc32c(0, head, have);
   return failed == VDB_FILE_ENDS ? 0 : failed; /* somebody is writing it: it is none that we know */
 }
 
-static inline vdb_error vdb_read_fault(vdb_reader *reader, int failed, const char *where, uint64_t at) {
+VDB_RARE vdb_error vdb_read_fault(vdb_reader *reader, int failed, const char *where, uint64_t at) {
+  if (failed == VDB_STOPPED) return VDB_ERROR_INTERRUPTED;
   if (failed == VDB_FILE_ENDS) return vdb_fault(reader, VDB_ERROR_CORRUPT, where, "the file ends too early", at);
   errno = failed;
   return failed ? vdb_fault(reader, VDB_ERROR_IO, where, "cannot be read", at) : VDB_OK;
 }
 
 /* The checksum of two runs of bytes, one after the other, from theirs: crc * x^(8 size) + next. */
-static inline uint32_t vdb_crc_append(uint32_t crc, uint32_t next, uint64_t size) {
+VDB_RARE uint32_t vdb_crc_append(uint32_t crc, uint32_t next, uint64_t size) {
   uint32_t power = (uint32_t)1 << 23; /* x^8, then its squares */
   for (; size; size >>= 1) {
     if (size & 1) crc = vdb_crc_multiply(power, crc);
@@ -5249,7 +6623,7 @@ static inline uint32_t vdb_crc_append(uint32_t crc, uint32_t next, uint64_t size
 }
 
 /* The bits of the exponent in every float of a word of vectors; 0 for what is no floats, or looked at later. */
-static inline uint64_t vdb_part_exponents(const vdb_header *header, int part) {
+VDB_RARE uint64_t vdb_part_exponents(const vdb_header *header, int part) {
   if (part != VDB_VECTORS || header->storage == VDB_STORAGE_I8) return 0;
   return header->storage == VDB_STORAGE_F16    ? 0x7c007c007c007c00u
          : header->storage == VDB_STORAGE_BF16 ? 0x7f807f807f807f80u
@@ -5283,12 +6657,14 @@ typedef struct {
 } vdb_run;
 
 typedef struct {
-  int file, part;
+  vdb_source source;
+  int part;
   const vdb_database *db;
   unsigned char *to;  /* NULL: into the blocks */
   uint64_t offset, size, exponents;
   size_t run_bytes;
   vdb_run *runs;
+  vdb_reader *reader;
 } vdb_reading;
 
 /* Reads one run in pieces; each is summed and looked at while it is in the cache. */
@@ -5301,16 +6677,20 @@ static inline void vdb_read_run(void *context, size_t task) {
   memset(run, 0, sizeof *run);
   for (size_t at = 0; at < size && !run->failed; at += VDB_PIECE) {
     size_t piece = vdb_min(VDB_PIECE, size - at);
-    run->failed = vdb_read_bytes(job->file, bytes + at, piece, job->offset + start + at);
+    run->failed = vdb_read_bytes(job->source, bytes + at, piece, job->offset + start + at);
     if (run->failed) return;
+    if (job->reader->watch) {
+      size_t done = __atomic_add_fetch(&job->reader->done, piece, __ATOMIC_RELAXED);
+      if (vdb_watch_stops(job->reader->watch, done, (size_t)job->reader->size)) run->failed = VDB_STOPPED;
+    }
     run->crc = vdb_crc32c(run->crc, bytes + at, piece);
     if (job->exponents && !run->wild) run->wild = !vdb_words_finite(bytes + at, piece, job->exponents);
   }
 }
 
 /* What the runs found. The zeros after the section are read here; vdb_check_header has bounded them. */
-static inline vdb_error vdb_finish_part(vdb_reader *reader, const vdb_header *header, const vdb_reading *job,
-                                        size_t runs) {
+VDB_RARE vdb_error vdb_finish_part(vdb_reader *reader, const vdb_header *header, const vdb_reading *job,
+                                   size_t runs) {
   const vdb_section *section = &header->section[job->part];
   uint64_t end = section->offset + section->size;
   size_t zeros = (size_t)(vdb_next_place(end, job->part) - end), wild = runs;
@@ -5322,7 +6702,7 @@ static inline vdb_error vdb_finish_part(vdb_reader *reader, const vdb_header *he
     crc = vdb_crc_append(crc, job->runs[i].crc, left < job->run_bytes ? left : job->run_bytes);
     if (job->runs[i].wild && wild == runs) wild = i;
   }
-  int failed = vdb_read_bytes(reader->file, reader->buffer, zeros, end);
+  int failed = vdb_read_bytes(reader->source, reader->buffer, zeros, end);
   if (failed) return vdb_read_fault(reader, failed, vdb_part_name(job->part), end);
   if (vdb_crc32c(crc, reader->buffer, zeros) != section->crc)
     return vdb_fault_inside(reader, header, job->part, "the checksum differs in the section that begins here", 0);
@@ -5334,7 +6714,7 @@ static inline vdb_error vdb_finish_part(vdb_reader *reader, const vdb_header *he
 }
 
 /* The size that a section must have; for those that vary, the size it has if that is possible. UINT64_MAX if not. */
-static inline uint64_t vdb_right_size(const vdb_header *header, int part) {
+VDB_RARE uint64_t vdb_right_size(const vdb_header *header, int part) {
   uint64_t size = header->section[part].size, slots = header->slots;
   int graph = header->index == VDB_INDEX_HNSW, records = header->section[VDB_OFFSETS].size != 0;
   if (part <= VDB_LINKS) return slots * vdb_part_row(header, part);
@@ -5349,7 +6729,7 @@ static inline uint64_t vdb_right_size(const vdb_header *header, int part) {
   return size % 4 == 0 && (size & (size - 1)) == 0 && size / 4 <= 4 * (uint64_t)VDB_NO_ROW ? size : UINT64_MAX;
 }
 
-static inline const char *vdb_wrong_setting(const vdb_header *header) {
+VDB_RARE const char *vdb_wrong_setting(const vdb_header *header) {
   uint32_t entry = header->entry;
   if (!header->dimensions || header->dimensions > VDB_MAX_DIMENSIONS) return "impossible dimensions";
   if (header->metric > VDB_METRIC_DOT_PRODUCT) return "an unknown metric";
@@ -5366,8 +6746,8 @@ static inline const char *vdb_wrong_setting(const vdb_header *header) {
 }
 
 /* All that can be said of a file of reader->size bytes by its header alone. */
-static inline vdb_error vdb_check_header(vdb_reader *reader, const vdb_header *header) {
-  if (header->version != 2) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "an unknown version", 8);
+VDB_RARE vdb_error vdb_check_header(vdb_reader *reader, const vdb_header *header) {
+  if (header->version != 2 && header->version != 3) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "an unknown version", 8);
   if (header->header_size != sizeof *header || header->crc != vdb_crc32c(0, header, sizeof *header - 4))
     return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "the checksum differs", sizeof *header - 4);
   if (header->file_size != reader->size)
@@ -5390,7 +6770,7 @@ static inline vdb_error vdb_check_header(vdb_reader *reader, const vdb_header *h
   return VDB_OK;
 }
 
-static inline vdb_options vdb_header_options(const vdb_header *header, uint32_t threads) {
+VDB_RARE vdb_options vdb_header_options(const vdb_header *header, uint32_t threads) {
   vdb_options options = vdb_default_options();
   options.storage = (vdb_storage)header->storage;
   options.index = (vdb_index)header->index;
@@ -5410,7 +6790,7 @@ VDB_INLINE int vdb_set_bit(uint64_t *bits, size_t i) {
   return before;
 }
 
-static inline vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_RARE vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   size_t live = 0, words = (db->slots + 63) / 64;
   for (size_t i = 0; i < words; i++) live += (size_t)__builtin_popcountll(db->live[i]);
   if (db->slots % 64 && db->live[words - 1] >> (db->slots % 64))
@@ -5420,7 +6800,7 @@ static inline vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *hea
 }
 
 /* Comparisons of bits: they order floats that are not negative, and hold under -ffast-math. */
-static inline vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_RARE vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   uint32_t least = vdb_bits((float)VDB_SMALL), most = vdb_bits((float)VDB_GREAT), infinity = 0x7f800000u;
   for (size_t row = 0; row < db->slots; row++) {
     const vdb_block *block = vdb_block_of(db, row);
@@ -5437,8 +6817,8 @@ static inline vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *
 }
 
 /* `seen` [slots] bits, zero before. */
-static inline vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, const vdb_database *db,
-                                       uint64_t *seen) {
+VDB_RARE vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, const vdb_database *db,
+                                  uint64_t *seen) {
   for (size_t i = 0; i < db->free_count; i++) {
     uint32_t row = db->free_rows[i];
     if (row >= db->slots || vdb_is_live(db, row) || vdb_set_bit(seen, row))
@@ -5447,7 +6827,7 @@ static inline vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *hea
   return VDB_OK;
 }
 
-static inline vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_RARE vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   size_t stride = vdb_link_stride(db);
   for (size_t row = 0; row < db->slots; row++) {
     const uint32_t *links = vdb_links_at(db, row);
@@ -5459,7 +6839,7 @@ static inline vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *he
 }
 
 /* Links of one tower; a link on a level is to a row that is on that level. */
-static inline int vdb_wrong_tower(const vdb_database *db, size_t row) {
+VDB_RARE int vdb_wrong_tower(const vdb_database *db, size_t row) {
   for (uint32_t level = 1; level <= vdb_levels_at(db, row); level++) {
     const uint32_t *links = vdb_links_of(db, row, level);
     if (links[0] > db->options.links) return 1;
@@ -5470,7 +6850,7 @@ static inline int vdb_wrong_tower(const vdb_database *db, size_t row) {
 }
 
 /* Towers come in the order of rows and fill their section, so none overlaps another. */
-static inline vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_RARE vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   const vdb_graph *graph = &db->graph;
   size_t next = 1;
   for (size_t row = 0; row < db->slots; row++) {
@@ -5490,11 +6870,11 @@ static inline vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *h
 }
 
 /* Records come in the order of rows and fill the text. Fills records.records; `*ids` becomes how many have an id. */
-static inline vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *header, vdb_database *db,
-                                          const uint64_t *offsets, size_t *ids) {
+VDB_RARE vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *header, vdb_database *db,
+                                     const uint64_t *offsets, size_t *ids, size_t *valued) {
   size_t next = 0, size = db->records.loaded->size;
   unsigned char *text = (unsigned char *)(db->records.loaded + 1);
-  *ids = 0;
+  *ids = *valued = 0;
   for (size_t row = 0; row < db->slots; row++) {
     uint32_t sizes[2];
     if (!offsets[row]) continue;
@@ -5502,12 +6882,17 @@ static inline vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *
       return vdb_fault_inside(reader, header, VDB_OFFSETS, "an impossible offset", 8 * row);
     unsigned char *record = text + next;
     memcpy(sizes, record, sizeof sizes);
+    uint32_t has_values = header->version == 3 ? sizes[1] & VDB_VALUES_BIT : 0;
+    sizes[1] ^= has_values;
     uint64_t bytes = ((uint64_t)sizes[0] + sizes[1] + 9 + 7) / 8 * 8;
     if (sizes[0] > VDB_MAX_ID || sizes[1] > INT32_MAX || sizes[0] + sizes[1] == 0 || bytes > size - next ||
         memchr(record + 8, 0, sizes[0]) || record[8 + sizes[0]])
       return vdb_fault_inside(reader, header, VDB_TEXT, "an impossible record", next);
+    if (has_values && vdb_count_values(record + 9 + sizes[0], sizes[1]) < 1)
+      return vdb_fault_inside(reader, header, VDB_TEXT, "impossible values", next);
     db->records.records[row] = record;
     *ids += sizes[0] != 0;
+    *valued += has_values != 0;
     next += (size_t)bytes;
   }
   return next == size ? VDB_OK : vdb_fault_inside(reader, header, VDB_TEXT, "bytes after the last record", next);
@@ -5515,8 +6900,8 @@ static inline vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *
 
 /* Every row with an id is in the table once, and no empty place lies between where its search begins and where it is.
  * Linear, however the ids collide. `seen` [slots] bits, zero before. */
-static inline vdb_error vdb_check_table(vdb_reader *reader, const vdb_header *header, vdb_database *db, size_t ids,
-                                        uint64_t *seen) {
+VDB_RARE vdb_error vdb_check_table(vdb_reader *reader, const vdb_header *header, vdb_database *db, size_t ids,
+                                   uint64_t *seen) {
   vdb_records *records = &db->records;
   size_t size = records->table_size, mask = size - 1, empty = size, found = 0, id_size, metadata_size;
   const char *id;
@@ -5543,9 +6928,9 @@ static inline vdb_error vdb_check_table(vdb_reader *reader, const vdb_header *he
   return found == ids ? VDB_OK : vdb_fault_inside(reader, header, VDB_TABLE, "ids are missing", 0);
 }
 
-static inline vdb_error vdb_check_contents(vdb_reader *reader, const vdb_header *header, vdb_database *db,
-                                           const uint64_t *offsets) {
-  size_t ids = 0, words = (db->slots + 63) / 64;
+VDB_RARE vdb_error vdb_check_contents(vdb_reader *reader, const vdb_header *header, vdb_database *db,
+                                      const uint64_t *offsets) {
+  size_t ids = 0, valued = 0, words = (db->slots + 63) / 64;
   uint64_t *seen = (uint64_t *)VDB_MALLOC(words * sizeof *seen + 1);
   if (!seen) return vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "file", "no memory for its checks", 0);
   memset(seen, 0, words * sizeof *seen);
@@ -5554,7 +6939,9 @@ static inline vdb_error vdb_check_contents(vdb_reader *reader, const vdb_header 
   if (!error) error = vdb_check_free(reader, header, db, seen);
   if (!error && header->index == VDB_INDEX_HNSW) error = vdb_check_links(reader, header, db);
   if (!error && header->index == VDB_INDEX_HNSW) error = vdb_check_towers(reader, header, db);
-  if (!error && offsets) error = vdb_check_records(reader, header, db, offsets, &ids);
+  if (!error && offsets) error = vdb_check_records(reader, header, db, offsets, &ids, &valued);
+  if (!error && header->version == 3 && !valued)
+    error = vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "version 3, and no row has values", 8);
   memset(seen, 0, words * sizeof *seen);
   if (!error && offsets) error = vdb_check_table(reader, header, db, ids, seen);
   VDB_FREE(seen);
@@ -5564,7 +6951,7 @@ static inline vdb_error vdb_check_contents(vdb_reader *reader, const vdb_header 
 /* --- format 2, into memory --- */
 
 /* Memory for what vdb_make_room does not know of: towers, text, table, and the offsets, which only loading needs. */
-static inline int vdb_make_variable_room(const vdb_header *header, vdb_database *db, uint64_t **offsets) {
+VDB_RARE int vdb_make_variable_room(const vdb_header *header, vdb_database *db, uint64_t **offsets) {
   size_t towers = (size_t)header->section[VDB_TOWERS].size / sizeof(uint32_t);
   size_t text = (size_t)header->section[VDB_TEXT].size, table = (size_t)header->section[VDB_TABLE].size;
   vdb_graph *graph = &db->graph;
@@ -5590,8 +6977,8 @@ static inline int vdb_make_variable_room(const vdb_header *header, vdb_database 
          vdb_grow((void **)&records->records, 0, db->capacity, sizeof(unsigned char *));
 }
 
-static inline vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, const vdb_database *db, int part,
-                                      uint64_t *offsets) {
+VDB_RARE vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, const vdb_database *db, int part,
+                                 uint64_t *offsets) {
   vdb_reading job;
   void *to = part == VDB_LIVE        ? (void *)db->live
              : part == VDB_FREE_ROWS ? (void *)db->free_rows
@@ -5601,7 +6988,8 @@ static inline vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *head
              : part == VDB_TABLE     ? (void *)db->records.table
                                      : NULL;
   if (part == VDB_TEXT && db->records.loaded) to = db->records.loaded + 1;
-  job.file = reader->file;
+  job.source = reader->source;
+  job.reader = reader;
   job.part = part;
   job.db = db;
   job.to = (unsigned char *)to;
@@ -5618,7 +7006,7 @@ static inline vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *head
   return error;
 }
 
-static inline vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+VDB_RARE vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
   uint64_t *offsets = NULL;
   vdb_error error = vdb_make_room(db, (size_t)header->slots);
   if (error || !vdb_make_variable_room(header, db, &offsets)) {
@@ -5646,11 +7034,11 @@ static inline vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *he
 }
 
 /* --- format 2, mapped --- */
-static inline void *vdb_mapped_part(const vdb_header *header, const vdb_database *db, int part) {
+VDB_RARE void *vdb_mapped_part(const vdb_header *header, const vdb_database *db, int part) {
   return header->section[part].size ? (void *)(db->mapping.base + header->section[part].offset) : NULL;
 }
 
-static inline void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i) {
+VDB_RARE void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i) {
   unsigned char *array[VDB_LINKS + 1];
   for (int part = 0; part <= VDB_LINKS; part++) {
     unsigned char *base = (unsigned char *)vdb_mapped_part(header, db, part);
@@ -5666,12 +7054,12 @@ static inline void vdb_map_block(const vdb_header *header, vdb_database *db, siz
 }
 
 /* Only the bitset of live rows and the free ones are copied: they are small, and the number of rows gets checked. */
-static inline vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
   size_t words = ((size_t)header->slots + 63) / 64, shift = db->block_shift;
   size_t free_bytes = (size_t)header->section[VDB_FREE_ROWS].size;
   size_t blocks = ((size_t)header->slots + ((size_t)1 << shift) - 1) >> shift;
-  void *base = mmap(NULL, (size_t)reader->size, PROT_READ, MAP_PRIVATE, reader->file, 0);
-  if (base == MAP_FAILED) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
+  void *base = vdb_map_file(reader->source.file, (size_t)reader->size);
+  if (!base) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
   db->mapping.base = (unsigned char *)base;
   db->mapping.size = (size_t)reader->size;
   if (!vdb_grow((void **)&db->blocks, 0, blocks + 1, sizeof(vdb_block)) ||
@@ -5711,7 +7099,7 @@ static inline vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *hea
  */
 
 /* The next `size` bytes, by way of the buffer. */
-static inline vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, const char *where) {
+VDB_RARE vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, const char *where) {
   unsigned char *out = (unsigned char *)to;
   while (size) {
     size_t have = vdb_min(size, reader->end - reader->begin);
@@ -5724,7 +7112,7 @@ static inline vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, cons
     if (size > left) return vdb_fault(reader, VDB_ERROR_CORRUPT, where, "the file ends too early", reader->size);
     reader->begin = 0;
     reader->end = left < VDB_PIECE ? (size_t)left : VDB_PIECE;
-    int failed = vdb_read_bytes(reader->file, reader->buffer, reader->end, reader->position);
+    int failed = vdb_read_bytes(reader->source, reader->buffer, reader->end, reader->position);
     if (failed) return vdb_read_fault(reader, failed, where, reader->position);
     reader->position += reader->end;
   }
@@ -5734,7 +7122,7 @@ static inline vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, cons
 VDB_INLINE uint64_t vdb_taken(const vdb_reader *reader) { return reader->position - (reader->end - reader->begin); }
 
 /* Reads the next row. `room` is for one vector or one id, whichever is longer. */
-static inline vdb_error vdb_read_first_row(vdb_reader *reader, vdb_database *db, unsigned char *room) {
+VDB_RARE vdb_error vdb_read_first_row(vdb_reader *reader, vdb_database *db, unsigned char *room) {
   size_t row = db->slots;
   float *vector = (float *)(void *)(db->blocks[row >> db->block_shift].vectors +
                                     vdb_row_in_block(db, row) * db->dimensions * sizeof(float));
@@ -5752,7 +7140,8 @@ static inline vdb_error vdb_read_first_row(vdb_reader *reader, vdb_database *db,
   if (error) return error;
   if (id_size) error = vdb_table_room(db, 1);
   uint64_t hash = vdb_hash((const char *)room, id_size);
-  if (!error) error = vdb_put_record(db, row, (const char *)room, id_size, hash, NULL, 0);
+  vdb_record record = {(const char *)room, NULL, 0, NULL, 0};
+  if (!error) error = vdb_put_record(db, row, &record, id_size, hash);
   if (error) return vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "id", "no memory for it", vdb_taken(reader));
   vdb_clear_after(db, row);
   vdb_describe_row(db, row, (float *)(void *)room);
@@ -5762,7 +7151,7 @@ static inline vdb_error vdb_read_first_row(vdb_reader *reader, vdb_database *db,
   return VDB_OK;
 }
 
-static inline vdb_error vdb_read_first(vdb_reader *reader, uint32_t threads, vdb_database **out) {
+VDB_RARE vdb_error vdb_read_first(vdb_reader *reader, uint32_t threads, vdb_database **out) {
   unsigned char head[VDB_FIRST_HEADER];
   uint64_t dimensions, count;
   int32_t metric;
@@ -5790,11 +7179,11 @@ static inline vdb_error vdb_read_first(vdb_reader *reader, uint32_t threads, vdb
 }
 
 /* --- either format --- */
-static inline vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, uint32_t threads, vdb_database **out) {
+VDB_RARE vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, uint32_t threads, vdb_database **out) {
   vdb_header header;
   uint32_t first_magic = VDB_FIRST_MAGIC;
   size_t size = reader->size < sizeof header ? (size_t)reader->size : sizeof header;
-  vdb_error error = vdb_read_fault(reader, vdb_read_bytes(reader->file, &header, size, 0), "header", 0);
+  vdb_error error = vdb_read_fault(reader, vdb_read_bytes(reader->source, &header, size, 0), "header", 0);
   if (error) return error;
   if (size >= VDB_FIRST_HEADER && memcmp(&header, &first_magic, sizeof first_magic) == 0) {
     if (mode == VDB_OPEN_MAP)
@@ -5812,44 +7201,46 @@ static inline vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, 
   return mode == VDB_OPEN_MAP ? vdb_map_second(reader, &header, *out) : vdb_read_second(reader, &header, *out);
 }
 
-/* Opens a file for reading; a pipe or a device is refused without waiting for it. -1 on failure. */
-static inline int vdb_open_file(const char *path, uint64_t *size) {
-  struct stat status;
-  int file = open(path, O_RDONLY | O_NONBLOCK), failed = 0;
-  if (file < 0) return -1;
-  fcntl(file, F_SETFD, FD_CLOEXEC);
-  if (fstat(file, &status)) failed = errno;
-  if (!failed && !S_ISREG(status.st_mode)) failed = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
-  if (!failed && (uint64_t)status.st_size > SIZE_MAX) failed = EFBIG;
-  *size = (uint64_t)status.st_size;
-  if (!failed) return file;
-  vdb_sys_close(file);
-  errno = failed;
-  return -1;
-}
-
-static inline vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out,
-                                      char *message, size_t message_size) {
+VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t threads, vdb_watch *watch,
+                                 vdb_database **out, char *message, size_t message_size) {
   vdb_reader reader;
   memset(&reader, 0, sizeof reader);
   *out = NULL;
   if (message && message_size) message[0] = 0;
   reader.message = message;
   reader.message_size = message_size;
-  reader.file = vdb_open_file(path, &reader.size);
-  if (reader.file < 0) return vdb_fault(&reader, VDB_ERROR_IO, "file", "cannot be opened", 0);
+  reader.watch = watch;
+  reader.source.file = vdb_open_file(path, &reader.size);
+  if (reader.source.file < 0) return vdb_fault(&reader, VDB_ERROR_IO, "file", "cannot be opened", 0);
   reader.buffer = (unsigned char *)vdb_aligned_alloc(VDB_PIECE);
   vdb_error error = reader.buffer ? vdb_read_either(&reader, mode, threads, out)
                                   : vdb_fault(&reader, VDB_ERROR_OUT_OF_MEMORY, "file", "no memory to read it", 0);
-  if (!error && vdb_identify(reader.file, reader.size, &(*out)->identity)) (*out)->identity.size = 0;
+  if (!error && vdb_identify(reader.source.file, reader.size, &(*out)->identity)) (*out)->identity.size = 0;
   int number = errno;
   vdb_aligned_free(reader.buffer);
-  vdb_sys_close(reader.file);
+  vdb_sys_close(reader.source.file);
   if (error) {
     vdb_release(*out);
     *out = NULL;
   }
   errno = number;
+  return error;
+}
+
+/* The same from memory. */
+VDB_RARE vdb_error vdb_read_memory(const void *bytes, size_t size, uint32_t threads, vdb_database **out) {
+  vdb_reader reader;
+  memset(&reader, 0, sizeof reader);
+  *out = NULL;
+  reader.source.memory = (const unsigned char *)bytes;
+  reader.size = size;
+  reader.buffer = (unsigned char *)vdb_aligned_alloc(VDB_PIECE);
+  vdb_error error = reader.buffer ? vdb_read_either(&reader, VDB_OPEN_READ, threads, out) : VDB_ERROR_OUT_OF_MEMORY;
+  vdb_aligned_free(reader.buffer);
+  if (error) {
+    vdb_release(*out);
+    *out = NULL;
+  }
   return error;
 }
 
@@ -5904,7 +7295,7 @@ VDB_API vdb_error vdb_set_kernels(const char *name) {
 }
 
 /* --- the distances of two vectors --- */
-static inline float vdb_distance_of(const float *a, const float *b, size_t dimensions, vdb_metric metric) {
+VDB_RARE float vdb_distance_of(const float *a, const float *b, size_t dimensions, vdb_metric metric) {
   double sums[2], square[2] = {0.0, 0.0};
   vdb_active()->exact(a, b, dimensions, metric == VDB_METRIC_EUCLIDEAN, sums);
   if (metric == VDB_METRIC_COSINE) vdb_active()->exact(a, a, dimensions, 0, square);
@@ -5952,7 +7343,7 @@ VDB_API vdb_database *vdb_create(size_t dimensions, vdb_metric metric) {
 VDB_API void vdb_destroy(vdb_database *db) { vdb_release(db); }
 
 /* Reading takes the lock although the database is const for the caller. */
-static inline vdb_lock *vdb_lock_of(const vdb_database *db) { return &((vdb_database *)(uintptr_t)db)->lock; }
+VDB_RARE vdb_lock *vdb_lock_of(const vdb_database *db) { return &((vdb_database *)(uintptr_t)db)->lock; }
 
 VDB_API size_t vdb_count(const vdb_database *db) {
   if (!db) return 0;
@@ -5964,9 +7355,11 @@ VDB_API size_t vdb_count(const vdb_database *db) {
 
 VDB_API size_t vdb_dimensions(const vdb_database *db) { return db ? db->dimensions : 0; }
 
-static inline size_t vdb_bytes_held(const vdb_database *db) {
+VDB_RARE size_t vdb_bytes_held(const vdb_database *db) {
   size_t bytes = sizeof *db + sizeof(vdb_pool) + db->block_capacity * sizeof(vdb_block) + db->capacity / 8;
-  if (db->mapping.base) return db->mapping.size;
+  size_t columns = vdb_columns_bytes(&((vdb_database *)(uintptr_t)db)->columns);
+  if (db->mapping.base) return db->mapping.size + columns;
+  bytes += columns;
   bytes += db->free_capacity * sizeof(uint32_t);
   for (size_t i = 0; i < db->block_count; i++) bytes += db->blocks[i].bytes;
   bytes += db->records.table_size * sizeof(uint32_t);
@@ -6014,26 +7407,31 @@ typedef struct {
   const uint32_t *rows;
   float *decoded; /* [tasks][padded] */
   size_t count, per_task;
+  vdb_watch *watch; /* NULL for none */
 } vdb_store_job;
+
+#define VDB_STORED_UNASKED 64u /* rows between two questions whether to go on */
 
 static inline void vdb_store_task(void *context, size_t task) {
   vdb_store_job *job = (vdb_store_job *)context;
   size_t end = vdb_min(job->count, (task + 1) * job->per_task), dimensions = job->db->dimensions;
   for (size_t i = task * job->per_task; i < end; i++) {
+    if (job->watch && i % VDB_STORED_UNASKED == 0 && vdb_watch_stops(job->watch, 0, job->count)) return;
     vdb_store_vector(job->db, job->rows[i], job->vectors + i * dimensions);
     vdb_describe_row(job->db, job->rows[i], job->decoded + task * vdb_padded(dimensions));
   }
 }
 
-static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, const uint32_t *rows, size_t count) {
-  vdb_store_job job = {db, vectors, rows, NULL, count, vdb_max(1, (count + 63) / 64)};
+static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, const uint32_t *rows, size_t count,
+                                       vdb_watch *watch) {
+  vdb_store_job job = {db, vectors, rows, NULL, count, vdb_max(1, (count + 63) / 64), count < 1024 ? NULL : watch};
   if (count * db->dimensions < 65536) job.per_task = count;
   size_t tasks = (count + job.per_task - 1) / job.per_task;
   job.decoded = (float *)vdb_aligned_alloc(tasks * vdb_padded(db->dimensions) * sizeof(float));
   if (!job.decoded) return VDB_ERROR_OUT_OF_MEMORY;
   vdb_parallel(db, tasks, vdb_store_task, &job);
   vdb_aligned_free(job.decoded);
-  return VDB_OK;
+  return watch && watch->stopped ? VDB_ERROR_INTERRUPTED : VDB_OK;
 }
 
 /* A row leaves: it is not found any more, its id neither. */
@@ -6083,15 +7481,19 @@ static inline vdb_error vdb_check_new_names(const vdb_database *db, size_t count
   return error;
 }
 
+static inline int vdb_valid_metadata(const vdb_record *record) {
+  if (record->value_count && record->metadata_size) return 0;
+  if (record->metadata_size && !record->metadata) return 0;
+  return vdb_metadata_size(record) <= INT32_MAX;
+}
+
 /* Whether records may be added: sizes, ids twice in the call, ids there already. Counts ids, and those known. */
 static inline vdb_error vdb_check_new_records(const vdb_database *db, size_t count, const vdb_record *records,
                                               vdb_name *names, vdb_add_mode mode, size_t *ids, size_t *known) {
   *ids = *known = 0;
   for (size_t i = 0; records && i < count; i++) {
     names[i] = vdb_name_of(&records[i]);
-    if (names[i].size > VDB_MAX_ID || records[i].metadata_size > INT32_MAX ||
-        (records[i].metadata_size && !records[i].metadata))
-      return VDB_ERROR_INVALID_ARGUMENT;
+    if (names[i].size > VDB_MAX_ID || !vdb_valid_metadata(&records[i])) return VDB_ERROR_INVALID_ARGUMENT;
     *ids += names[i].size != 0;
   }
   if (mode == VDB_ADD_ANY || !*ids) return VDB_OK;
@@ -6126,13 +7528,11 @@ static inline void vdb_drop_replaced(vdb_database *db, const uint32_t *rows, siz
 
 /* Stores rows that have their place; they are not live yet. */
 static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, const vdb_record *records,
-                                      const vdb_name *names, const uint32_t *rows, size_t count) {
-  vdb_error error = vdb_store_rows(db, vectors, rows, count);
+                                      const vdb_name *names, const uint32_t *rows, size_t count, vdb_watch *watch) {
+  vdb_error error = vdb_store_rows(db, vectors, rows, count, watch);
   size_t done = 0;
   while (records && done < count && !error) {
-    const vdb_record *record = &records[done];
-    error = vdb_put_record(db, rows[done], record->id, names[done].size, names[done].hash, record->metadata,
-                           record->metadata_size);
+    error = vdb_put_record(db, rows[done], &records[done], names[done].size, names[done].hash);
     if (!error) done++;
   }
   if (error)
@@ -6156,7 +7556,7 @@ static inline vdb_error vdb_add_named(vdb_database *db, const float *vectors, si
   if (!error && ids) error = vdb_table_room(db, ids);
   if (error) return error;
   vdb_take_rows(db, count, rows);
-  error = vdb_fill_rows(db, vectors, records, names, rows, count);
+  error = vdb_fill_rows(db, vectors, records, names, rows, count, watch);
   if (error) {
     vdb_return_rows(db, count, rows, old_slots);
     return error;
@@ -6194,12 +7594,7 @@ VDB_API vdb_error vdb_add_watched(vdb_database *db, const float *vectors, size_t
                                   vdb_add_mode mode, uint64_t *indices,
                                   int (*go_on)(size_t done, size_t count, void *context), void *context) {
   vdb_watch watch;
-  memset(&watch, 0, sizeof watch);
-  watch.go_on = go_on;
-  watch.context = context;
-#ifdef VDB_MULTITHREADED
-  watch.caller = pthread_self();
-#endif
+  vdb_watch_make(&watch, go_on, context);
   if (!db || (!vectors && count)) return VDB_ERROR_NULL_POINTER;
   if ((unsigned)mode > 2) return VDB_ERROR_INVALID_ARGUMENT;
   if (db->mapping.base) return VDB_ERROR_READ_ONLY;
@@ -6231,7 +7626,7 @@ VDB_API vdb_error vdb_reserve(vdb_database *db, size_t count) {
 }
 
 VDB_API vdb_error vdb_add_vector(vdb_database *db, const float *data, const char *id, void *metadata) {
-  vdb_record record = {id, NULL, 0};
+  vdb_record record = {id, NULL, 0, NULL, 0};
   uint32_t row;
   if (!db || !data) return VDB_ERROR_NULL_POINTER;
   if (db->mapping.base) return VDB_ERROR_READ_ONLY;
@@ -6295,6 +7690,11 @@ VDB_API vdb_error vdb_read_record(const vdb_database *db, uint64_t index, vdb_re
         out->id = copy;
         out->metadata = copy + id_size + 1;
         out->metadata_size = metadata_size;
+        if (vdb_has_values(db, (size_t)index)) {
+          long values = vdb_count_values(metadata, metadata_size); /* -1 in a damaged mapped file */
+          out->value_count = values > 0 ? (size_t)values : 0;
+          if (values < 0) out->metadata_size = 0;
+        }
       } else {
         error = VDB_ERROR_OUT_OF_MEMORY;
       }
@@ -6308,6 +7708,43 @@ VDB_API void vdb_free_record(vdb_record *record) {
   if (!record) return;
   VDB_FREE((void *)(uintptr_t)record->id);
   memset(record, 0, sizeof *record);
+}
+
+/* Under the writer's lock. */
+VDB_RARE vdb_error vdb_change_metadata(vdb_database *db, size_t row, const vdb_record *record) {
+  const char *id;
+  const unsigned char *metadata;
+  size_t id_size, metadata_size;
+  vdb_record_at(db, row, &id, &id_size, &metadata, &metadata_size);
+  unsigned char *old = db->records.records ? db->records.records[row] : NULL;
+  if (old) db->records.records[row] = NULL;
+  vdb_error error = vdb_make_record(db, row, id, id ? id_size : 0, record);
+  if (error && old) db->records.records[row] = old;
+  if (error) return error;
+  if (old) vdb_discard_record(db, old);
+  vdb_columns_touch(&db->columns, row);
+  return VDB_OK;
+}
+
+VDB_API vdb_error vdb_set_metadata(vdb_database *db, uint64_t index, const vdb_record *record) {
+  if (!db || !record) return VDB_ERROR_NULL_POINTER;
+  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (!vdb_valid_metadata(record)) return VDB_ERROR_INVALID_ARGUMENT;
+  vdb_enter_write(&db->lock);
+  vdb_error error = vdb_is_row(db, index) ? vdb_change_metadata(db, (size_t)index, record) : VDB_ERROR_INVALID_INDEX;
+  vdb_leave_write(&db->lock);
+  return error;
+}
+
+VDB_API vdb_error vdb_set_metadata_of(vdb_database *db, const char *id, const vdb_record *record) {
+  if (!db || !id || !record) return VDB_ERROR_NULL_POINTER;
+  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (!vdb_valid_metadata(record)) return VDB_ERROR_INVALID_ARGUMENT;
+  vdb_enter_write(&db->lock);
+  uint32_t row = vdb_lowest_row(db, id, strlen(id));
+  vdb_error error = row == VDB_NO_ROW ? VDB_ERROR_NOT_FOUND : vdb_change_metadata(db, row, record);
+  vdb_leave_write(&db->lock);
+  return error;
 }
 
 /* What is known of the row may be wrong from now on. Other threads that search see the old norm or none: both are right
@@ -6380,7 +7817,7 @@ VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *remove
   return count ? VDB_OK : VDB_ERROR_NOT_FOUND;
 }
 
-static inline void vdb_move_row(vdb_database *db, size_t from, size_t to) {
+VDB_RARE void vdb_move_row(vdb_database *db, size_t from, size_t to) {
   const vdb_block *source = vdb_block_of(db, from), *target = vdb_block_of(db, to);
   size_t a = vdb_row_in_block(db, from), b = vdb_row_in_block(db, to);
   size_t bytes = db->dimensions * vdb_element_size(db->options.storage);
@@ -6397,13 +7834,13 @@ static inline void vdb_move_row(vdb_database *db, size_t from, size_t to) {
 }
 
 /* Gives a file's text back if some of it is dead. */
-static inline vdb_error vdb_repack_records(vdb_database *db) {
+VDB_RARE vdb_error vdb_repack_records(vdb_database *db) {
   if (!db->records.loaded || !db->records.loaded->dead) return VDB_OK;
   return vdb_leave_text(db, SIZE_MAX) ? VDB_OK : VDB_ERROR_OUT_OF_MEMORY;
 }
 
 /* Moves live rows down over the others. `new_of_old` [slots] is filled. */
-static inline void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
+VDB_RARE void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   size_t next = 0, old_slots = db->slots;
   for (size_t row = 0; row < old_slots; row++) {
     new_of_old[row] = VDB_NO_ROW;
@@ -6419,6 +7856,7 @@ static inline void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   for (size_t row = 0; row < next; row++) db->live[row >> 6] |= (uint64_t)1 << (row & 63);
   db->slots = next;
   db->free_count = 0;
+  vdb_columns_release(&db->columns); /* rows have new numbers */
   while (db->block_count > (next + vdb_block_rows(db) - 1) >> db->block_shift)
     vdb_aligned_free(db->blocks[--db->block_count].memory);
   if (next) vdb_clear_after(db, next - 1);
@@ -6427,7 +7865,7 @@ static inline void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
 }
 
 /* Under the writer's lock. */
-static inline vdb_error vdb_compact_rows(vdb_database *db) {
+VDB_RARE vdb_error vdb_compact_rows(vdb_database *db) {
   if (db->count == db->slots) return vdb_repack_records(db);
   uint32_t *new_of_old = (uint32_t *)VDB_MALLOC(db->slots * sizeof(uint32_t));
   if (!new_of_old) return VDB_ERROR_OUT_OF_MEMORY;
@@ -6452,7 +7890,7 @@ VDB_API vdb_error vdb_compact(vdb_database *db) {
 }
 
 /* Moves what comes after `row`, which is gone, down by one, places of removed rows too. `new_of_old` [slots] is filled. */
-static inline void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
+VDB_RARE void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
   vdb_records *records = &db->records;
   size_t last = db->slots - 1, kept = 0;
   for (size_t i = 0; i <= last; i++) new_of_old[i] = i == row ? VDB_NO_ROW : (uint32_t)(i - (i > row));
@@ -6471,6 +7909,7 @@ static inline void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_
     if (db->free_rows[i] != row) db->free_rows[kept++] = new_of_old[db->free_rows[i]];
   db->free_count = kept;
   db->slots = last;
+  vdb_columns_release(&db->columns); /* rows have new numbers */
   if (last) vdb_clear_after(db, last - 1);
 }
 
@@ -6610,6 +8049,8 @@ static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_option
   if (options->with_metadata) place += cells * (sizeof(void *) + sizeof(size_t));
   size_t distances = place;
   place += cells * sizeof(float);
+  size_t has_values = place;
+  if (options->with_metadata) place += cells;
   unsigned char *memory = (unsigned char *)VDB_MALLOC(place + text);
   if (!memory) return NULL;
   vdb_answer *answer = (vdb_answer *)(void *)memory;
@@ -6623,6 +8064,7 @@ static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_option
   if (options->with_metadata) {
     answer->metadata = (const void **)(void *)(memory + metadata);
     answer->metadata_sizes = (size_t *)(void *)(memory + metadata + cells * sizeof(void *));
+    answer->has_values = memory + has_values;
   }
   *out_text = (char *)memory + place;
   return answer;
@@ -6649,14 +8091,50 @@ static inline char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, 
   if (answer->metadata) {
     answer->metadata[cell] = metadata_size ? text : NULL;
     answer->metadata_sizes[cell] = metadata_size;
+    answer->has_values[cell] = metadata_size && vdb_has_values(db, found->row);
     if (metadata_size) memcpy(text, metadata, metadata_size);
     text += metadata_size;
   }
   return text;
 }
 
+/* Puts the rows that pass by their values into the options' bitset. `*made` is to be freed. */
+VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *options, uint64_t **made) {
+  size_t words = (db->slots + 63) / 64;
+  vdb_error error = vdb_filter_by(db, options->where, made);
+  if (error) return error;
+  for (size_t i = 0; i < words && options->bitset; i++)
+    (*made)[i] &= i < options->bitset_words ? options->bitset[i] : 0;
+  options->bitset = *made;
+  options->bitset_words = words;
+  return VDB_OK;
+}
+
+/* The answer from rows that were found: found [count][options->k]. */
+static inline vdb_error vdb_answer_from(const vdb_database *db, const vdb_found *found, const size_t *counts,
+                                        size_t count, const vdb_query_options *options, vdb_answer **out) {
+  char *text;
+  vdb_answer *answer = *out = vdb_answer_make(count, options, vdb_answer_text(db, found, counts, count, options), &text);
+  if (!answer) return VDB_ERROR_OUT_OF_MEMORY;
+  memcpy(answer->counts, counts, count * sizeof(size_t));
+  for (size_t cell = 0; cell < count * options->k; cell++) {
+    int filled = cell % options->k < counts[cell / options->k];
+    text = vdb_answer_fill(db, answer, cell, filled ? &found[cell] : NULL, text);
+  }
+  return VDB_OK;
+}
+
 static inline vdb_error vdb_query_locked(const vdb_database *db, const float *queries, size_t count,
                                          const vdb_query_options *asked, vdb_answer **out) {
+  if (asked->where) {
+    uint64_t *made = NULL;
+    vdb_query_options filtered = *asked;
+    vdb_error error = vdb_apply_where(db, &filtered, &made);
+    filtered.where = NULL;
+    if (!error) error = vdb_query_locked(db, queries, count, &filtered, out);
+    VDB_FREE(made);
+    return error;
+  }
   vdb_query_options options = *asked;
   options.k = vdb_min(options.k, vdb_max(1, db->count));
   size_t cells = count * options.k;
@@ -6665,20 +8143,7 @@ static inline vdb_error vdb_query_locked(const vdb_database *db, const float *qu
   size_t *counts = (size_t *)(void *)(found + cells);
   memset(counts, 0, count * sizeof(size_t));
   vdb_error error = db->count ? vdb_answer_queries(db, queries, count, &options, found, counts) : VDB_OK;
-  if (!error) {
-    char *text;
-    vdb_answer *answer = vdb_answer_make(count, &options, vdb_answer_text(db, found, counts, count, &options), &text);
-    if (answer) {
-      memcpy(answer->counts, counts, count * sizeof(size_t));
-      for (size_t cell = 0; cell < cells; cell++) {
-        int filled = cell % options.k < counts[cell / options.k];
-        text = vdb_answer_fill(db, answer, cell, filled ? &found[cell] : NULL, text);
-      }
-    } else {
-      error = VDB_ERROR_OUT_OF_MEMORY;
-    }
-    *out = answer;
-  }
+  if (!error) error = vdb_answer_from(db, found, counts, count, &options, out);
   VDB_FREE(found);
   return error;
 }
@@ -6692,6 +8157,79 @@ VDB_API vdb_error vdb_query(const vdb_database *db, const float *queries, size_t
   if (!vdb_all_finite(queries, count * db->dimensions)) return VDB_ERROR_NOT_FINITE;
   vdb_enter_read(vdb_lock_of(db));
   vdb_error error = vdb_query_locked(db, queries, count, options, out);
+  vdb_leave_read(vdb_lock_of(db));
+  return error;
+}
+
+/* Takes from an answer what lies beyond the radius. */
+static inline void vdb_cut_answer(vdb_answer *answer, size_t query, float radius) {
+  while (answer->counts[query]) {
+    size_t cell = query * answer->k + answer->counts[query] - 1;
+    if (answer->distances[cell] <= radius) return;
+    answer->counts[query]--;
+    answer->indices[cell] = VDB_NO_INDEX;
+    answer->distances[cell] = INFINITY;
+    if (answer->ids) answer->ids[cell] = NULL;
+    if (answer->metadata) answer->metadata[cell] = NULL, answer->metadata_sizes[cell] = 0, answer->has_values[cell] = 0;
+  }
+}
+
+/* The balls around `count` queries side by side, as wide as the greatest. */
+static inline vdb_error vdb_answer_balls(const vdb_database *db, const vdb_ball *balls, size_t count,
+                                         const vdb_query_options *asked, vdb_answer **out) {
+  vdb_query_options options = *asked;
+  options.k = 1;
+  for (size_t i = 0; i < count; i++) options.k = vdb_max(options.k, balls[i].count);
+  if (count > SIZE_MAX / 64 / options.k) return VDB_ERROR_OUT_OF_MEMORY;
+  size_t cells = count * options.k;
+  vdb_found *found = (vdb_found *)VDB_MALLOC(cells * sizeof(vdb_found) + (count + 1) * sizeof(size_t));
+  if (!found) return VDB_ERROR_OUT_OF_MEMORY;
+  size_t *counts = (size_t *)(void *)(found + cells);
+  for (size_t i = 0; i < count; i++) {
+    counts[i] = balls[i].count;
+    if (counts[i]) memcpy(found + i * options.k, balls[i].rows, counts[i] * sizeof(vdb_found));
+  }
+  vdb_error error = vdb_answer_from(db, found, counts, count, &options, out);
+  VDB_FREE(found);
+  return error;
+}
+
+static inline vdb_error vdb_range_locked(const vdb_database *db, const float *queries, size_t count, float radius,
+                                         const vdb_query_options *asked, vdb_answer **out) {
+  vdb_query_options options = *asked;
+  uint64_t *made = NULL;
+  vdb_error error = asked->where ? vdb_apply_where(db, &options, &made) : VDB_OK;
+  if (error) return error;
+  vdb_ball *balls = (vdb_ball *)VDB_MALLOC((count + 1) * sizeof(vdb_ball));
+  unsigned char *memory = (unsigned char *)vdb_aligned_alloc(vdb_question_bytes(db) + VDB_ALIGNMENT);
+  if (!balls || !memory) error = VDB_ERROR_OUT_OF_MEMORY;
+  size_t done = 0;
+  for (; done < count && !error; done++) {
+    vdb_question question;
+    vdb_ask(db, queries + done * db->dimensions, memory, &question);
+    error = vdb_range_one(db, &question, &options, radius, &balls[done]);
+  }
+  if (!error) error = vdb_answer_balls(db, balls, count, &options, out);
+  while (done) VDB_FREE(balls[--done].rows);
+  VDB_FREE(balls);
+  vdb_aligned_free(memory);
+  VDB_FREE(made);
+  return error;
+}
+
+VDB_API vdb_error vdb_query_within(const vdb_database *db, const float *queries, size_t count, float radius,
+                                   const vdb_query_options *options, vdb_answer **out) {
+  if (!db || !options || !out || (!queries && count)) return VDB_ERROR_NULL_POINTER;
+  *out = NULL;
+  if (vdb_is_nan((double)radius) || count > SIZE_MAX / 64 / db->dimensions) return VDB_ERROR_INVALID_ARGUMENT;
+  if (options->k) {
+    vdb_error error = vdb_query(db, queries, count, options, out);
+    for (size_t q = 0; !error && q < count; q++) vdb_cut_answer(*out, q, radius);
+    return error;
+  }
+  if (!vdb_all_finite(queries, count * db->dimensions)) return VDB_ERROR_NOT_FINITE;
+  vdb_enter_read(vdb_lock_of(db));
+  vdb_error error = vdb_range_locked(db, queries, count, radius, options, out);
   vdb_leave_read(vdb_lock_of(db));
   return error;
 }
@@ -6755,6 +8293,33 @@ VDB_API void vdb_free_result_set(vdb_result_set *set) {
   VDB_FREE(own);
 }
 
+/* Under the writer's lock. */
+VDB_RARE size_t vdb_drop_passing(vdb_database *db, const vdb_query_options *options) {
+  size_t removed = 0;
+  for (size_t row = 0; row < db->slots; row++) {
+    if (!vdb_passes(db, options, row)) continue;
+    vdb_drop_row(db, row);
+    removed++;
+  }
+  return removed;
+}
+
+VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *options, size_t *removed) {
+  if (!db || !options) return VDB_ERROR_NULL_POINTER;
+  if (removed) *removed = 0;
+  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (!options->bitset && !options->filter && !options->where) return VDB_ERROR_INVALID_ARGUMENT;
+  vdb_query_options passing = *options;
+  uint64_t *made = NULL;
+  vdb_enter_write(&db->lock);
+  vdb_error error = options->where ? vdb_apply_where(db, &passing, &made) : VDB_OK;
+  size_t count = error ? 0 : vdb_drop_passing(db, &passing);
+  vdb_leave_write(&db->lock);
+  VDB_FREE(made);
+  if (removed) *removed = count;
+  return error;
+}
+
 /* --- files --- */
 VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode) {
   vdb_identity identity;
@@ -6769,11 +8334,36 @@ VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save
 
 VDB_API vdb_error vdb_save(const vdb_database *db, const char *path) { return vdb_save_as(db, path, VDB_SAVE_ANY); }
 
-VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out) {
+VDB_API vdb_error vdb_open_watched(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out,
+                                   int (*go_on)(size_t done, size_t count, void *context), void *context) {
+  vdb_watch watch;
   if (!path || !out) return VDB_ERROR_NULL_POINTER;
   *out = NULL;
   if ((unsigned)mode > 1 || threads > 256) return VDB_ERROR_INVALID_ARGUMENT;
-  return vdb_read_file(path, mode, threads, out, NULL, 0);
+  vdb_watch_make(&watch, go_on, context);
+  return vdb_read_file(path, mode, threads, go_on ? &watch : NULL, out, NULL, 0);
+}
+
+VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out) {
+  return vdb_open_watched(path, mode, threads, out, NULL, NULL);
+}
+
+VDB_API vdb_error vdb_to_bytes(const vdb_database *db, void **bytes, size_t *size) {
+  unsigned char *made = NULL;
+  if (!db || !bytes || !size) return VDB_ERROR_NULL_POINTER;
+  vdb_enter_still(vdb_lock_of(db));
+  vdb_error error = vdb_write_bytes(db, &made, size);
+  vdb_leave_still(vdb_lock_of(db));
+  *bytes = made;
+  return error;
+}
+
+VDB_API void vdb_free_bytes(void *bytes) { VDB_FREE(bytes); }
+
+VDB_API vdb_error vdb_from_bytes(const void *bytes, size_t size, uint32_t threads, vdb_database **out) {
+  if (!bytes || !out) return VDB_ERROR_NULL_POINTER;
+  *out = NULL;
+  return threads > 256 ? VDB_ERROR_INVALID_ARGUMENT : vdb_read_memory(bytes, size, threads, out);
 }
 
 VDB_API vdb_database *vdb_load(const char *path) {
@@ -6786,7 +8376,7 @@ VDB_API vdb_error vdb_verify(const char *path, char *message, size_t message_siz
   vdb_database *db = NULL;
   if (!path) return VDB_ERROR_NULL_POINTER;
   if (message && message_size) message[0] = 0;
-  vdb_error error = vdb_read_file(path, VDB_OPEN_READ, 0, &db, message, message_size);
+  vdb_error error = vdb_read_file(path, VDB_OPEN_READ, 0, NULL, &db, message, message_size);
   vdb_release(db);
   return error;
 }

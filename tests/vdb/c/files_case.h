@@ -74,6 +74,7 @@ static inline void fill_rows(vdb_database *db, size_t rows, size_t first, const 
   float *vectors = (float *)malloc((rows + 1) * what->dimensions * sizeof(float));
   vdb_record *records = (vdb_record *)calloc(rows + 1, sizeof(vdb_record));
   char(*names)[24] = (char(*)[24])calloc(rows + 1, 24);
+  vdb_value(*values)[2] = (vdb_value(*)[2])calloc(rows + 1, 2 * sizeof(vdb_value));
   for (size_t i = 0; i < rows * what->dimensions; i++) vectors[i] = random_float();
   for (size_t i = 0; i < rows; i++) {
     snprintf(names[i], 24, "row-%zu", (first + i) % 97 == 5 ? 5 : first + i); /* some ids are there twice */
@@ -81,6 +82,12 @@ static inline void fill_rows(vdb_database *db, size_t rows, size_t first, const 
     if (what->metadata && i % 4 != 1) {
       records[i].metadata = names[rows - 1 - i];
       records[i].metadata_size = i % 24;
+    } else if (what->metadata && i % 3 == 0) {
+      vdb_value both[2] = {{"row", VDB_VALUE_INT, (int64_t)i, 0, NULL, 0},
+                           {"name", VDB_VALUE_TEXT, 0, 0, names[i], strlen(names[i])}};
+      memcpy(values[i], both, sizeof both);
+      records[i].values = values[i];
+      records[i].value_count = 2;
     }
   }
   if (rows && what->rows != 1) memset(vectors, 0, what->dimensions * sizeof(float)); /* a zero vector, too */
@@ -88,6 +95,7 @@ static inline void fill_rows(vdb_database *db, size_t rows, size_t first, const 
   free(vectors);
   free(records);
   free(names);
+  free(values);
 }
 
 static inline vdb_database *make_database(const database_case *what) {
@@ -171,6 +179,26 @@ static inline whole_file contract(const whole_file *from) {
 }
 
 /* --- everything that can be asked of a database --- */
+/* Reads values, whatever they are, and searches that filter by them. */
+static inline void ask_values(vdb_database *db, const float *query) {
+  vdb_value limit = {NULL, VDB_VALUE_INT, 3, 0, NULL, 0}, text = {NULL, VDB_VALUE_TEXT, 0, 0, "row-5", 5};
+  vdb_condition parts[3] = {{VDB_AT_LEAST, "row", &limit, NULL, 1}, {VDB_IS_IN, "name", &text, NULL, 1},
+                            {VDB_LESS, "i", &limit, NULL, 1}};
+  vdb_condition any = {VDB_ANY_OF, NULL, NULL, parts, 3};
+  vdb_query_options options = vdb_default_query_options(5);
+  vdb_answer *answer = NULL;
+  options.where = &any;
+  options.with_metadata = 1;
+  if (vdb_query(db, query, 1, &options, &answer) == VDB_OK)
+    for (size_t i = 0; i < answer->counts[0]; i++) {
+      vdb_value value;
+      size_t place = 0;
+      while (vdb_next_value(answer->metadata[i], answer->metadata_sizes[i], &place, &value))
+        asked += strlen(value.name) + value.text_size;
+    }
+  vdb_free_answer(answer);
+}
+
 static inline void ask_everything(vdb_database *db) {
   vdb_information information;
   CHECK(vdb_info(db, &information) == VDB_OK);
@@ -188,6 +216,7 @@ static inline void ask_everything(vdb_database *db) {
         if (answer->ids[j]) asked += strlen(answer->ids[j]);
     vdb_free_answer(answer);
   }
+  ask_values(db, vector);
   for (size_t i = 0; i < slots; i++) {
     vdb_record record;
     uint64_t index;
@@ -207,7 +236,7 @@ static inline void change_everything(vdb_database *db) {
   CHECK(vdb_info(db, &information) == VDB_OK);
   size_t dimensions = information.dimensions;
   float *vectors = (float *)calloc(3 * dimensions, sizeof(float));
-  vdb_record records[3] = {{"new", "data", 4}, {NULL, NULL, 0}, {"row-5", NULL, 0}};
+  vdb_record records[3] = {{"new", "data", 4, NULL, 0}, {NULL, NULL, 0, NULL, 0}, {"row-5", NULL, 0, NULL, 0}};
   for (size_t j = 0; j < 3 * dimensions; j++) vectors[j] = (float)(j % 11) - 5.0f;
   vdb_add(db, vectors, 3, records, VDB_ADD_REPLACE, NULL);
   for (size_t i = 0; i < information.slots && i < 40; i += 2) vdb_remove_index(db, i);

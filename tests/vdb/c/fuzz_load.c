@@ -3,6 +3,8 @@
  *     clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -I. fuzz_load.c -o fuzz_load -lm
  * The first byte of an input says what the rest is: 0 a file as it is; 1 a file that gets right checksums; 2 also the
  * right length; 3 the short form of files_case.h. */
+#define _GNU_SOURCE /* getpid, unlink */
+#include <unistd.h>
 #include "files_case.h"
 
 static void try_file(const char *path, const char *copy, int change) {

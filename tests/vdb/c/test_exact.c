@@ -36,6 +36,28 @@ static int by_distance(const void *a, const void *b) {
 
 static int every_third(uint64_t index, void *context) { return index % 3 == *(uint64_t *)context; }
 
+/* All rows up to the distance of one of them, and up to just less; and the nearest of those. */
+static void check_within(vdb_database *db, const float *query, const pair *all, size_t passing,
+                         vdb_query_options options) {
+  vdb_answer *answer;
+  for (int less = 0; less < 2; less++) {
+    float radius = all[passing / 3].distance;
+    if (less) radius = nextafterf(radius, -INFINITY);
+    size_t expected = 0, asked = options.k;
+    while (expected < passing && all[expected].distance <= radius) expected++;
+    for (int limited = 0; limited < 2; limited++) {
+      options.k = limited ? asked : 0;
+      size_t wanted = limited && expected > asked ? asked : expected;
+      CHECK(vdb_query_within(db, query, 1, radius, &options, &answer) == VDB_OK && answer->counts[0] == wanted);
+      for (size_t i = 0; i < wanted; i++)
+        CHECK(answer->distances[i] == all[i].distance && answer->indices[i] == all[i].row);
+      for (size_t i = wanted; i < answer->k; i++) CHECK(answer->indices[i] == VDB_NO_INDEX);
+      vdb_free_answer(answer);
+    }
+    options.k = asked;
+  }
+}
+
 static void check_answers(vdb_database *db, const float *queries, size_t count, vdb_query_options options) {
   vdb_information information;
   vdb_answer *answer;
@@ -65,6 +87,7 @@ static void check_answers(vdb_database *db, const float *queries, size_t count, 
         CHECK(answer->indices[cell] == VDB_NO_INDEX && answer->distances[cell] > 3.0e38f);
       }
     }
+    if (passing && q < 3) check_within(db, queries + q * dimensions, all, passing, options);
   }
   free(all);
   free(vector);

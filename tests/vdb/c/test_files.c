@@ -74,7 +74,7 @@ static void same_rows(const vdb_database *a, const vdb_database *b) {
   CHECK(x.options.links == y.options.links && x.options.build_effort == y.options.build_effort);
   float *u = (float *)malloc(2 * x.dimensions * sizeof(float)), *v = u + x.dimensions;
   for (size_t i = 0; i < x.slots; i++) {
-    vdb_record r = {NULL, NULL, 0}, s = {NULL, NULL, 0};
+    vdb_record r = {NULL, NULL, 0, NULL, 0}, s = {NULL, NULL, 0, NULL, 0};
     uint64_t at, as;
     vdb_error error = vdb_read_vector(a, i, u);
     CHECK(vdb_read_vector(b, i, v) == error);
@@ -107,6 +107,22 @@ static void same_files(const char *a, const char *b) {
 }
 
 /* --- round trips --- */
+/* What vdb_to_bytes gives is the file, and opens as it does. */
+static void in_memory(const vdb_database *db) {
+  void *bytes;
+  size_t size;
+  vdb_database *again;
+  whole_file file = read_whole(path);
+  CHECK(vdb_to_bytes(db, &bytes, &size) == VDB_OK && size == file.size && memcmp(bytes, file.bytes, size) == 0);
+  CHECK(vdb_from_bytes(bytes, size, 1, &again) == VDB_OK);
+  same_rows(db, again);
+  vdb_destroy(again);
+  CHECK(vdb_from_bytes(bytes, size - 1, 1, &again) == VDB_ERROR_CORRUPT && again == NULL);
+  CHECK(vdb_from_bytes(bytes, 0, 1, &again) == VDB_ERROR_CORRUPT);
+  vdb_free_bytes(bytes);
+  free(file.bytes);
+}
+
 static void round_trip(const database_case *what) {
   vdb_database *db = make_database(what);
   CHECK(vdb_save(db, path) == VDB_OK);
@@ -119,6 +135,7 @@ static void round_trip(const database_case *what) {
   CHECK(vdb_save(mapped, other) == VDB_OK);
   same_files(path, other);
   CHECK(vdb_remove_index(mapped, 0) == VDB_ERROR_READ_ONLY);
+  if (what->rows <= 65) in_memory(mapped);
   uint64_t state = random_state;
   fill_rows(db, 10, 5000, what); /* what happens next is the same, too */
   random_state = state;
@@ -295,7 +312,7 @@ static void one_field(const whole_file *whole, size_t at, size_t bytes, uint64_t
   CHECK(asked < ((size_t)4 << 20));
   vdb_database *db = NULL;
   error = vdb_open(path, VDB_OPEN_MAP, 1, &db);
-  CHECK(error == VDB_ERROR_CORRUPT || harmless);
+  CHECK(error == VDB_ERROR_CORRUPT || harmless || at == 8); /* a view has not looked for rows with values: version 3 */
   if (db) ask_everything(db);
   vdb_destroy(db);
   free(changed);

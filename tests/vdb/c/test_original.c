@@ -21,7 +21,7 @@ static float naive_distance(const float *a, const float *b, size_t dimensions, v
 static void check_search(vdb_metric metric) {
   enum { dimensions = 37, rows = 200 };
   static float vectors[rows][dimensions];
-  float query[dimensions];
+  float query[dimensions] = {0};
   int tag[rows];
   vdb_database *db = vdb_create(dimensions, metric);
   CHECK(db && vdb_count(db) == 0 && vdb_dimensions(db) == dimensions);

@@ -21,7 +21,7 @@ static vdb_database *make(vdb_storage storage, vdb_index index) {
 static void check_ids(vdb_index index) {
   vdb_database *db = make(VDB_STORAGE_F32, index);
   float vectors[3][dimensions], read[dimensions];
-  vdb_record records[3] = {{"a", "first", 5}, {"b", NULL, 0}, {NULL, "third", 5}};
+  vdb_record records[3] = {{"a", "first", 5, NULL, 0}, {"b", NULL, 0, NULL, 0}, {NULL, "third", 5, NULL, 0}};
   uint64_t rows[3], found;
   for (int i = 0; i < 3; i++) fill(vectors[i], (float)i);
   CHECK(vdb_add(db, vectors[0], 3, records, VDB_ADD_UNIQUE, rows) == VDB_OK && vdb_count(db) == 3);
@@ -29,7 +29,7 @@ static void check_ids(vdb_index index) {
   CHECK(vdb_find(db, "c", &found) == VDB_ERROR_NOT_FOUND && vdb_find(db, "", &found) == VDB_ERROR_NOT_FOUND);
 
   CHECK(vdb_add(db, vectors[0], 1, records, VDB_ADD_UNIQUE, NULL) == VDB_ERROR_DUPLICATE_ID);
-  vdb_record twice[2] = {{"x", NULL, 0}, {"x", NULL, 0}};
+  vdb_record twice[2] = {{"x", NULL, 0, NULL, 0}, {"x", NULL, 0, NULL, 0}};
   CHECK(vdb_add(db, vectors[0], 2, twice, VDB_ADD_REPLACE, NULL) == VDB_ERROR_DUPLICATE_ID);
   CHECK(vdb_find(db, "x", &found) == VDB_ERROR_NOT_FOUND && vdb_count(db) == 3);
 
@@ -40,13 +40,13 @@ static void check_ids(vdb_index index) {
   CHECK(vdb_read_record(db, rows[2], &read_back) == VDB_OK && read_back.metadata_size == 5);
   vdb_free_record(&read_back);
 
-  vdb_record again = {"a", "new", 3}; /* replaced: one row of that id, the new vector and metadata */
+  vdb_record again = {"a", "new", 3, NULL, 0}; /* replaced: one row of that id, the new vector and metadata */
   CHECK(vdb_add(db, vectors[2], 1, &again, VDB_ADD_REPLACE, rows) == VDB_OK && vdb_count(db) == 3);
   CHECK(vdb_find(db, "a", &found) == VDB_OK && found == rows[0]);
   CHECK(vdb_read_vector(db, found, read) == VDB_OK && memcmp(read, vectors[2], sizeof read) == 0);
 
   size_t removed = 0;
-  vdb_record same = {"b", NULL, 0};
+  vdb_record same = {"b", NULL, 0, NULL, 0};
   CHECK(vdb_add(db, vectors[1], 1, &same, VDB_ADD_ANY, NULL) == VDB_OK && vdb_count(db) == 4);
   CHECK(vdb_remove_id(db, "b", &removed) == VDB_OK && removed == 2 && vdb_count(db) == 2);
   CHECK(vdb_remove_id(db, "b", &removed) == VDB_ERROR_NOT_FOUND && removed == 0);
@@ -73,7 +73,7 @@ static void check_churn(vdb_index index) {
     float vector[dimensions];
     snprintf(id, sizeof id, "key %d", (int)key);
     if (random_below(3)) {
-      vdb_record record = {id, &key, sizeof key};
+      vdb_record record = {id, &key, sizeof key, NULL, 0};
       value[key] = random_float();
       fill(vector, value[key]);
       CHECK(vdb_add(db, vector, 1, &record, VDB_ADD_REPLACE, NULL) == VDB_OK);
@@ -122,7 +122,7 @@ static void check_replacing(vdb_index index) {
   float vector[dimensions];
   memset(metadata, 'm', sizeof metadata);
   fill(vector, 0.0f);
-  vdb_record record = {"doc", metadata, 5000};
+  vdb_record record = {"doc", metadata, 5000, NULL, 0};
   CHECK(vdb_add(db, vector, 1, &record, VDB_ADD_REPLACE, NULL) == VDB_OK);
   size_t begin = bytes_held(db);
   for (int step = 0; step < 10000; step++) {
@@ -141,7 +141,7 @@ static void check_replacing_loaded(const char *path, int lent) {
   float vector[dimensions];
   char id[16], *kept = NULL;
   for (size_t i = 0; i < rows; i++) {
-    vdb_record record = {id, metadata, 1000};
+    vdb_record record = {id, metadata, 1000, NULL, 0};
     snprintf(id, sizeof id, "row %d", (int)i);
     fill(vector, (float)i);
     CHECK(vdb_add(db, vector, 1, &record, VDB_ADD_REPLACE, NULL) == VDB_OK);
@@ -153,7 +153,7 @@ static void check_replacing_loaded(const char *path, int lent) {
   if (lent) CHECK(vdb_get_vector(db, rows - 1, NULL, &kept, NULL) == VDB_OK);
   for (size_t step = 0; step < 10 * rows; step++) {
     size_t i = random_below(rows - 1);
-    vdb_record record = {id, metadata, 900 + random_below(200)};
+    vdb_record record = {id, metadata, 900 + random_below(200), NULL, 0};
     snprintf(id, sizeof id, "row %d", (int)i);
     memset(metadata, (int)(i % 256), sizeof metadata);
     fill(vector, (float)i);
@@ -186,7 +186,7 @@ static void check_own_ids(void) {
   char *id;
   size_t removed;
   fill(vector, 1.0f);
-  vdb_record record = {"the same", "m", 1};
+  vdb_record record = {"the same", "m", 1, NULL, 0};
   for (int i = 0; i < 5; i++) CHECK(vdb_add(db, vector, 1, &record, VDB_ADD_ANY, NULL) == VDB_OK);
   CHECK(vdb_get_vector(db, 2, NULL, &id, NULL) == VDB_OK);
   record.id = id;
@@ -217,7 +217,7 @@ static void check_refusals(void) {
   vector[5] = 65520.0f; /* would round to infinity in f16 */
   CHECK(vdb_add(db, vector, 1, NULL, VDB_ADD_ANY, NULL) == VDB_ERROR_NOT_FINITE);
   vector[5] = 65519.0f;
-  vdb_record record = {long_id, NULL, 0};
+  vdb_record record = {long_id, NULL, 0, NULL, 0};
   CHECK(vdb_add(db, vector, 1, &record, VDB_ADD_ANY, NULL) == VDB_ERROR_INVALID_ARGUMENT);
   CHECK(vdb_add(db, vector, 1, NULL, (vdb_add_mode)3, NULL) == VDB_ERROR_INVALID_ARGUMENT);
   CHECK(vdb_count(db) == 0);

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from octavo.attachment import attach, detach
+import octavo
 from octavo.bench.engine.subjects import Subject
-from octavo.engine import Engine, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -59,26 +58,26 @@ def load_of(subject: Subject, requests: int, prompt: tuple[int, int], new: tuple
 def in_engine(name: str, subject: Subject, load: Load, max_batch: int, **settings: Any) -> Run:
     """All requests at once in an engine; `settings` go to `octavo.attach`."""
     model = subject.model
-    attach(model, **settings)
+    octavo.attach(model, **settings)
     try:
-        engine = Engine(model, max_batch=max_batch)
+        engine = octavo.LLM(model, max_batch=max_batch).engine
         _drain(engine, load, 0.02)  # compiles, and captures some graphs
         began = _now(model)
         peak = _drain(engine, load, 1.0)
         return Run(name, _now(model) - began, load.generated, peak)
     finally:
-        detach(model)
+        octavo.detach(model)
 
 
-def _drain(engine: Engine, load: Load, share: float) -> int:
+def _drain(engine: Any, load: Load, share: float) -> int:
     """Run the load, or the same requests with a share of their new tokens; the most bytes that were held."""
     requests = [
         engine.add(
-            prompt, SamplingParams(temperature=0.0, max_tokens=max(2, int(share * new)), ignore_eos=True)
+            prompt, octavo.SamplingParams(temperature=0.0, max_tokens=max(2, int(share * new)), ignore_eos=True)
         )
         for prompt, new in zip(load.prompts, load.new, strict=True)
     ]  # fmt: skip
-    peak = 0
+    peak: int = 0
     while engine.unfinished:
         engine.step()
         peak = max(peak, engine.kv_nbytes)

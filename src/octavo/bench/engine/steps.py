@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from octavo.attachment import attach, detach
+import octavo
 from octavo.bench.engine.subjects import Subject
-from octavo.engine import Engine, SamplingParams
 
 SETTLING = 12  # steps before the timed ones, in which graphs are captured
 
@@ -55,10 +54,10 @@ def engine_step(
 ) -> Step:
     """`batch` requests with prompts of `context` tokens in an engine; `settings` go to `octavo.attach`."""
     model, device = subject.model, subject.model.device
-    attach(model, **settings)
+    octavo.attach(model, **settings)
     try:
-        engine = Engine(model, max_batch=batch)
-        params = SamplingParams(temperature=0.0, max_tokens=SETTLING + steps + 8, ignore_eos=True)
+        engine = octavo.LLM(model, max_batch=batch).engine
+        params = octavo.SamplingParams(temperature=0.0, max_tokens=SETTLING + steps + 8, ignore_eos=True)
         requests, prefills = [], []
         for i in range(batch):
             began = _now(device)
@@ -69,6 +68,9 @@ def engine_step(
                 prefills.append(_now(device) - began)
         for _ in range(SETTLING):
             engine.step()
+        for request in requests:
+            if request.output.error is not None:
+                raise request.output.error
         kv = engine.runner.read_nbytes
         seconds = _timed(device, steps, engine.step)
         for request in requests:
@@ -79,7 +81,7 @@ def engine_step(
             read / bandwidth / seconds,
         )  # fmt: skip
     finally:
-        detach(model)
+        octavo.detach(model)
         _free()
 
 

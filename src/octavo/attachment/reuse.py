@@ -1,0 +1,288 @@
+"""`generate` of an attached model that has a reuse store: what was read before is not read again.
+
+One prompt: what the store knows is restored, transformers computes the rest, and once the first new token is there the
+prompt is stored; at the end so is the answer, for the next turn of a chat. Several prompts that hit, or that begin
+alike, are read one after the other up to their last tokens and then joined, so that what they share is computed once.
+What is not understood here runs as if there were no store, and so does everything when the store fails.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria
+
+from octavo.attachment.cache import KVCache
+from octavo.errors import CacheBudgetError
+from octavo.kv import PagedCache
+
+if TYPE_CHECKING:
+    from octavo.attachment.attachment import Attachment
+
+_ELSEWHERE = (  # what makes `generate` another method, or asks for more than logits of the prompt
+    "assistant_model", "assistant_early_exit", "cache_implementation", "constraints", "custom_generate", "dola_layers",
+    "force_words_ids", "negative_prompt_ids", "num_beam_groups", "output_attentions", "output_hidden_states",
+    "past_key_values", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens", "token_healing",
+)  # fmt: skip
+
+
+class Reading(Protocol):
+    """One prompt on its way through a store; see `octavo.reuse.Reading`."""
+
+    @property
+    def boundary(self) -> int:
+        """Tokens that came from the store."""
+
+    def insert(self, cache: PagedCache, which: int = 0, tokens: Any = None) -> bool:
+        """Store what a sequence of a cache has read."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Reuse(Protocol):
+    """What `attach` takes as `reuse`; see `octavo.ReuseStore`."""
+
+    @property
+    def shortest(self) -> int:
+        """Prompts of fewer tokens are not looked up."""
+
+    def peek(self, cache: PagedCache, identity: Mapping[str, Any], tokens: Any) -> int:
+        """How many tokens `open` would restore."""
+
+    def open(
+        self,
+        cache: PagedCache,
+        identity: Mapping[str, Any],
+        tokens: Any,
+        *,
+        padding: int = 0,
+        restore: bool = True,
+        wait: bool = True,
+        learned: Sequence[int] = (),
+    ) -> Reading:
+        """Restore what is known of a prompt into an empty cache."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `generate` that can be helped: its arguments by name, and its prompts without padding."""
+
+    given: dict[str, Any]
+    ids: Tensor  # [B, T] int64
+    rows: list[list[int]]
+    copies: int  # sequences that each prompt becomes: beams, or answers asked for
+
+    @property
+    def columns(self) -> int:
+        """T, padding included."""
+        return int(self.ids.shape[1])
+
+
+def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -> Reading | None:
+    """`open` a prompt for an empty cache; None where pages have no room or, with a warning, where the store fails."""
+    try:
+        return store.open(cache, cache.identity(), tokens, **options)
+    except CacheBudgetError:
+        return None
+    except Exception as e:  # an answer must not depend on the store
+        _warn("failed and is not used", e)
+        cache.reset()
+        return None
+
+
+def store_in(reading: Reading, cache: KVCache, which: int = 0, tokens: Any = None) -> None:
+    """Store what a sequence has read; a store that fails costs a warning."""
+    try:
+        reading.insert(cache, which, tokens)
+    except Exception as e:
+        _warn("could not store", e)
+
+
+def _warn(what: str, error: Exception) -> None:
+    warnings.warn(f"the reuse cache {what}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+
+
+def run_generate(attachment: "Attachment", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What an attached model's `generate` is; `original` is its own."""
+    store = attachment.reuse
+    call = None if store is None else understood(attachment, original, args, kwargs)
+    if store is None or call is None:
+        return original(*args, **kwargs)
+    if len(call.rows) == 1 and call.copies == 1:
+        return _one(attachment.model, store, call, original)
+    if not _share(attachment.model, store, call):
+        return _batch(store, KVCache(attachment.model), call, original)
+    joined = _joined(attachment.model, store, call)
+    given = call.given if joined is None else {**call.given, "past_key_values": joined}
+    return original(**given)
+
+
+def _share(model: PreTrainedModel, store: Reuse, call: Call) -> bool:
+    """Whether some prompts have something in common, with each other, with copies of themselves or with the store."""
+    if call.copies > 1 or any(_common(a, b) >= store.shortest for a, b in pairwise(sorted(call.rows))):
+        return True
+    cache = KVCache(model)
+    identity = cache.identity()
+    try:
+        return any(store.peek(cache, identity, row) for row in call.rows)
+    except Exception as e:
+        _warn("failed and is not used", e)
+        return False
+
+
+def _one(model: PreTrainedModel, store: Reuse, call: Call, original: Callable[..., Any]) -> Any:
+    """One prompt, one answer."""
+    cache = KVCache(model)
+    reading = begin(store, cache, call.rows[0])
+    if reading is None:
+        return original(**call.given)
+    try:
+        prompt = _Prompt([reading], cache)
+        out = original(**call.given, **_with(call, cache, prompt))
+        prompt.store()
+        answer = out if isinstance(out, Tensor) else out.sequences
+        store_in(reading, cache, 0, answer[0, : int(cache.position[0])])
+        return out
+    except BaseException:
+        if cache.rows and int(cache.position[0]) > reading.boundary:
+            prompt.store()
+        raise
+    finally:
+        reading.close()
+
+
+def _batch(store: Reuse, cache: KVCache, call: Call, original: Callable[..., Any]) -> Any:
+    """Prompts that have nothing in common, with each other or with what is stored: they are read as one batch."""
+    with ExitStack() as stack:
+        readings = []
+        for row in call.rows:
+            reading = begin(store, cache, row, padding=call.columns - len(row), restore=False, wait=False)
+            if reading is None:
+                return original(**call.given)
+            stack.callback(reading.close)
+            readings.append(reading)
+        return original(**call.given, **_with(call, cache, _Prompt(readings, cache)))
+
+
+def _joined(model: PreTrainedModel, store: Reuse, call: Call) -> KVCache | None:
+    """A cache that has read all prompts but their last tokens; None where pages or the store have no room for that."""
+    whole = KVCache(model)
+    try:
+        for i, row in enumerate(call.rows):
+            cache = KVCache(model)
+            parts = [_common(row, later) for later in call.rows[i + 1 :]]
+            reading = begin(store, cache, row, wait=False, learned=parts)
+            if reading is None:
+                return None
+            try:
+                _fill(model, row, reading.boundary, cache, call.ids.device)
+                store_in(reading, cache)
+            finally:
+                reading.close()
+            whole.join(cache)
+        whole.batch_repeat_interleave(call.copies)
+    except CacheBudgetError:
+        whole.reset()
+        return None
+    return whole
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, row: list[int], first: int, cache: KVCache, device: torch.device) -> None:
+    if first < len(row) - 1:
+        part = torch.tensor([row[first:-1]], device=device)
+        model.base_model(input_ids=part, past_key_values=cache, use_cache=True, octavo_keep=0)
+
+
+class _Prompt(StoppingCriteria):  # type: ignore[misc]
+    """Stores prompts when `generate` asks for the first time whether to stop: they are read then, and their first token
+    has been streamed already. It never stops anything."""
+
+    def __init__(self, readings: Sequence[Reading], cache: KVCache) -> None:
+        self.readings, self.cache, self.done = readings, cache, False
+
+    def store(self) -> None:
+        """Store all prompts, once."""
+        if not self.done:
+            self.done = True
+            for which, reading in enumerate(self.readings):
+                store_in(reading, self.cache, which)
+                reading.close()  # while it generates, what it went on from may leave
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.store()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _with(call: Call, cache: KVCache, prompt: _Prompt) -> dict[str, Any]:
+    """What is handed to `generate` beside what the user gave."""
+    criteria = [*(call.given.pop("stopping_criteria", None) or []), prompt]
+    return {"past_key_values": cache, "stopping_criteria": criteria}
+
+
+# What can be helped
+
+
+def understood(
+    attachment: "Attachment", original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Call | None:
+    """A call of `generate` as this module understands it; None: it must run without the store."""
+    model: Any = attachment.model
+    try:
+        named = inspect.signature(original).bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    extra = named.pop("kwargs", {})
+    given = {name: value for name, value in {**named, **extra}.items() if value is not None}
+    ids: Any = given.get("inputs", given.get("input_ids"))
+    if ("inputs" in given) == ("input_ids" in given) or model.training or attachment.needs_whole:
+        return None
+    others = [v for name, v in given.items() if name not in ("inputs", "input_ids", "attention_mask")]
+    if not _tokens(ids) or any(isinstance(v, Tensor) for v in others):
+        return None
+    config = given.get("generation_config", model.generation_config)
+
+    def asked(name: str) -> Any:
+        return given[name] if name in given else getattr(config, name, None)
+
+    if any(asked(name) for name in _ELSEWHERE) or asked("use_cache") is False:
+        return None
+    if asked("guidance_scale") not in (None, 1, 1.0) or "swiftkv" in given:
+        return None
+    rows = _rows(ids, given.get("attention_mask"), asked("pad_token_id"))
+    copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
+    if rows is None or ((copies > 1 or len(rows) > 1) and max(map(len, rows)) < ids.shape[1]):
+        return None
+    return Call(given, ids, rows, copies)
+
+
+def _tokens(ids: Any) -> bool:
+    plain = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() and ids.dtype != torch.bool
+    return plain and len(ids) > 0 and ids.shape[1] > 1
+
+
+def _rows(ids: Tensor, mask: Any, pad: Any) -> list[list[int]] | None:
+    """The prompts without their padding; None where that is not all on the left, or not clear."""
+    listed: list[list[int]] = ids.tolist()
+    if mask is None:  # then transformers takes padding tokens for padding
+        return None if pad is not None and any(pad in row for row in listed) else listed
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        return None
+    real: Any = mask.bool().cpu()
+    if bool((real[:, 1:] < real[:, :-1]).any()) or bool((real.sum(1) < 2).any()):
+        return None
+    return [row[-n:] for row, n in zip(listed, real.sum(1).tolist(), strict=True)]
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens two prompts begin with in common."""
+    n = min(len(a), len(b))
+    differs = [x != y for x, y in zip(a[:n], b[:n], strict=True)]
+    return differs.index(True) if True in differs else n

@@ -1,0 +1,145 @@
+"""The measurements: the first token of a prompt seen before, what a miss costs, bytes, and whole traces."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import octavo
+from octavo.bench.reuse.traces import ANSWER, Cuts, Trace
+
+QUESTION = 30  # tokens after the document
+DENSE_PROMPT = 8192
+
+
+@dataclass(frozen=True)
+class First:
+    """Seconds until the first token, medians: of a prompt that nobody has seen, without a store and with an empty one;
+    of a new question about a document that was seen, from memory and in a fresh process from disk."""
+
+    document: int
+    cold_s: float
+    miss_s: float
+    memory_s: float
+    disk_s: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All of them, and the ratios that matter."""
+        return {
+            **asdict(self),
+            "memory_ratio": self.cold_s / self.memory_s,
+            "disk_ratio": self.cold_s / self.disk_s,
+            "miss_overhead": self.miss_s / self.cold_s - 1,
+        }
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One trace, with a store or without. Seconds are sums; `hit_rate` is the share of prompt tokens reused."""
+
+    trace: str
+    store: bool
+    requests: int
+    prompt_tokens: int
+    computed: int
+    first_s: float
+    hit_rate: float
+    nbytes: int
+
+
+def timed(model: PreTrainedModel, tokens: list[int], new: int = 1) -> tuple[float, Tensor]:
+    """(seconds, answer [1, T]) of a greedy `generate`."""
+    ids = torch.tensor([tokens], device=model.device)
+    began = time.perf_counter()
+    generate: Any = model.generate
+    out = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, out
+
+
+def with_store(model: PreTrainedModel, store: octavo.ReuseStore | None) -> None:
+    """Give an attached model another store; it was attached with one."""
+    attachment: Any = model.__dict__["_octavo"]
+    attachment.reuse = store
+
+
+def first_tokens(model: PreTrainedModel, cuts: Cuts, document: int, rounds: int, options: dict[str, Any]) -> First:
+    """See `First`; the ways take turns, so that whatever else the machine does meets all of them."""
+    cold, miss, memory, disk = [], [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(rounds):
+            place = Path(folder) / str(i)
+            text = cuts.piece(document)
+            with_store(model, None)
+            cold.append(timed(model, cuts.piece(document + QUESTION))[0])
+            store = octavo.ReuseStore("1GiB", place)
+            with_store(model, store)
+            miss.append(timed(model, text + cuts.piece(QUESTION))[0])
+            store.flush()
+            memory.append(timed(model, text + cuts.piece(QUESTION))[0])
+            store.close()
+            task = {"options": options, "folder": str(place), "tokens": text + cuts.piece(QUESTION)}
+            code = "from octavo.bench.reuse.measure import elsewhere; elsewhere()"
+            run = subprocess.run(
+                [sys.executable, "-c", code], input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True
+            )
+            found = json.loads(run.stdout.splitlines()[-1])
+            assert found["reused"] >= document, "the document came from disk"
+            disk.append(found["seconds"])
+    return First(document, *(statistics.median(each) for each in (cold, miss, memory, disk)))
+
+
+def elsewhere() -> None:
+    """What the fresh process does: its task is JSON on standard input."""
+    task = json.loads(sys.stdin.read())
+    options = task["options"]
+    options["dtype"] = getattr(torch, options["dtype"])
+    began = time.perf_counter()
+    store = octavo.ReuseStore(None, task["folder"])
+    opening = time.perf_counter() - began
+    model, _ = octavo.load(**options, reuse=store)
+    timed(model, task["tokens"][-40:])  # what a first call costs is no matter of the cache
+    seconds, _ = timed(model, task["tokens"])
+    print(json.dumps({"seconds": seconds + opening, "reused": store.stats().reused}))
+
+
+def stored_bytes(model: PreTrainedModel, cuts: Cuts) -> dict[str, float]:
+    """Bytes of a stored prompt of 8,192 tokens, less where the model has fewer positions, and of a dense cache's."""
+    limit = int(getattr(model.config, "max_position_embeddings", DENSE_PROMPT + 1))
+    length = min(DENSE_PROMPT, limit - 1)
+    store = octavo.ReuseStore("4GiB")
+    with_store(model, store)
+    timed(model, cuts.piece(length))
+    stats, shape = store.stats(), octavo.KVCache(model).shape
+    dense = 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize * length
+    return {"tokens": length, "stored": stats.memory_nbytes, "dense": dense, "ratio": dense / stats.memory_nbytes}
+
+
+def replay(model: PreTrainedModel, trace: Trace, store: octavo.ReuseStore | None) -> Replayed:
+    """Run a trace; seconds are until each first token, the rest of an answer is computed but not counted."""
+    with_store(model, store)
+    before: list[int] = []
+    prompt, seconds, computed = 0, 0.0, 0
+    for ask in trace.asks:
+        tokens = [*before, *ask.tokens] if ask.goes_on else ask.tokens
+        reused = store.stats().reused if store is not None else 0
+        took, _ = timed(model, tokens)
+        reused = store.stats().reused - reused if store is not None else 0
+        prompt, seconds, computed = prompt + len(tokens), seconds + took, computed + len(tokens) - reused
+        if trace.asks[1:2] and trace.asks[1].goes_on:
+            before = timed(model, tokens, ANSWER)[1][0].tolist()
+    nbytes = store.stats().memory_nbytes if store is not None else 0
+    return Replayed(
+        trace.name, store is not None, len(trace.asks), prompt, computed, seconds, 1 - computed / prompt, nbytes
+    )

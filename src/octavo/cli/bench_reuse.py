@@ -1,0 +1,114 @@
+"""`octavo bench reuse`: the options, the parts in turn, the table and the JSON."""
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of
+from octavo.errors import ConfigError
+
+PARTS = ("first", "bytes", "traces", "policies")
+
+
+def reuse(
+    part: Annotated[str, typer.Option(help=f"What to measure: {', '.join(PARTS)}.")] = ",".join(PARTS),
+    text: Annotated[Path | None, typer.Option(help="Text to build prompts of; the demo's if left out.")] = None,
+    document: Annotated[int, typer.Option(min=64, help="Tokens of a long document.")] = 6000,
+    questions: Annotated[int, typer.Option(min=2, help="Requests of a trace.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Of first tokens, of which the median counts.")] = 5,
+    model: Model = None,
+    adapter: AdapterName = "auto",
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
+) -> None:
+    """First tokens of prompts seen before, what a miss costs, bytes, traces with and without a store, policies."""
+    parts = part.split(",")
+    if not set(parts) <= set(PARTS):
+        raise ConfigError(f"--part takes {', '.join(PARTS)}, separated by commas, not {part!r}")
+    if out is not None:
+        check_writable(out)
+    found: dict[str, Any] = {"command": " ".join(["octavo", *sys.argv[1:]]), "machine": platform.platform()}
+    if set(parts) != {"policies"}:
+        found |= _with_model(parts, text, document, questions, rounds, (model, adapter, dtype, device))
+    if "policies" in parts:
+        from octavo.bench.reuse.policies import compared
+
+        found["policies"] = [asdict(each) for each in compared()]
+    _show(found)
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({name: found[name] for name in ("first", "bytes") if name in found}))
+
+
+def _with_model(
+    parts: list[str], text: Path | None, document: int, questions: int, rounds: int, chosen: tuple[Any, ...]
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    import octavo
+    from octavo.bench.reuse.measure import first_tokens, replay, stored_bytes, timed
+    from octavo.bench.reuse.traces import Cuts, traces
+    from octavo.cli.demo import TEXT
+    from octavo.retrofit.data import read_text
+
+    name, adapter, dtype, device = chosen
+    named: dict[str, Any] = {"model": name, "adapter": None if adapter == "none" else adapter, "device": device}
+    model, tokenizer = octavo.load(**named, dtype=dtype_of(dtype), reuse=octavo.ReuseStore("4GiB"))
+    ids = tokenizer(read_text(text or TEXT), verbose=False)["input_ids"]
+    cuts = Cuts(ids, 0)
+    kind = str(model.dtype).removeprefix("torch.")
+    found: dict[str, Any] = {
+        "dtype": kind, "adapter": adapter, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "device": str(model.device),
+    }  # fmt: skip
+    timed(model, cuts.piece(600))
+    if "first" in parts:
+        measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": kind})
+        found["first"] = measured.figures
+    if "bytes" in parts:
+        found["bytes"] = stored_bytes(model, cuts)
+    if "traces" in parts:
+        found["traces"] = [
+            asdict(replay(model, trace, store))
+            for trace in traces(ids, min(document, 3000), questions)
+            for store in (None, octavo.ReuseStore("4GiB"))
+        ]
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    if "first" in found:
+        first = found["first"]
+        table = Table(
+            "first token", "seconds", "cold / this", title=f"{first['document']:,} tokens and a question of 30"
+        )
+        for name, key in (
+            ("nothing known, no store", "cold_s"), ("nothing known, with a store", "miss_s"),
+            ("document in memory", "memory_s"), ("document on disk, fresh process", "disk_s"),
+        ):  # fmt: skip
+            table.add_row(name, f"{first[key]:.3f}", f"{first['cold_s'] / first[key]:.1f}")
+        console.print(table)
+    if "bytes" in found:
+        b = found["bytes"]
+        console.print(f"{b['tokens']:,} tokens: {b['stored']:,} B stored, dense {b['dense']:,} B, 1/{b['ratio']:.2f}")
+    if "traces" in found:
+        table = Table("trace", "store", "prompt tokens", "computed", "reused", "first tokens, s", "bytes")
+        for row in found["traces"]:
+            table.add_row(
+                row["trace"], "yes" if row["store"] else "no", f"{row['prompt_tokens']:,}", f"{row['computed']:,}",
+                f"{row['hit_rate']:.1%}", f"{row['first_s']:.2f}", f"{row['nbytes']:,}",
+            )  # fmt: skip
+        console.print(table)
+    if "policies" in found:
+        table = Table("policy", "prompts that come once", "hits of prompts that came before", "hits of all")
+        for row in found["policies"]:
+            table.add_row(row["policy"], f"{row['once']:.0%}", f"{row['again_hit']:.1%}", f"{row['hit']:.1%}")
+        console.print(table)

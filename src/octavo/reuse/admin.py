@@ -1,0 +1,205 @@
+"""What users ask of a store beside reuse: what it holds, why a prompt would miss, pinning, deleting, checking."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.errors import ConfigError, ReuseFileError
+from octavo.reuse.cover import longest, plan
+from octavo.reuse.files import read_entry, read_extent
+from octavo.reuse.index import ancestors
+from octavo.reuse.record import Record, Tokens
+from octavo.reuse.stats import Explanation, Listed, Stats
+from octavo.reuse.tree import common
+
+if TYPE_CHECKING:
+    from octavo.reuse.store import ReuseStore
+
+
+def stats(store: "ReuseStore") -> Stats:
+    """See `ReuseStore.stats`."""
+    index = store.index
+    return Stats(
+        **store.counts,
+        memory_nbytes=index.memory_nbytes,
+        memory_records=sum(record.extent is not None for record in index.records.values()),
+        disk_nbytes=index.disk.nbytes,
+        disk_records=len(index.disk.records),
+    )
+
+
+def listed(store: "ReuseStore") -> list[Listed]:
+    """See `ReuseStore.list`."""
+    out = []
+    for record in sorted(store.index.records.values(), key=lambda r: -r.order):
+        entry = record.entry
+        memory, disk = record.extent is not None, record.path is not None
+        out.append(
+            Listed(
+                record.key,
+                entry.space,
+                entry.tenant,
+                entry.tags,
+                len(entry.tokens),
+                entry.first,
+                record.nbytes,
+                memory,
+                disk,
+                entry.created,
+                record.expires,
+                record.pinned,
+            )
+        )
+    return out
+
+
+def explain(store: "ReuseStore", tokens: Tokens, tenant: str) -> list[Explanation]:
+    """See `ReuseStore.explain`."""
+    index = store.index
+    spaces = {r.entry.space: r.entry.layout for r in index.records.values() if r.entry.tenant == tenant}
+    if not spaces:
+        return [Explanation("", len(tokens), 0, 0, "nothing is stored for this tenant")]
+    made = []
+    for space, layout in spaces.items():
+        matched, found = index.find(space, tokens, layout)
+        boundary = longest(found, layout, len(tokens) - 1)
+        reason = _reason(store, space, tokens, matched, boundary)
+        made.append(Explanation(space, len(tokens), matched, boundary, reason))
+    return sorted(made, key=lambda e: (-e.boundary, -e.matched))
+
+
+def _reason(store: "ReuseStore", space: str, tokens: Tokens, matched: int, boundary: int) -> str:
+    shortest = store.keeping.shortest
+    if len(tokens) < shortest:
+        return f"prompts of fewer than {shortest} tokens are not looked up"
+    if boundary == len(tokens) - 1 and matched == len(tokens):
+        return "all of it is stored; the last token is always computed"
+    stored = max(
+        (r.entry.tokens for r in store.index.records.values() if r.entry.space == space),
+        key=lambda t: common(t, tokens),
+    )
+    if matched == len(tokens):
+        differs = "stored prompts go on with other tokens after it"
+    elif matched < len(stored):
+        differs = f"token {matched} differs: {int(stored[matched])} is stored, {int(tokens[matched])} is asked for"
+    else:
+        differs = f"what is stored ends after token {matched - 1}"
+    if 0 < boundary < shortest:
+        return f"{differs}; {boundary} tokens are too few to reuse"
+    if boundary < matched:
+        return (
+            f"{differs}; of the {matched} equal tokens {boundary} can be gone on from, since marked tokens are kept "
+            f"around some boundaries only; once computed, it can be gone on from at {matched}"
+        )
+    return differs
+
+
+def covering(store: "ReuseStore", tokens: Tokens, tenant: str) -> set[Record]:
+    """The records that a prompt would go on from, in any namespace of a tenant."""
+    index, out = store.index, set()
+    for space in {r.entry.space for r in index.records.values() if r.entry.tenant == tenant}:
+        layout = next(r.entry.layout for r in index.records.values() if r.entry.space == space)
+        _, found = index.find(space, tokens, layout)
+        boundary = longest(found, layout, len(tokens))
+        chosen = plan(found, layout, boundary)
+        # What gives a tail holds the tail's kept slots as well, but not all that lies before it.
+        out |= chosen.records | (ancestors(found, layout, max((s.last for s in chosen.shares), default=0)) or set())
+    return out
+
+
+def pin(store: "ReuseStore", tokens: Tokens, tenant: str, until: float) -> int:
+    """Pin what a prompt would go on from; returns how many tokens that is. Notes are written outside the lock."""
+    with store.lock:
+        records = covering(store, tokens, tenant)
+        for record in records:
+            record.pinned = until
+            if record.expires < until and until < math.inf:
+                record.expires = until
+        held = max((common(r.entry.tokens, tokens) for r in records), default=0)
+    for record in records:
+        store.shelving.note(record)
+    return held
+
+
+def chosen(
+    store: "ReuseStore", prefix: Tokens | None, tag: str | None, tenant: str | None, key: str | None
+) -> set[Record]:
+    """The records that all of what was given applies to. Raises ConfigError where nothing was given."""
+    if prefix is None and tag is None and tenant is None and key is None:
+        raise ConfigError("say what to delete: prefix, tag, tenant or key; clear() deletes everything")
+    found: Iterable[Record] = store.index.records.values()
+    if prefix is not None:
+        found = {record for tree in store.index.trees.values() for record in tree.below(prefix)}
+    return {
+        r
+        for r in found
+        if (tag is None or tag in r.entry.tags)
+        and (tenant is None or r.entry.tenant == tenant)
+        and (key is None or r.key.startswith(key))
+    }
+
+
+def delete(store: "ReuseStore", records: set[Record]) -> int:
+    """Delete records, or let them expire; what others go on from stays, cut where they part. Inside the lock."""
+    count = 0
+    for record in sorted(records, key=lambda r: -r.entry.first):  # children before their parents
+        if record.key not in store.index.records:
+            continue
+        survivors = {child for child in record.children if child not in records}
+        if survivors:
+            _cut(store, record, survivors)
+        else:
+            store.forget(record)
+        count += 1
+    return count
+
+
+def _cut(store: "ReuseStore", record: Record, survivors: set[Record]) -> None:
+    """Put what survivors need of a record in its place."""
+    shift = record.entry.layout.shift
+    last = max(common(child.entry.tokens, record.entry.tokens) for child in survivors) - shift
+    extent = store.shelving.fetch(record) if last > record.entry.first else None
+    parents = {parent for parent in record.parents if parent.key in store.index.records}
+    if extent is None:
+        store.forget(record)  # they need nothing of it that could be had
+        return
+    shorter = extent.cut(min(last, record.entry.last))
+    entry = record.entry.cut(shorter)
+    for child in survivors:
+        record.children.discard(child)
+        child.parents.discard(record)
+    store.forget(record)
+    left = Record(entry, shorter.nbytes, shorter)
+    left.expires, left.pinned = (max(getattr(s, name) for s in survivors) for name in ("expires", "pinned"))
+    if left.key in store.index.records or store.put(left, parents):
+        left = store.index.records[left.key]
+        for child in survivors & set(store.index.records.values()):
+            child.parents.add(left)
+            left.children.add(child)
+        return
+    for child in survivors:
+        store.forget(child)
+
+
+def verify(store: "ReuseStore") -> tuple[str, ...]:
+    """See `ReuseStore.verify`. Inside the lock."""
+    folder, wrong = store.shelving.folder, []
+    if folder is None:
+        return ()
+    for key in folder.files():
+        path: Path = folder.file(key)
+        try:
+            entry = read_entry(path)
+            read_extent(path, entry)
+            if entry.key != key:
+                raise ReuseFileError(f"{path} holds another record than its name says")
+        except FileNotFoundError:
+            continue
+        except (ReuseFileError, OSError) as e:
+            wrong.append(str(e))
+            if isinstance(e, ReuseFileError):
+                store.shelving.damaged(key, e)
+                if (record := store.index.records.get(key)) is not None:
+                    store.forget(record)
+    return tuple(wrong)

@@ -1,0 +1,165 @@
+"""All records of a store: found by tokens, kept within two tiers' budgets, never half there.
+
+Nothing here locks or warns; `octavo.reuse.store` does both.
+"""
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator
+
+from octavo.kv.snapshot import SnapshotLayout
+from octavo.reuse.cover import Usable, usable
+from octavo.reuse.record import Record, Tokens
+from octavo.reuse.shelf import Rules, Shelf
+from octavo.reuse.tree import Tree
+
+
+class Index:
+    """The records by namespace and tokens, and what lies on which tier."""
+
+    def __init__(self, memory: Rules | None, disk: Rules) -> None:
+        self.trees: dict[str, Tree] = {}
+        self.records: dict[str, Record] = {}
+        self.index_nbytes = 0
+        self.memory = None if memory is None else Shelf(memory, lambda r: r.nbytes, self._may_leave_memory)
+        self.disk = Shelf(disk, lambda r: r.file_nbytes, self._may_leave_disk)
+        self.now = 0.0  # what the store's clock said last
+        self.soonest = math.inf  # when the first record expires, or earlier
+        self._order = itertools.count(1)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of the memory tier, and of all bookkeeping."""
+        return self.index_nbytes + (0 if self.memory is None else self.memory.nbytes)
+
+    # Looking
+
+    def find(
+        self, space: str, tokens: Tokens, layout: SnapshotLayout, *, within: bool = False, expired: bool = False
+    ) -> tuple[int, list[Usable]]:
+        """(tokens of a prompt that records agree with, what holds of them).
+
+        `within`: of the memory tier alone. `expired`: of records that have expired, too.
+        """
+        tree = self.trees.get(space)
+        if tree is None:
+            return 0, []
+        matched, agreed = tree.walk(tokens)
+        live = {
+            record: n
+            for record, n in agreed.items()
+            if (expired or record.expires > self.now) and (not within or record.extent is not None)
+        }
+        return matched, usable(live, layout)
+
+    # Changing
+
+    def add(self, record: Record, parents: Iterable[Record]) -> None:
+        """Take in a record that goes on from `parents`, which live as long as it does."""
+        self.trees.setdefault(record.entry.space, Tree()).add(record)
+        self.records[record.key] = record
+        self.index_nbytes += record.index_nbytes
+        record.order = next(self._order)
+        self.soonest = min(self.soonest, record.expires)
+        for parent in parents:
+            record.parents.add(parent)
+            parent.children.add(record)
+
+    def adopt(self, record: Record) -> bool:
+        """Take in a record that was found on disk; False where nothing holds the slots before its own."""
+        # What has expired counts: it will be cut, not dropped, where others go on from it.
+        _, found = self.find(record.entry.space, record.entry.tokens, record.entry.layout, expired=True)
+        parents = ancestors(found, record.entry.layout, record.entry.first)
+        if parents is None:
+            return False
+        self.add(record, parents)
+        return True
+
+    def drop(self, record: Record) -> list[Record]:
+        """Forget a record and all that go on from it; returns them."""
+        out, waiting = [], [record]
+        while waiting:
+            each = waiting.pop()
+            waiting += each.children
+            if self.records.pop(each.key, None) is not None:
+                self._take_out(each)
+                out.append(each)
+        return out
+
+    def _take_out(self, record: Record) -> None:
+        tree = self.trees[record.entry.space]
+        tree.remove(record)
+        if not tree.root.children:
+            del self.trees[record.entry.space]
+        for parent in record.parents:
+            parent.children.discard(record)
+        self.index_nbytes -= record.index_nbytes
+        for shelf in self.shelves:
+            shelf.remove(record)
+        record.gone = True
+
+    def used(self, record: Record) -> None:
+        """Take note that a request goes on from a record."""
+        record.order = next(self._order)
+        for shelf in self.shelves:
+            shelf.used(record)
+
+    @property
+    def shelves(self) -> Iterator[Shelf]:
+        """The tiers."""
+        return (shelf for shelf in (self.memory, self.disk) if shelf is not None)
+
+    def take_from_memory(self, record: Record) -> list[Record]:
+        """Free a record's memory; returns what is gone altogether."""
+        assert self.memory is not None
+        self.memory.remove(record)
+        record.extent = None
+        return self.drop(record) if record.path is None else []
+
+    def take_from_disk(self, record: Record) -> list[Record]:
+        """Take note that a record has no file any more; returns what is gone altogether."""
+        self.disk.remove(record)
+        record.path = None
+        return self.drop(record) if record.extent is None else []
+
+    def expired(self) -> list[Record]:
+        """What has expired and no request goes on from."""
+        if self.now < self.soonest:
+            return []
+        self.soonest = min((r.expires for r in self.records.values() if r.expires > self.now), default=math.inf)
+        out = [r for r in self.records.values() if r.expires <= self.now]
+        if any(r.users for r in out):
+            self.soonest = self.now  # look again next time
+        return [r for r in out if not r.users]
+
+    def clear_memory(self, nbytes: int, tenant: str, spared: Collection[Record] = ()) -> list[Record] | None:
+        """Make room in the memory tier; returns what is gone altogether, None where there can be none."""
+        if self.memory is None:
+            return None
+        room = self.memory.leaving(nbytes, tenant, self.now, spared, fixed=self.index_nbytes)
+        return None if room is None else [gone for each in room for gone in self.take_from_memory(each)]
+
+    # Who may leave
+
+    def _may_leave_memory(self, record: Record, leaving: Collection[Record]) -> bool:
+        if record.path is not None:
+            return True  # its file stays
+        return record.pinned <= self.now and record.children <= set(leaving)
+
+    def _may_leave_disk(self, record: Record, leaving: Collection[Record]) -> bool:
+        if record.pinned > self.now:
+            return False
+        others = record.children - set(leaving)
+        return not others or (record.extent is not None and all(child.path is None for child in others))
+
+
+def ancestors(found: list[Usable], layout: SnapshotLayout, first: int) -> set[Record] | None:
+    """The records that together have the kept slots of all positions below `first`; None where there are none."""
+    at, chosen = 0, set()
+    while at < first:
+        offers = [(each.last, each.record) for each in found if each.first <= at < each.last]
+        if not offers:
+            return None
+        at, record = max(offers, key=lambda offer: offer[0])
+        chosen.add(record)
+    return chosen

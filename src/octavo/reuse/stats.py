@@ -1,0 +1,64 @@
+"""What a store tells of itself."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts since the store was opened, and what it holds now.
+
+    `requests` were looked up, `hits` went on from something; `asked` and `reused` are their prompts' tokens. `waited`:
+    requests that waited for another one's computation. `inserted`, `evicted` and `refused` (did not fit, or everything
+    was pinned) are records; `damaged` files were dropped; `errors` are failures to read or write. `passed_over`:
+    requests for which reading from disk would have taken longer than computing. Bytes count all bookkeeping.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    asked: int = 0
+    reused: int = 0
+    waited: int = 0
+    inserted: int = 0
+    evicted: int = 0
+    refused: int = 0
+    damaged: int = 0
+    errors: int = 0
+    passed_over: int = 0
+    memory_nbytes: int = 0
+    memory_records: int = 0
+    disk_nbytes: int = 0
+    disk_records: int = 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One stored record, for people. `tokens`: how long its prompt is; `first`: where its own slots begin; times are
+    seconds since the epoch."""
+
+    key: str
+    space: str
+    tenant: str
+    tags: tuple[str, ...]
+    tokens: int
+    first: int
+    nbytes: int
+    memory: bool
+    disk: bool
+    created: float
+    expires: float
+    pinned: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How far the next request for a prompt would hit, and why not further.
+
+    `boundary`: tokens that would be reused of `length`; `matched`: tokens that stored prompts begin with as well.
+    `reason`: one sentence.
+    """
+
+    space: str
+    length: int
+    matched: int
+    boundary: int
+    reason: str

@@ -1,0 +1,340 @@
+"""The store of computed prompts: what `octavo.attach(..., reuse=store)`, the engine and the commands share.
+
+A request goes `open` (find the longest prefix that can be gone on from, restore it, name boundaries to be kept), the
+model reads the rest, `Reading.insert`, `Reading.close`. Records are found in `octavo.reuse.index`; which boundary can
+be gone on from is `octavo.reuse.cover`'s to say; files are `octavo.reuse.shelving`'s to write.
+"""
+
+import math
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import ConfigError
+from octavo.kv import PagedCache
+from octavo.kv.capture import layout_of
+from octavo.kv.snapshot import SnapshotLayout
+from octavo.reuse import admin
+from octavo.reuse.costs import Costs
+from octavo.reuse.cover import NOTHING, Plan, longest, plan
+from octavo.reuse.flights import Flight, worth_waiting
+from octavo.reuse.index import Index
+from octavo.reuse.reading import Reading
+from octavo.reuse.record import Record, Space, Tokens, token_array
+from octavo.reuse.shelf import Rules
+from octavo.reuse.shelving import Shelving
+from octavo.reuse.stats import Explanation, Listed, Stats
+from octavo.reuse.terms import Terms, at_least_one, seconds
+from octavo.reuse.wanted import Keeping, intervals
+
+PATIENCE = 600.0  # seconds for which a request waits for another one's computation
+
+
+class ReuseStore:
+    """Keys and values of prompts that were read before, by their tokens, on up to two tiers.
+
+    `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. `disk`:
+    a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files. `policy`:
+    "slru" or "lru" (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`:
+    bytes on each tier by tenant. `back`, `every`, `shortest`: see `octavo.reuse.wanted.Keeping`. `clock`: seconds since
+    the epoch, for tests.
+
+    For several threads at once. What fails here (a full disk, a damaged file) costs a warning and a hit, never an
+    answer. Raises ConfigError for impossible settings, OutputFileError where the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | None = "1GiB",
+        disk: str | Path | None = None,
+        disk_budget: int | str | None = None,
+        *,
+        policy: str = "slru",
+        ttl: float | None = None,
+        quotas: Mapping[str, int | str] | None = None,
+        back: int = 128,
+        every: int | None = None,
+        shortest: int = 64,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if memory is None and disk is None:
+            raise ConfigError("a store needs a tier: give memory, disk or both")
+        self._settings = {
+            "memory": memory, "disk": disk, "disk_budget": disk_budget, "policy": policy, "ttl": ttl, "quotas": quotas,
+            "back": back, "every": every, "shortest": shortest,
+        }  # fmt: skip
+        self.keeping = Keeping(back, every, shortest)
+        bounds = {tenant: at_least_one(size, f"quota of {tenant!r}") for tenant, size in (quotas or {}).items()}
+        in_memory = None if memory is None else Rules(at_least_one(memory, "memory"), policy, bounds)
+        on_disk = Rules(None if disk_budget is None else at_least_one(disk_budget, "disk_budget"), policy, bounds)
+        self.clock = clock
+        self.lock = threading.RLock()
+        self.index = Index(in_memory, on_disk)
+        self.counts: Counter[str] = Counter()
+        self.costs = Costs()
+        self.layouts: dict[str, SnapshotLayout] = {}
+        self._flights: list[Flight] = []
+        self._warned: set[str] = set()
+        usual = Terms(ttl=seconds(ttl))
+        self._terms = ContextVar("terms", default=usual)
+        self.shelving = Shelving(self, None if disk is None else Path(disk).expanduser())
+        self.shelving.refresh()
+
+    @contextmanager
+    def request(
+        self, *, tenant: str | None = None, tags: Sequence[str] | None = None, ttl: float | None = None
+    ) -> Iterator[None]:
+        """Under what this thread's requests run meanwhile: nothing of one tenant is ever found by another; `tags` and
+        `ttl` (seconds) go to what is stored. None: as before."""
+        old = self._terms.get()
+        token = self._terms.set(
+            Terms(
+                old.tenant if tenant is None else tenant,
+                old.tags if tags is None else tuple(tags),
+                old.ttl if ttl is None else seconds(ttl),
+            )
+        )
+        try:
+            yield
+        finally:
+            self._terms.reset(token)
+
+    # One request
+
+    @property
+    def shortest(self) -> int:
+        """Prompts of fewer tokens are neither looked up nor stored."""
+        return self.keeping.shortest
+
+    def peek(self, cache: PagedCache, identity: Mapping[str, Any], tokens: Any) -> int:
+        """How many tokens `open` would restore now, without doing anything."""
+        ids, space = token_array(tokens), Space(identity, self._terms.get().tenant)
+        with self.lock:
+            self._look()
+            layout = layout_of(cache.tables, cache.sequences.shift)
+            return self._plan(space.name, ids, layout)[1].boundary
+
+    def open(
+        self,
+        cache: PagedCache,
+        identity: Mapping[str, Any],
+        tokens: Any,
+        *,
+        padding: int = 0,
+        restore: bool = True,
+        wait: bool = True,
+        learned: Sequence[int] = (),
+    ) -> Reading:
+        """Restore the longest known prefix of a prompt into an empty cache, and have it keep what later ones will need.
+
+        `identity`: what the model is, JSON values by field. `tokens` [n] are the prompt's; at most n - 1 are restored.
+        `padding`: columns before the prompt in a batch, of which nothing is restored (`restore` False). `wait`: for a
+        thread that computes the same prefix now. `learned`: more boundaries to keep. Raises CacheBudgetError where the
+        pages have no room; the cache is empty then.
+        """
+        ids, terms = token_array(tokens), self._terms.get()
+        space, layout = Space(identity, terms.tenant), layout_of(cache.tables, cache.sequences.shift)
+        while True:
+            with self.lock:
+                self._look()
+                self.layouts[space.name] = layout
+                matched, chosen = self._plan(space.name, ids, layout) if restore else (0, NOTHING)
+                kept = self.keeping.boundaries(layout, len(ids), (matched, *learned))
+                kept = tuple(p for p in kept if p > chosen.boundary)
+                flight = self._flight(space.name, ids, layout, chosen.boundary) if wait else None
+                if flight is None:
+                    reading = self._begin(space, ids, chosen, kept, terms)
+                else:
+                    self.counts["waited"] += 1
+            if flight is not None:
+                wait = flight.landed.wait(PATIENCE)
+                continue
+            try:
+                if reading.restore(cache):
+                    cache.keep(p + padding for p in kept if p < len(ids))
+                    return reading
+            except BaseException:
+                reading.close()
+                raise
+            reading.close()  # a file was damaged and is dropped: look again
+
+    def _plan(self, space: str, tokens: Tokens, layout: SnapshotLayout) -> tuple[int, Plan]:
+        """(tokens that records agree with, how the longest prefix is put together); loads nothing."""
+        if len(tokens) < self.keeping.shortest:
+            return 0, NOTHING
+        matched, found = self.index.find(space, tokens, layout)
+        boundary = longest(found, layout, len(tokens) - 1)
+        if boundary < self.keeping.shortest:
+            return matched, NOTHING
+        chosen = plan(found, layout, boundary)
+        there = self.index.find(space, tokens, layout, within=True)[1]
+        within = longest(there, layout, len(tokens) - 1)
+        load = sum(r.file_nbytes for r in chosen.records if r.extent is None)
+        if load and not self.costs.worth_loading(space, load, boundary - within):
+            self.counts["passed_over"] += 1
+            return matched, plan(there, layout, within)
+        return matched, chosen
+
+    def _flight(self, space: str, tokens: Tokens, layout: SnapshotLayout, held: int) -> Flight | None:
+        gain, limit = self.keeping.shortest, len(tokens) - 1
+        return worth_waiting(self._flights, space, tokens, layout, held, gain, limit)
+
+    def _begin(self, space: Space, ids: Tokens, chosen: Plan, kept: tuple[int, ...], terms: Terms) -> Reading:
+        """Inside the lock: what is gone on from stays, and others may wait."""
+        reading = Reading(self, space, ids, chosen, kept, (terms.tags, terms.ttl))
+        for record in chosen.records:
+            record.users += 1
+        if len(ids) - chosen.boundary >= self.keeping.shortest:
+            reading.flight = Flight(space.name, ids, intervals(self.layouts[space.name], kept))
+            self._flights.append(reading.flight)
+        return reading
+
+    def land(self, flight: Flight) -> None:
+        """A prompt is stored, or will not be: those who wait for it look again."""
+        with self.lock:
+            self._flights = [each for each in self._flights if each is not flight]
+        flight.landed.set()
+
+    def put(self, record: Record, parents: set[Record]) -> bool:
+        """Take in a new record, inside the lock, after others have left for it; False where it has no room."""
+        index, memory, tenant = self.index, self.index.memory, record.entry.tenant
+        if record.key in index.records:
+            return False
+        gone = index.clear_memory(record.nbytes + record.index_nbytes, tenant, parents)
+        stays = gone is not None
+        if not stays and self.shelving.writable:
+            gone = [] if memory is None else index.clear_memory(record.index_nbytes, tenant, parents)
+        if gone is None:
+            self.counts["refused"] += 1
+            if memory is not None and record.nbytes > (memory.rules.budget or record.nbytes):
+                self.warn("refused", f"a prompt's {record.nbytes:,} bytes are more than the reuse cache may hold")
+            return False
+        self.counts["evicted"] += len(gone)
+        index.add(record, parents)
+        if stays and memory is not None:
+            memory.add(record)
+        self.counts["inserted"] += 1
+        self.shelving.write(record, stays=stays)
+        return True
+
+    def in_memory(self, record: Record) -> bool:
+        """Whether the memory tier has a record."""
+        with self.lock:
+            return self.index.memory is not None and record in self.index.memory.records
+
+    # What every operation does
+
+    def _look(self) -> None:
+        """Inside the lock: take in what time and other processes have changed."""
+        self.index.now = self.clock()
+        self.shelving.refresh()
+        admin.delete(self, set(self.index.expired()))
+
+    def forget(self, record: Record) -> int:
+        """Drop a record and what goes on from it, files too; returns how many there were. Inside the lock."""
+        gone = self.index.drop(record)
+        for each in gone:
+            self.shelving.remove(each)
+        return len(gone)
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn once of each kind of failure; the request goes on without the cache."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    # What users ask of it
+
+    def stats(self) -> Stats:
+        """Counts since it was opened, and what it holds."""
+        with self.lock:
+            self._look()
+            return admin.stats(self)
+
+    def list(self) -> Sequence[Listed]:
+        """All records, the one that was used last first."""
+        with self.lock:
+            self._look()
+            return admin.listed(self)
+
+    def explain(self, prompt: Any) -> Explanation:
+        """How far the next request for a prompt (ids, or what a tokenizer returns) would hit, and why not further.
+
+        Of several models' namespaces that where it would hit most. Raises InputError.
+        """
+        ids = token_array(prompt)
+        with self.lock:
+            self._look()
+            return admin.explain(self, ids, self._terms.get().tenant)[0]
+
+    def pin(self, prompt: Any, ttl: float | None = None) -> int:
+        """Keep what a prompt would go on from for `ttl` seconds, None: until `unpin`; returns how many tokens that is.
+
+        Raises InputError, and ConfigError for a ttl that is not above 0.
+        """
+        ids, until = token_array(prompt), self.clock() + seconds(ttl)
+        with self.lock:
+            self._look()
+        return admin.pin(self, ids, self._terms.get().tenant, until)
+
+    def unpin(self, prompt: Any) -> int:
+        """Let go of what `pin` kept; returns of how many tokens."""
+        with self.lock:
+            self._look()
+        return admin.pin(self, token_array(prompt), self._terms.get().tenant, -math.inf)
+
+    def delete(
+        self, *, prefix: Any = None, tag: str | None = None, tenant: str | None = None, key: str | None = None
+    ) -> int:
+        """Delete the records whose tokens begin with `prefix`, that have a tag, a tenant, or a key that begins so; of
+        several conditions all must hold. Returns how many.
+
+        What prompts that stay go on from stays too, cut where they part from what is deleted. Raises InputError, and
+        ConfigError where no condition is given.
+        """
+        ids = None if prefix is None else token_array(prefix)
+        self.flush()
+        with self.lock:
+            self._look()
+            count = admin.delete(self, admin.chosen(self, ids, tag, tenant, key))
+        self.flush()
+        return count
+
+    def clear(self) -> None:
+        """Delete everything, files too."""
+        self.flush()
+        with self.lock:
+            self._look()
+            for record in list(self.index.records.values()):
+                self.forget(record)
+
+    def verify(self) -> tuple[str, ...]:
+        """Read and check every file; returns what was wrong with those that were not whole, which are dropped."""
+        self.flush()
+        with self.lock:
+            self._look()
+            return admin.verify(self)
+
+    def flush(self) -> None:
+        """Wait until everything that was inserted is on disk."""
+        self.shelving.flush()
+
+    def close(self) -> None:
+        """Wait as `flush` does and end the thread that writes; the store can still be read."""
+        self.shelving.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ReuseStore":
+        return self  # a copied model goes on with the same store; its weights decide what it finds
+
+    def __reduce__(self) -> Any:
+        return _opened, (self._settings,)
+
+
+def _opened(settings: dict[str, Any]) -> ReuseStore:
+    return ReuseStore(**settings)

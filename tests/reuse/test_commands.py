@@ -1,0 +1,91 @@
+"""`octavo cache`, `octavo chat --reuse` and `octavo bench reuse`, run as a user runs them."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from octavo.cli import main as cli
+from octavo.config import Eviction
+from octavo.errors import ConfigError
+from octavo.reuse import ReuseStore
+from reuse.plain import Model
+from reuse.test_disk import SETTINGS, prompt
+
+runner = CliRunner()
+
+
+def run(*arguments, **options):
+    out = runner.invoke(cli.app, list(map(str, arguments)), **options)
+    assert out.exit_code == 0, (out.stdout, out.exception)
+    return out.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, store = Model(Eviction(7)), ReuseStore("1MB", tmp_path / "kv", **SETTINGS)
+    for i in range(3):
+        with store.request(tags=[f"tag{i}"]):
+            model.ask(store, prompt(i, 90))
+    store.close()
+    return tmp_path / "kv"
+
+
+def test_a_folder_is_looked_at_and_managed(folder):
+    assert "3 records" in run("cache", "stats", folder)
+    assert json.loads(run("cache", "stats", folder, "--json"))["disk_records"] == 3
+    records = json.loads(run("cache", "list", folder, "--json"))
+    assert [each["tokens"] for each in records] == [90, 90, 90]
+    assert records[0]["key"][:12] in run("cache", "list", folder)
+    ids = json.dumps(prompt(1, 90))
+    assert "89 of 90 tokens would be reused" in run("cache", "explain", folder, input=ids)
+    assert "90 tokens pinned" in run("cache", "pin", folder, "--ttl", 500, input=ids)
+    assert "pinned" in run("cache", "list", folder)
+    assert "90 tokens let go" in run("cache", "pin", folder, "--undo", input=ids)
+    assert "3 records are whole, 0 were damaged" in run("cache", "verify", folder)
+    assert "1 records deleted, 2 left" in run("cache", "delete", folder, "--tag", "tag2")
+    assert "2 records deleted, 0 left" in run("cache", "delete", folder, "--all")
+
+
+def test_verify_finds_what_is_damaged(folder):
+    path = sorted(folder.glob("*.kv"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="has dropped a file"):
+        out = runner.invoke(cli.app, ["cache", "verify", str(folder)])
+    assert out.exit_code == 1
+    assert "1 were damaged" in out.stdout
+    assert path.name in out.stdout.replace("\n", "")
+
+
+def test_mistakes_are_told(folder):
+    cases = {"there is no folder": ["stats", "/no/folder"], "say what to delete": ["delete", folder],
+             "give --text": ["explain", folder]}  # fmt: skip
+    for message, arguments in cases.items():
+        out = runner.invoke(cli.app, ["cache", *map(str, arguments)], input="no json")
+        assert isinstance(out.exception, ConfigError)
+        assert message in str(out.exception)
+
+
+def test_a_chat_is_found_again_by_another_one(tmp_path):
+    said = "Tell me all that you know about the city of Paris and about its river, its bridges and its people. " * 2
+    outs = [
+        run("chat", "--max-new-tokens", 6, "--device", "cpu", "--dtype", "fp32", "--reuse", tmp_path,
+            input=f"{said}\n\n") for _ in range(2)
+    ]  # fmt: skip
+    answers = [re.search(r"you> (.*?)\n\d+ tokens", out, re.S).group(1) for out in outs]
+    assert answers[0].strip()
+    assert answers[0] == answers[1]
+    assert "reused" not in outs[0]
+    assert int(re.search(r"(\d+) reused", outs[1]).group(1)) > 64
+
+
+def test_the_benchmark_measures_every_part(tmp_path):
+    options = ["--document", 200, "--rounds", 1, "--questions", 2, "--device", "cpu", "--dtype", "fp32"]
+    out = run("bench", "reuse", *options, "--part", "first,bytes", "--out", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert all(found["first"][name] > 0 for name in ("cold_s", "miss_s", "memory_s", "disk_s"))
+    assert found["bytes"]["ratio"] > 5
+    assert "document on disk" in out

@@ -1,0 +1,59 @@
+"""The engine with a store answers as it does without one, and reads only what is new."""
+
+import pytest
+import torch
+
+from octavo import LLM, ReuseStore, SamplingParams
+from reuse.test_generate import MODELS, SETTINGS, Counted
+from tiny import tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["dense", "gates", "gates, shift 1"])
+def test_answers_are_the_same_and_a_shared_document_is_read_once(name, tmp_path):
+    document = tokens(1, 100)[0].tolist()
+    prompts = [document + tokens(1, 10 + i, seed=5 + i)[0].tolist() for i in range(5)]
+    params = SamplingParams(max_tokens=7, temperature=0.0)
+    plain = LLM(MODELS[name](), step_tokens=48)
+    expected = [each.tokens for each in plain.generate(prompts, params)]
+    store = ReuseStore("50MB", tmp_path, **SETTINGS)
+    model = MODELS[name](reuse=store)
+    counted, llm = Counted(model), LLM(model, step_tokens=48)
+    assert [each.tokens for each in llm.generate(prompts, params)] == expected
+    assert counted.tokens == 100 + sum(len(p) - 100 for p in prompts) + 5 * 6
+    store.close()
+    again = LLM(MODELS[name](reuse=ReuseStore(None, tmp_path, **SETTINGS)), step_tokens=48)
+    assert [each.tokens for each in again.generate(prompts, params)] == expected
+    turn = prompts[0] + expected[0] + tokens(1, 9, seed=99)[0].tolist()
+    assert again.generate([turn], params)[0].tokens == plain.generate([turn], params)[0].tokens
+    assert again.model._octavo.reuse.stats().reused == sum(len(p) - 1 for p in prompts) + len(turn) - 10
+
+
+def test_preempted_cancelled_and_several_samples():
+    store = ReuseStore("50MB", **SETTINGS)
+    llm, plain = LLM(MODELS["gates"](reuse=store)), LLM(MODELS["gates"]())
+    prompt = tokens(1, 80)[0].tolist()
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    expected = plain.generate([prompt], params)[0].tokens
+    for _ in range(2):
+        request = llm.engine.add(prompt, params)
+        for _ in range(4):
+            llm.engine.step()
+        llm.engine.preempt(request)
+        while not request.done:
+            llm.engine.step()
+        assert request.output.tokens == expected
+    request = llm.engine.add(prompt, params)
+    llm.engine.step()
+    llm.engine.cancel(request)
+    many = SamplingParams(max_tokens=9, temperature=1.0, n=3, seed=4)
+    assert [o.tokens for o in llm.generate([prompt], many)] == [o.tokens for o in plain.generate([prompt], many)]
+    assert store.stats().hits >= 3
+    assert all(record.users == 0 for record in store.index.records.values())

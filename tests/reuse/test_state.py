@@ -1,0 +1,175 @@
+"""The store against a dictionary: what it gives is always right, never another tenant's, never what was deleted or has
+expired, and always there unless a budget made it leave."""
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from octavo.config import Eviction
+from octavo.reuse import ReuseStore
+from reuse.plain import Model
+
+EVICTIONS = (None, Eviction(7), Eviction(7, 1), Eviction(25), Eviction(25, 1))
+SHORTEST, BACK = 4, 10
+STEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8, 3, 2, 7]
+
+stems = st.integers(0, len(STEM))
+ends = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+tenants = st.sampled_from(["", "a"])
+
+
+def common(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class Stored:
+    """One prompt that was stored."""
+
+    def __init__(self, tenant, tokens, tag, expires):
+        self.tenant, self.tokens, self.tag, self.expires = tenant, tokens, tag, expires
+        self.pinned = False
+
+
+class Machine(RuleBasedStateMachine):
+    budgets: tuple = (None, None)
+
+    @initialize(eviction=st.sampled_from(EVICTIONS), tiers=st.sampled_from(["memory", "disk", "both"]),
+                tight=st.booleans(), policy=st.sampled_from(["lru", "slru"]))  # fmt: skip
+    def begin(self, eviction, tiers, tight, policy):
+        self.folder = tempfile.TemporaryDirectory()
+        self.model, self.now = Model(eviction), 1000.0
+        self.limits = {
+            "memory": None if tiers == "disk" else 60_000 if tight else 10**8,
+            "disk": None if tiers == "memory" else Path(self.folder.name),
+            "disk_budget": None if tiers == "memory" else 30_000 if tight else 10**8,
+        }
+        self.policy, self.tight = policy, tight
+        self.live: list[Stored] = []
+        self.complete = True  # nothing had to leave yet, and nothing lives for some time only
+        self.open_store()
+
+    def open_store(self):
+        self.store = ReuseStore(
+            **self.limits, policy=self.policy, shortest=SHORTEST, back=BACK, clock=lambda: self.now,
+            quotas={"a": 40_000} if self.tight else None,
+        )  # fmt: skip
+
+    def alive(self, tenant):
+        return [s for s in self.live if s.tenant == tenant and s.expires > self.now]
+
+    @rule(stem=stems, end=ends, tenant=tenants, tag=st.sampled_from(["x", "y"]), answer=st.integers(0, 12),
+          ttl=st.sampled_from([None, None, None, 50]))  # fmt: skip
+    def ask(self, stem, end, tenant, tag, answer, ttl):
+        tokens = STEM[:stem] + end
+        n = max(1, len(tokens) - answer)
+        alive = self.alive(tenant)
+        most = max((common(tokens[: n - 1], s.tokens) for s in alive), default=0)
+        known = [s for s in alive if s.tokens == tokens[: len(s.tokens)] and SHORTEST <= len(s.tokens) < n]
+        if not self.complete:
+            known = [s for s in known if s.pinned]
+        before = self.store.stats()
+        with self.store.request(tenant=tenant, tags=[tag], ttl=ttl):
+            got = self.model.ask(self.store, tokens, n)
+        assert got <= most, "no more than what is stored"
+        assert got >= max((len(s.tokens) for s in known), default=0), "all that is stored"
+        self.store.flush()
+        after = self.store.stats()
+        if after.evicted > before.evicted or after.refused > before.refused or ttl is not None:
+            self.complete = False
+        for p in {n, len(tokens)}:
+            if p >= SHORTEST:
+                self.live.append(Stored(tenant, tokens[:p], tag, math.inf if ttl is None else self.now + ttl))
+
+    @rule(seconds=st.sampled_from([1, 40]))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @rule(which=st.integers(0, 20), ttl=st.sampled_from([None, 30]))
+    def pin(self, which, ttl):
+        if self.live:
+            chosen = self.live[which % len(self.live)]
+            with self.store.request(tenant=chosen.tenant):
+                held = self.store.pin(chosen.tokens, ttl)
+            assert held <= len(chosen.tokens)
+            if ttl is None and held == len(chosen.tokens) and chosen.expires > self.now:
+                chosen.pinned = True
+                chosen.expires = math.inf
+
+    @rule(stem=stems, tenant=tenants)
+    def delete_prefix(self, stem, tenant):
+        self.store.delete(prefix=STEM[:stem], tenant=tenant)
+        gone = [s for s in self.live if s.tenant == tenant and s.tokens[:stem] == STEM[:stem]]
+        self.forget(gone)
+
+    @rule(tag=st.sampled_from(["x", "y"]))
+    def delete_tag(self, tag):
+        self.complete = False  # a tag is that of who stored something first
+        self.store.delete(tag=tag)
+        for s in self.live:
+            s.pinned = False
+
+    @rule(tenant=tenants)
+    def delete_tenant(self, tenant):
+        self.store.delete(tenant=tenant)
+        self.forget([s for s in self.live if s.tenant == tenant])
+
+    @rule()
+    def clear(self):
+        self.store.clear()
+        self.live.clear()
+        assert self.store.stats().memory_records == self.store.stats().disk_records == 0
+        assert self.store.index.index_nbytes == 0
+        assert not self.store.index.trees
+
+    @rule()
+    def restart(self):
+        if self.limits["disk"] is None:
+            return
+        self.store.close()
+        assert self.store.verify() == ()
+        if self.tight:
+            self.complete = False
+            for s in self.live:
+                s.pinned = False  # what was pinned in memory alone may be gone
+        self.open_store()
+
+    def forget(self, gone):
+        self.live = [s for s in self.live if s not in gone]
+
+    @invariant()
+    def within_budgets(self):
+        index, stats = self.store.index, self.store.stats()
+        if self.limits["memory"] is not None:
+            assert stats.memory_nbytes <= self.limits["memory"]
+            assert index.memory.nbytes == sum(r.nbytes for r in index.records.values() if r.extent is not None)
+        if self.limits["disk"] is not None:
+            files = list(Path(self.folder.name).glob("*.kv"))
+            assert sum(f.stat().st_size for f in files) == stats.disk_nbytes <= self.limits["disk_budget"]
+            assert {f.stem for f in files} == {r.key for r in index.disk.records}
+        if self.tight:
+            assert all(shelf.by_tenant["a"] <= 40_000 for shelf in index.shelves)
+        assert all(r.users == 0 for r in index.records.values())
+        assert all(p.key in index.records for r in index.records.values() for p in r.parents)
+
+    def teardown(self):
+        if hasattr(self, "store"):
+            self.store.close()
+            self.folder.cleanup()
+
+
+def test_the_store_is_a_dictionary_of_prefixes_within_budgets(full):
+    torch.set_num_threads(1)
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=200 if full else 20,
+            stateful_step_count=40 if full else 25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
