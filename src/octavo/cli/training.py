@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from octavo.retrofit.settings import RetrofitSettings
 from octavo.retrofit.start import Init
 from octavo.retrofit.trainer import Retrofit, StepReport
 
-Either = octavo.Either
+Either = octavo.SwiftKVAdapter | octavo.Adapter
 Trained = Sequence[Either]
 CARD, PLOT = "README.md", "training.png"
 
