@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from octavo import LLM, ReuseStore, SamplingParams
-from reuse.test_generate import MODELS, SETTINGS, Counted
+from reuse.test_reuse_generate import MODELS, SETTINGS, Counted
 from tiny import tokens
 
 
