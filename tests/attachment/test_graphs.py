@@ -6,10 +6,15 @@ host notes. `tests/test_cuda.py` tests the graphs themselves.
 
 import functools
 import gc
+import random
+import threading
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
@@ -23,7 +28,9 @@ from octavo.attachment import compiled as compiled_code
 from octavo.attachment import graphs, require_attachment
 from octavo.attachment.forward import Forward
 from octavo.attention import cuda
-from octavo.errors import ConfigError
+from octavo.engine import Engine, SamplingParams
+from octavo.errors import CacheBudgetError, ConfigError
+from octavo.kv.fused_step import Replayed
 from tiny import tiny_adapter, tiny_model, tokens
 
 
@@ -145,6 +152,113 @@ def test_places_of_a_bucket_that_no_sequence_has_stay_empty(by_hand):
     assert cache.memory.sequences == len(stay)
 
 
+@pytest.mark.parametrize(("shift", "seed"), [(0, 0), (1, 2)])
+def test_sequences_that_join_and_leave_at_random_answer_as_alone(by_hand, shift, seed):
+    model, ids, rng = tiny_model(), tokens(3, 24), random.Random(seed)
+    attach(model, tiny_adapter(model, window=8, shift=shift), cuda_graphs=True)
+    batches, here = [KVCache(model), KVCache(model)], [[], []]  # two caches share the graphs
+    waiting = list(range(len(ids)))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        while waiting or any(here):
+            which = rng.randrange(2)
+            cache, mine = batches[which], here[which]
+            if waiting and rng.random() < 0.4:
+                one, length = KVCache(model), rng.randint(9, 16)
+                model(ids[waiting[-1:], :length], past_key_values=one)
+                cache.join(one)
+                mine.append([waiting.pop(), length])
+            for _ in range(rng.randint(0, 4) if mine else 0):
+                token = torch.stack([ids[i, [at]] for i, at in mine])
+                logits = model(token, past_key_values=cache).logits
+                for row, each in enumerate(mine):
+                    torch.testing.assert_close(logits[row, 0], expected[each[0], each[1]], rtol=0, atol=1e-4)
+                    each[1] += 1
+                gone = [row for row, (_, at) in enumerate(mine) if at == 24 or rng.random() < 0.05]
+                cache.leave(gone)
+                mine[:] = [each for row, each in enumerate(mine) if row not in gone]
+                if not mine:
+                    cache.reset()
+                    break
+    assert sum(each.graph.replays for each in require_attachment(model).graphs._captured.values()) > 3
+
+
+def test_a_budget_that_is_reached_leaves_the_cache_as_it_was(by_hand):
+    model, ids = tiny_model(), tokens(2, 400)
+    attach(model, tiny_adapter(model, window=8), cuda_graphs=True, budget=2**18)
+    cache, read = KVCache(model), 40
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model(ids[:, :read], past_key_values=cache)
+        with suppress(CacheBudgetError):
+            while read < 400:
+                got = model(ids[:, read : read + 1], past_key_values=cache).logits
+                torch.testing.assert_close(got, expected[:, read : read + 1], rtol=0, atol=1e-4)
+                read += 1
+        for _ in range(2):
+            with pytest.raises(CacheBudgetError):
+                model(ids[:, read : read + 1], past_key_values=cache)
+        assert (cache.seen, cache.position.tolist()) == (read, [read, read])
+        cache.leave([0])
+        for at in range(read, read + 9):
+            got = model(ids[1:, at : at + 1], past_key_values=cache).logits
+            torch.testing.assert_close(got, expected[1:, at : at + 1], rtol=0, atol=1e-4)
+
+
+def test_an_interrupted_step_leaves_no_place_taken(by_hand):
+    model, ids = tiny_model(), tokens(3, 30)
+    attach(model, cuda_graphs=True)
+    cache = KVCache(model)
+    with torch.no_grad():
+        for first, last in ((0, 20), (20, 21), (21, 22)):
+            model(ids[:, first:last], past_key_values=cache)
+    (captured,) = require_attachment(model).graphs._captured.values()
+    step, rows, no = captured.step._step, cache.sequences.row_ids, cache.tables.flags[0]
+    replayed = Replayed(step)
+    step.rows.fill_(-1)
+    new, step.new = step.new, None  # so that it fails in its middle
+    with pytest.raises(TypeError):
+        replayed.prepare(rows, no, False)
+    step.new = new
+    replayed.prepare(rows[:1], no, False)
+    assert step.rows.tolist() == [rows[0], -1, -1, -1]
+
+
+def test_graphs_end_with_the_memory_that_they_hold(by_hand):
+    model, ids = tiny_model(), tokens(1, 30)
+    attach(model, cuda_graphs=True)
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    model.generate(ids, **options)
+    before = require_attachment(model)
+    (captured,) = before.graphs._captured.values()
+    tables, captured = weakref.ref(captured.step._step.batch.tables), None
+    model.double()
+    model.generate(ids, **options)
+    gc.collect()
+    assert tables() is None
+    assert len(before.graphs._captured) == 1
+
+
+def test_the_engine_answers_as_generate_with_arrivals_and_preemptions(by_hand):
+    model, rng = tiny_model(), random.Random(3)
+    attach(model, tiny_adapter(model, window=8), cuda_graphs=True)
+    engine, requests = Engine(model, max_batch=2, step_tokens=24), []
+    while len(requests) < 4 or engine.unfinished:
+        if len(requests) < 4 and rng.random() < 0.5:
+            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=rng.randint(2, 8))
+            requests.append(engine.add(tokens(1, rng.randint(1, 50), len(requests))[0].tolist(), params))
+        if engine.scheduler.running and rng.random() < 0.1:
+            engine.preempt(rng.choice(engine.scheduler.running))
+        engine.step()
+    captured = require_attachment(model).graphs._captured
+    assert sum(each.graph.replays for each in captured.values()) > 3
+    attach(model, tiny_adapter(model, window=8))
+    for request in requests:
+        ids, count = torch.tensor([request.prompt]), request.params.max_tokens
+        whole = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        assert request.output.tokens == whole[0, ids.shape[1] :].tolist()
+
+
 def test_buckets_are_few_and_large_enough():
     sizes = [graphs.bucket(n) for n in range(1, 65)]
     assert all(size >= n for n, size in enumerate(sizes, 1))
@@ -173,6 +287,54 @@ def test_compiled_pieces_compute_the_same_and_leave_nothing_behind(monkeypatch):
     assert modeling_llama.apply_rotary_pos_emb is rotary
     assert not any("forward" in m.__dict__ for m in pieces)
     compiled_code._compiled.cache_clear()
+
+
+def test_compiled_pieces_are_gone_after_an_error_and_leave_out_what_is_watched(monkeypatch):
+    compiled_code._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = tiny_model("qwen3")
+    layer, seen = model.model.layers[1], []
+    layer.mlp.down_proj.register_forward_hook(lambda *args: seen.append(1))
+    layer.self_attn.q_norm.register_forward_pre_hook(lambda *args: seen.append(2))
+    layer.input_layernorm.forward = layer.input_layernorm.forward
+    own = [layer.mlp, layer.self_attn.q_norm]
+    rotary = modeling_qwen3.apply_rotary_pos_emb
+
+    def fails():
+        with compiled_code.compiled(model.model, [layer.self_attn for layer in model.model.layers]):
+            assert not any("forward" in m.__dict__ for m in own)
+            assert isinstance(model.model.layers[0].self_attn.q_norm.forward, functools.partial)
+            model(tokens(1, 9), use_cache=False)
+            raise ZeroDivisionError
+
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        fails()
+    assert sorted(seen) == [1, 2]
+    assert modeling_qwen3.apply_rotary_pos_emb is rotary
+    assert [m for m in model.modules() if "forward" in m.__dict__] == [layer.input_layernorm]
+    compiled_code._compiled.cache_clear()
+
+
+def test_two_threads_compile_one_after_another(monkeypatch):
+    monkeypatch.setattr(compiled_code, "_compiled", lambda function: functools.partial(function))
+    model, rotary, failed = tiny_model(), modeling_llama.apply_rotary_pos_emb, []
+    attention = [layer.self_attn for layer in model.model.layers]
+
+    def capture():
+        for _ in range(30):
+            with compiled_code.compiled(model.model, attention):
+                pieces = [m for m in model.modules() if "forward" in m.__dict__]
+                if len(pieces) != 3 * len(attention) + 1:
+                    failed.append(len(pieces))
+
+    threads = [threading.Thread(target=capture) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 def test_compiling_needs_graphs():

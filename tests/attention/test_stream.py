@@ -15,9 +15,9 @@ from octavo.attention.pages import slots, write
 from octavo.config import NEVER
 
 
-def kind_of(case, *, writes=False, indexed=False):
+def kind_of(case, *, new=None, indexed=False):
     group = case.query.shape[1] // case.table.shape[1]
-    return stream.kind_of(case.query, case.pages, group, writes, indexed)
+    return stream.kind_of(case.query, case.pages, group, new, indexed)
 
 
 @settings(deadline=None, max_examples=60)
@@ -61,7 +61,8 @@ def test_a_new_token_is_written_before_it_is_read(stored, slot_dtype):
     case.pages.position[page, inside] = case.at[:, None].expand_as(page)
     case.pages.expiry[page, inside] = NEVER
     new = decode.Written(case.chunk.key, case.chunk.value, slot.to(slot_dtype), case.at)
-    assert kind_of(case, writes=True) is not None
+    assert kind_of(case, new=new) is not None
+    assert kind_of(case, new=new._replace(key=case.chunk.key.float())) is None  # it reads them as it reads queries
     got = decode.attend(*case[:-1], new=new, programs=3)
     kept = slots(case.pages, page, inside)
     write(case.pages, page, inside, case.chunk.key, case.chunk.value)

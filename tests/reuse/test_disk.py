@@ -288,7 +288,7 @@ def test_a_disk_that_is_slower_than_the_model_is_passed_over_and_measured_again(
     store.close()
     again = opened(tmp_path, None)
     assert model.ask(again, prompt(0)) == 69
-    again.costs.per_byte, again.costs.per_token = 1.0, dict.fromkeys(again.costs.per_token, 1e-6)
+    again.costs.per_byte, again.costs.per_token = 1.0, {again.list()[0].space: 1e-6}
     again.costs.computed = lambda *args: None
     again.costs.worth_loading = functools.partial(MEASURED, again.costs)
     got = [model.ask(again, prompt(0)) for _ in range(17)]

@@ -143,6 +143,8 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def within_budgets(self):
+        self.store.stats()
+        self.store.flush()  # what has expired just now may have been cut, and is written behind
         index, stats = self.store.index, self.store.stats()
         if self.limits["memory"] is not None:
             assert stats.memory_nbytes <= self.limits["memory"]

@@ -178,6 +178,8 @@ class Attachment:
             if memory is not None:
                 memory.trim(0)
             self._memory = Memory(layout, shape.kv_heads, shape.device, self.settings.budget)
+            if memory is not None and self.graphs is not None:
+                self.graphs = Graphs(self)  # those captured hold the memory before and read adapters where they were
             return self._memory
 
     @property

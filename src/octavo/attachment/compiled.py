@@ -24,13 +24,13 @@ _patching = threading.Lock()  # the rotary function belongs to a module that sev
 @contextmanager
 def compiled(base: nn.Module, attention: Sequence[nn.Module]) -> Iterator[None]:
     """Let the norms and MLPs of a decoder and the rotary function of its attention run compiled inside the block."""
-    modules = [m for m in base.modules() if _is_piece(m)]
     namespaces: dict[int, dict[str, Any]] = {}
     for module in attention:
         names = getattr(type(module).forward, "__globals__", {})
         if ROTARY in names:
             namespaces[id(names)] = names
     with _patching:
+        modules = [m for m in base.modules() if _is_piece(m)]
         before = [(names, names[ROTARY]) for names in namespaces.values()]
         try:
             for module in modules:
@@ -46,9 +46,13 @@ def compiled(base: nn.Module, attention: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _is_piece(module: nn.Module) -> bool:
-    """A norm or MLP that runs as its class says: nobody has replaced its forward, and no hook watches it."""
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module).__name__.endswith(PIECES) and not watched
+    """A norm or MLP that runs as its class says: nobody has replaced a forward in it, and no hook watches it.
+
+    The hooks of its own modules count, since compiled code does not look for them anew in each module that it serves.
+    """
+    if not type(module).__name__.endswith(PIECES):
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
 
 
 @functools.cache

@@ -82,6 +82,11 @@ class Graphs:
 
         Raises CacheBudgetError.
         """
+        # Other threads' caches share graphs and tables, and no table may move between the look at it and the replay.
+        with cache.tables.pool.lock:
+            return self._run_locked(cache, kwargs, valid)
+
+    def _run_locked(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any:
         given: Tensor | None = kwargs.get("position_ids")
         try:
             captured = self._fitting(cache)

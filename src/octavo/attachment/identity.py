@@ -12,19 +12,21 @@ identity.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from octavo.dms import Gates
 from octavo.kv import CacheShape
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
 
+Module = TypeVar("Module", bound=nn.Module)
 FORMAT = 2
 BLOCKS, BLOCK = 32, 2048  # how many blocks of a tensor a digest reads, and bytes of each; all of a smaller one
 PROBES, PROBE = 8, 32  # the same of what is read to see whether a digest still holds,
@@ -63,13 +65,18 @@ def identity(attachment: "Attachment", shape: CacheShape, swiftkv: bool) -> dict
         "swiftkv_first": transform.spec.kv_layers if transform else None,
         "swiftkv_group": transform.spec.group if transform else None,
         "swiftkv": attachment.digests.of("swiftkv", transform) if transform else None,
-        "gates": digest(gates.gates.folded_state().items(), asdict(gates.gates.spec)) if gates else None,
+        "gates": attachment.digests.of("gates", gates.gates, folded) if gates else None,
         **{f"config.{name}": value for name, value in _configured(model.config.to_dict()).items()},
         "modules": _digest_of_modules(model.base_model),
         "weights": attachment.digests.of("weights", model.base_model),
     }
     named: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return named
+
+
+def folded(gates: Gates) -> str:
+    """Hex SHA-256 of gates as forwards run them, whatever form they were published in."""
+    return digest(gates.folded_state().items(), asdict(gates.spec))
 
 
 def _configured(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,12 +135,12 @@ class Digests:
     def __init__(self) -> None:
         self._known: dict[str, tuple[object, str]] = {}
 
-    def of(self, name: str, module: nn.Module) -> str:
-        """Hex SHA-256 of a module's weights; `name` is where it is kept."""
+    def of(self, name: str, module: Module, made: Callable[[Module], str] | None = None) -> str:
+        """What `made` makes of a module, else the hex SHA-256 of its weights; `name` is where it is kept."""
         tensors = weights(module)
         seen = _state(tensors)
         if name not in self._known or self._known[name][0] != seen:
-            self._known[name] = seen, digest(tensors.items())
+            self._known[name] = seen, made(module) if made else digest(tensors.items())
         return self._known[name][1]
 
 

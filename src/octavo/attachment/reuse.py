@@ -39,6 +39,10 @@ class Reading(Protocol):
     def boundary(self) -> int:
         """Tokens that came from the store."""
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the model was when it was opened."""
+
     def insert(self, cache: PagedCache, which: int = 0, tokens: Any = None) -> bool:
         """Store what a sequence of a cache has read."""
 
@@ -87,6 +91,8 @@ class Call:
 
 def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -> Reading | None:
     """`open` a prompt for an empty cache; None where pages have no room or, with a warning, where the store fails."""
+    if torch.is_autocast_enabled(cache.shape.device.type):
+        return None  # keys are rounded as nothing in an identity tells
     try:
         return store.open(cache, cache.identity(), tokens, **options)
     except CacheBudgetError:
@@ -250,7 +256,9 @@ def understood(
     config = given.get("generation_config", model.generation_config)
 
     def asked(name: str) -> Any:
-        return given[name] if name in given else getattr(config, name, None)
+        chosen = given[name] if name in given else getattr(config, name, None)
+        # What a given configuration leaves open transformers takes from the model's own.
+        return getattr(model.generation_config, name, None) if chosen is None else chosen
 
     if any(asked(name) for name in _ELSEWHERE) or asked("use_cache") is False:
         return None
@@ -258,8 +266,10 @@ def understood(
         return None
     rows = _rows(ids, given.get("attention_mask"), asked("pad_token_id"))
     copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
-    if rows is None or ((copies > 1 or len(rows) > 1) and max(map(len, rows)) < ids.shape[1]):
+    if rows is None or max(map(len, rows)) < ids.shape[1]:  # columns of padding alone, of which nothing is restored
         return None
+    if ids.shape[1] > (getattr(model.config, "max_position_embeddings", None) or ids.shape[1]):
+        return None  # refused, and not only where all of it must be read
     return Call(given, ids, rows, copies)
 
 

@@ -2,23 +2,28 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from octavo.cli.terminal import check_writable
-from octavo.errors import ConfigError
+from octavo.errors import CacheBudgetError, ConfigError
 
 if TYPE_CHECKING:
-    from octavo.bench.engine.mixed import Run
+    import torch
+
+    from octavo.bench.engine.mixed import Load, Run
     from octavo.bench.engine.steps import Step
     from octavo.bench.engine.subjects import Subject
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 progress = Console(stderr=True)
 
+Found = TypeVar("Found", "Step", "Run")
 Ways = dict[str, dict[str, Any]]  # settings of `octavo.attach`, by the name in the table
 
 
@@ -42,10 +47,9 @@ def engine(
     out: Annotated[Path | None, typer.Option(help="JSON file with everything that was measured.")] = None,
 ) -> None:
     """Measure the engine: steps against the bytes that they must read, and many mixed requests at once."""
-    import torch
-
     from octavo.bench.engine import report
-    from octavo.bench.engine.steps import copy_bandwidth
+    from octavo.bench.engine.mixed import load_of
+    from octavo.bench.engine.steps import check_length, copy_bandwidth
     from octavo.bench.engine.subjects import subject
     from octavo.cli.demo import TEXT
     from octavo.retrofit.data import read_text
@@ -53,84 +57,112 @@ def engine(
     if out is not None:
         check_writable(out, make_folder=False)
     peers = [line for path in peer or [] for line in report.peer_steps(path)]
-    pairs, ranges = _pairs(sizes), (_range("prompts", prompts), _range("answers", answers))
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    measured = subject(shape, read_text(text or TEXT), place)
-    ways = _ways(measured, kv, compile and place == "cuda", place == "cuda")
-    bandwidth = copy_bandwidth(torch.device(place))
-    found: list[Step] = []
+    pairs, ranges, pages = _pairs(sizes), (_range("prompts", prompts), _range("answers", answers)), _page_types(kv)
+    place = _place(device)
+    measured = subject(shape, read_text(text or TEXT), str(place))
     for batch, context in pairs:
-        found += _steps(measured, ways, batch, context, steps, bandwidth, plain)
-    runs = _mixed(measured, ways, mixed, *ranges, kv_memory, plain, one_by_one) if mixed else []
-    console.print(f"{measured.name} on {report.surroundings()['gpu'] or 'the CPU'}, copies {bandwidth / 1e9:,.0f} GB/s")
+        check_length(measured.model, batch, context, steps)
+    load = load_of(measured, mixed, *ranges) if mixed else None
+    on_gpu = place.type == "cuda"
+    ways = _ways(measured, pages, {"cuda_graphs": on_gpu, "compile": compile and on_gpu})
+    bandwidth, where = copy_bandwidth(place), report.surroundings(place)
+    found: list[Step] = []
+    runs: list[Run] = []
+
+    def keep() -> None:  # after each measurement, since a later one may take too long or too much
+        if out is not None:
+            whole = report.record(where, measured.name, bandwidth, found, runs, peers)
+            out.write_text(json.dumps(whole, indent=1) + "\n")
+
+    keep()
+    for batch, context in pairs:
+        for step in _steps(measured, ways, batch, context, steps, bandwidth, plain):
+            found.append(step)
+            keep()
+    for run in _mixed(measured, ways, load, kv_memory, plain, one_by_one) if load else ():
+        runs.append(run)
+        keep()
+    console.print(f"{measured.name} on {where['gpu'] or 'the CPU'}, copies {bandwidth / 1e9:,.0f} GB/s")
     report.show(found, runs, peers, console)
-    whole = report.record(measured.name, bandwidth, found, runs, peers)
     if out is not None:
-        out.write_text(json.dumps(whole, indent=1) + "\n")
         console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
     print(json.dumps({"subject": measured.name, "steps": len(found), "mixed": len(runs)}))
 
 
-def _ways(measured: "Subject", kv: str, compiles: bool, graphs: bool) -> Ways:
+def _ways(measured: "Subject", pages: list[str], common: dict[str, Any]) -> Ways:
     """What is measured: nothing evicted, then the gates with each page type."""
-    common = {"cuda_graphs": graphs, "compile": compiles}
     ways: Ways = {"octavo, nothing evicted": {"adapter": None, **common}}
-    for name in filter(None, kv.split(",")):
-        if name not in ("model", "int8", "fp8"):
-            raise ConfigError(f"--kv takes model, int8 and fp8, not {name!r}")
-        pages = "" if name == "model" else f", {name}"
+    for name in pages:
         settings = {"adapter": measured.gates, "kv_dtype": None if name == "model" else name, **common}
-        ways[f"octavo, {measured.gates.name}{pages}"] = settings
+        ways[f"octavo, {measured.gates.name}{'' if name == 'model' else f', {name}'}"] = settings
     return ways
 
 
 def _steps(
     measured: "Subject", ways: Ways, batch: int, context: int, steps: int, bandwidth: float, plain: bool
-) -> "list[Step]":
-    import torch
-
+) -> "Iterator[Step]":
     from octavo.bench.engine.steps import engine_step, plain_step
 
-    found = []
-    unattached: dict[str, dict[str, Any] | None] = {"unattached": None} if plain else {}
-    for name, settings in {**unattached, **ways}.items():
-        progress.print(f"{batch} x {context:,}: {name}", style="dim")
-        try:
-            if settings is None:
-                found.append(plain_step(measured, batch, context, steps, bandwidth))
-            else:
-                found.append(engine_step(name, measured, batch, context, steps, bandwidth, **settings))
-        except torch.OutOfMemoryError:
-            progress.print(f"{batch} x {context:,}: {name} does not fit", style="yellow")
-            torch.cuda.empty_cache()
-    return found
+    size = measured, batch, context, steps, bandwidth
+    if plain:
+        yield from _measured(f"{batch} x {context:,}: unattached", lambda: plain_step(*size))
+    for name, settings in ways.items():
+        yield from _measured(f"{batch} x {context:,}: {name}", partial(engine_step, name, *size, **settings))
 
 
 def _mixed(
-    measured: "Subject", ways: Ways, requests: int, prompts: tuple[int, int], answers: tuple[int, int],
-    kv_memory: int | None, plain: bool, alone: bool,
-) -> "list[Run]":  # fmt: skip
-    from octavo.bench.engine.mixed import continuous, in_engine, load_of, one_by_one
+    measured: "Subject", ways: Ways, load: "Load", kv_memory: int | None, plain: bool, alone: bool
+) -> "Iterator[Run]":
+    from octavo.bench.engine.mixed import continuous, in_engine, one_by_one
 
-    load = load_of(measured, requests, prompts, answers)
     budget = None if kv_memory is None else kv_memory * 2**20
-    runs = []
     if plain and alone:
-        progress.print("mixed: generate, one by one", style="dim")
-        runs.append(one_by_one(measured, load))
+        yield from _measured("mixed: generate, one by one", lambda: one_by_one(measured, load))
     if plain:
-        progress.print("mixed: generate_batch", style="dim")
         config: Any = measured.model.config
         page = 256  # tokens, transformers' own
         token = (
             2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * measured.model.dtype.itemsize
         )
         blocks = {} if budget is None else {"num_blocks": max(1, budget // (page * token))}
-        runs.append(continuous(measured, load, **blocks))
+        yield from _measured("mixed: generate_batch", lambda: continuous(measured, load, **blocks))
     for name, settings in ways.items():
-        progress.print(f"mixed: {name}", style="dim")
-        runs.append(in_engine(name, measured, load, requests, budget=budget, **settings))
-    return runs
+        run = partial(in_engine, name, measured, load, len(load.prompts), budget=budget, **settings)
+        yield from _measured(f"mixed: {name}", run)
+
+
+def _measured(what: str, measure: "Callable[[], Found]") -> "Iterator[Found]":
+    """What a measurement finds, told on stderr; nothing where it has no room, which is told too."""
+    import torch
+
+    progress.print(what, style="dim")
+    try:
+        found = measure()
+    except (torch.OutOfMemoryError, CacheBudgetError) as e:
+        progress.print(f"{what} does not fit: {e}", style="yellow", markup=False, highlight=False)
+        return
+    progress.print(f"{what}: {found.told}", markup=False, highlight=False)
+    yield found
+
+
+def _place(device: str | None) -> "torch.device":
+    import torch
+
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as e:
+        raise ConfigError(f"--device takes cpu or cuda, not {device!r}") from e
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {device}, and PyTorch finds no GPU here")
+    return place
+
+
+def _page_types(kv: str) -> list[str]:
+    names = [name for name in kv.split(",") if name]
+    for name in names:
+        if name not in ("model", "int8", "fp8"):
+            raise ConfigError(f"--kv takes model, int8 and fp8, not {name!r}")
+    return names
 
 
 def _pairs(sizes: str) -> list[tuple[int, int]]:

@@ -151,6 +151,8 @@ class Conversation:
             self.ids = self.ids[:known]
             if held == 0 and isinstance(self.cache, KVCache):
                 self.cache.reset()
+                if self._reading is not None:
+                    self._reading.close()
                 self._reading = None
                 raise
             try:

@@ -6,6 +6,7 @@ waiting --admitted--> prefilling --first token--> running --stop, length, cancel
 """
 
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,7 @@ class Request:
     on_token: Callable[["Request"], None] | None = None
     constraint: Any = None  # see `octavo.engine.grammar`
     reading: Reading | None = None  # its way through the reuse store, once it reads its prompt
+    context: Context = field(default_factory=copy_context)  # of who asked: under what it is looked up and stored
 
     @property
     def tokens(self) -> list[int]:

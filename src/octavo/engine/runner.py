@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.attachment import KVCache, require_attachment
-from octavo.attachment.reuse import begin, store_in
+from octavo.attachment.reuse import Reading, begin, store_in
 from octavo.engine.grammar import allowed
 from octavo.engine.request import Request
 from octavo.engine.sampling import Allowed, Sampled, Sampler
@@ -60,7 +60,7 @@ class Runner:
         if request.read < len(tokens):
             return None
         if request.reading is not None:
-            store_in(request.reading, request.cache)
+            self._store(request.reading, request.cache)
             request.reading.close()
         return logits[:, -1].float()
 
@@ -68,14 +68,19 @@ class Runner:
         """Begin with what the reuse store knows of a request's tokens, where the model has one."""
         store = require_attachment(self.model).reuse
         if store is not None:
-            request.reading = begin(store, cache, request.tokens, wait=False)
+            request.reading = request.context.run(begin, store, cache, request.tokens, wait=False)
         if request.reading is not None:
             request.read = request.reading.boundary
 
     def remember(self, request: Request) -> None:
         """Store what a running request has read, its answer too, for the next turn of a chat."""
         if request.reading is not None and self._batch is not None and request in self.running:
-            store_in(request.reading, self._batch, self.running.index(request), request.tokens)
+            self._store(request.reading, self._batch, self.running.index(request), request.tokens)
+
+    def _store(self, reading: Reading, cache: KVCache, which: int = 0, tokens: Sequence[int] | None = None) -> None:
+        """Store what a sequence has read, unless the model was given other weights since it was looked up."""
+        if cache.identity() == reading.identity:
+            store_in(reading, cache, which, tokens)
 
     def first(self, request: Request, logits: Tensor) -> Sampled:
         """The token that follows what a request has read."""

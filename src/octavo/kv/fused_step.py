@@ -103,10 +103,11 @@ class Replayed:
     def prepare(self, rows: Tensor, search: Tensor, scattered: bool) -> None:
         """Say which sequences run, [B] int32, and whether rows are to be searched, [] int32."""
         places, B = self._step.rows, len(rows)
+        self._used = max(self._used, B)  # wherever an interrupt comes, the next step empties all that may be used
         places[:B].copy_(rows)
         if self._used > B:
             places[B : self._used].fill_(-1)
-        if self._used != B:
+        if len(self.new.start) != B:
             position, at, start, after, padded = self._step.new
             self.new = New(position[:B], at[:B], start[:B], after[:B], padded)
         self._used = B

@@ -1,6 +1,5 @@
 """What users ask of a store beside reuse: what it holds, why a prompt would miss, pinning, deleting, checking."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,8 +113,7 @@ def pin(store: "ReuseStore", tokens: Tokens, tenant: str, until: float) -> int:
         records = covering(store, tokens, tenant)
         for record in records:
             record.pinned = until
-            if record.expires < until and until < math.inf:
-                record.expires = until
+            store.index.soonest = min(store.index.soonest, record.ends)
         held = max((common(r.entry.tokens, tokens) for r in records), default=0)
     for record in records:
         store.shelving.note(record)
@@ -128,6 +126,8 @@ def chosen(
     """The records that all of what was given applies to. Raises ConfigError where nothing was given."""
     if prefix is None and tag is None and tenant is None and key is None:
         raise ConfigError("say what to delete: prefix, tag, tenant or key; clear() deletes everything")
+    if key == "":
+        raise ConfigError("key is empty, and every key begins so; give its first digits as list() shows them")
     found: Iterable[Record] = store.index.records.values()
     if prefix is not None:
         found = {record for tree in store.index.trees.values() for record in tree.below(prefix)}

@@ -3,6 +3,7 @@
 from collections import Counter
 
 WEIGHT = 0.3  # of the newest measurement in the running mean
+MOST = 1000  # namespaces of which something is known
 AGAIN = 16  # a tier that was passed over so often is measured again, since it may have been busy
 
 
@@ -16,7 +17,10 @@ class Costs:
 
     def computed(self, space: str, tokens: int, seconds: float) -> None:
         """Take note of a prompt's computation."""
-        self.per_token[space] = _mean(self.per_token.get(space), seconds / tokens)
+        self.per_token[space] = _mean(self.per_token.pop(space, None), seconds / tokens)
+        if len(self.per_token) > MOST:
+            oldest = next(iter(self.per_token))
+            del self.per_token[oldest], self._passed[oldest]
 
     def loaded(self, nbytes: int, seconds: float) -> None:
         """Take note of a file that was read and checked."""

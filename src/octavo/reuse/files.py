@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -58,7 +59,7 @@ def read_entry(path: Path) -> Entry:
     with path.open("rb") as file:
         fields = _fields(file.read(HEAD.size), path)
         _, _, text_size, file_size, begins, digest, slots_digest = fields
-        if path.stat().st_size != file_size or not HEAD.size + text_size <= begins <= file_size:
+        if os.fstat(file.fileno()).st_size != file_size or not HEAD.size + text_size <= begins <= file_size:
             raise ReuseFileError(f"{path} is truncated or damaged: its size is not what its head says")
         body = file.read(begins - HEAD.size)
     if hashlib.sha256(HEAD.pack(*fields[:5], b"", slots_digest) + body).digest() != digest:
@@ -78,7 +79,7 @@ def read_extent(path: Path, entry: Entry) -> Extent:
     with path.open("rb") as file:
         _, _, _, file_size, begins, _, digest = _fields(file.read(HEAD.size), path)
         size = sum(_aligned(t) for _, _, t in _expected(entry))
-        if file_size - begins != size or path.stat().st_size != file_size:
+        if file_size - begins != size or os.fstat(file.fileno()).st_size != file_size:
             raise ReuseFileError(f"{path} is truncated or damaged: its size is not what its head says")
         file.seek(begins)
         raw = torch.empty(size, dtype=torch.uint8)

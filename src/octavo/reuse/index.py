@@ -5,7 +5,7 @@ Nothing here locks or warns; `octavo.reuse.store` does both.
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 
 from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse.cover import Usable, usable
@@ -21,7 +21,11 @@ class Index:
         self.trees: dict[str, Tree] = {}
         self.records: dict[str, Record] = {}
         self.index_nbytes = 0
-        self.memory = None if memory is None else Shelf(memory, lambda r: r.nbytes, self._may_leave_memory)
+        self.memory = None
+        if memory is not None:  # what has no file is gone altogether when it leaves memory
+            self.memory = Shelf(
+                memory, lambda r: r.nbytes, self._may_leave_memory, lambda r: 0 if r.path else r.index_nbytes
+            )
         self.disk = Shelf(disk, lambda r: r.file_nbytes, self._may_leave_disk)
         self.now = 0.0  # what the store's clock said last
         self.soonest = math.inf  # when the first record expires, or earlier
@@ -48,7 +52,7 @@ class Index:
         live = {
             record: n
             for record, n in agreed.items()
-            if (expired or record.expires > self.now) and (not within or record.extent is not None)
+            if (expired or record.ends > self.now) and (not within or record.extent is not None)
         }
         return matched, usable(live, layout)
 
@@ -60,7 +64,7 @@ class Index:
         self.records[record.key] = record
         self.index_nbytes += record.index_nbytes
         record.order = next(self._order)
-        self.soonest = min(self.soonest, record.expires)
+        self.soonest = min(self.soonest, record.ends)
         for parent in parents:
             record.parents.add(parent)
             parent.children.add(record)
@@ -126,8 +130,8 @@ class Index:
         """What has expired and no request goes on from."""
         if self.now < self.soonest:
             return []
-        self.soonest = min((r.expires for r in self.records.values() if r.expires > self.now), default=math.inf)
-        out = [r for r in self.records.values() if r.expires <= self.now]
+        self.soonest = min((r.ends for r in self.records.values() if r.ends > self.now), default=math.inf)
+        out = [r for r in self.records.values() if r.ends <= self.now]
         if any(r.users for r in out):
             self.soonest = self.now  # look again next time
         return [r for r in out if not r.users]
@@ -141,15 +145,15 @@ class Index:
 
     # Who may leave
 
-    def _may_leave_memory(self, record: Record, leaving: Collection[Record]) -> bool:
+    def _may_leave_memory(self, record: Record, leaving: Set[Record]) -> bool:
         if record.path is not None:
             return True  # its file stays
-        return record.pinned <= self.now and record.children <= set(leaving)
+        return record.pinned <= self.now and record.children <= leaving
 
-    def _may_leave_disk(self, record: Record, leaving: Collection[Record]) -> bool:
+    def _may_leave_disk(self, record: Record, leaving: Set[Record]) -> bool:
         if record.pinned > self.now:
             return False
-        others = record.children - set(leaving)
+        others = record.children - leaving
         return not others or (record.extent is not None and all(child.path is None for child in others))
 
 

@@ -1,10 +1,12 @@
 """One request's way through the store: what it goes on from, what of its prompt is kept, what it adds."""
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from octavo.kv import PagedCache
 from octavo.kv.extent import Extent, Piece, assembled, extent_of
+from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse.cover import Plan, longest, missing, reach
 from octavo.reuse.flights import Flight
 from octavo.reuse.index import ancestors
@@ -22,14 +24,26 @@ class Reading:
     """
 
     def __init__(
-        self, store: "ReuseStore", space: Space, tokens: Tokens, plan: Plan, boundaries: tuple[int, ...], tags: Any
+        self,
+        store: "ReuseStore",
+        space: Space,
+        layout: SnapshotLayout,
+        tokens: Tokens,
+        plan: Plan,
+        boundaries: tuple[int, ...],
+        tags: Any,
     ) -> None:
-        self.store, self.space, self.tokens, self.plan = store, space, tokens, plan
+        self.store, self.space, self.layout, self.tokens, self.plan = store, space, layout, tokens, plan
         self.boundary, self.boundaries = plan.boundary, boundaries
         self.flight: Flight | None = None
         self._tags, self._ttl = tags
         self._records = plan.records
         self._began: float | None = time.perf_counter()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the model was when this was opened."""
+        return self.space.identity
 
     def restore(self, cache: PagedCache) -> bool:
         """Fill an empty cache with what was found; False where a file turns out to be damaged.
@@ -55,6 +69,7 @@ class Reading:
             for record in reversed(ordered):
                 store.index.used(record)
                 store.shelving.touch(record)
+        self._began = time.perf_counter()
         return True
 
     def insert(self, cache: PagedCache, which: int = 0, tokens: Any = None) -> bool:
@@ -101,7 +116,7 @@ class Reading:
 
     def _lacking(self, shift: int, tokens: Tokens) -> tuple[int, tuple[tuple[int, int], ...]] | None:
         """(first position, intervals of marked slots) of what the store lacks; None: it has all of it."""
-        layout, decided = self.store.layouts[self.space.name], len(tokens) - shift
+        layout, decided = self.layout, len(tokens) - shift
         _, found = self.store.index.find(self.space.name, tokens, layout)
         kept = min(reach(found), decided)
         wanted = intervals(layout, {*(p for p in self.boundaries if p <= len(tokens)), len(tokens)})
@@ -113,7 +128,7 @@ class Reading:
 
     def _measure(self, computed: int) -> None:
         """Tell the store how long the prompt took, once."""
-        if self._began is not None and computed > 0:
+        if self._began is not None and computed >= self.store.keeping.shortest:  # of a few tokens little can be told
             self.store.costs.computed(self.space.name, computed, time.perf_counter() - self._began)
         self._began = None
 

@@ -103,6 +103,11 @@ class Record:
         self.expires = self.entry.expires
 
     @property
+    def ends(self) -> float:
+        """Until when it may be gone on from: what is pinned does not expire."""
+        return max(self.expires, self.pinned)
+
+    @property
     def index_nbytes(self) -> int:
         """Bytes of memory that it takes without its slots."""
         return int(self.entry.tokens.nbytes) + OVERHEAD

@@ -1,7 +1,7 @@
 """One tier's budget: what lies there, and who leaves so that something else has room."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 
 from octavo.errors import ConfigError
@@ -31,14 +31,18 @@ class Rules:
 class Shelf:
     """The records of one tier.
 
-    `size` gives a record's bytes there. `may_leave(record, leaving)` says whether nothing needs it once the records
-    `leaving` are gone.
+    `size` gives a record's bytes there, `beside` those that are free as well once it has left. `may_leave(record,
+    leaving)` says whether nothing needs it once the records `leaving` are gone.
     """
 
     def __init__(
-        self, rules: Rules, size: Callable[[Record], int], may_leave: Callable[[Record, Collection[Record]], bool]
+        self,
+        rules: Rules,
+        size: Callable[[Record], int],
+        may_leave: Callable[[Record, Set[Record]], bool],
+        beside: Callable[[Record], int] = lambda record: 0,
     ) -> None:
-        self.rules, self.size, self.may_leave = rules, size, may_leave
+        self.rules, self.size, self.may_leave, self.beside = rules, size, may_leave, beside
         self.records: set[Record] = set()
         self.protected: set[Record] = set()
         self.nbytes = self.protected_nbytes = 0
@@ -58,6 +62,8 @@ class Shelf:
             self.records.discard(record)
             self.nbytes -= self.size(record)
             self.by_tenant[record.entry.tenant] -= self.size(record)
+            if not self.by_tenant[record.entry.tenant]:
+                del self.by_tenant[record.entry.tenant]
 
     def used(self, record: Record) -> None:
         """Take note that a record was used again."""
@@ -84,10 +90,11 @@ class Shelf:
         free = None if budget is None else budget - fixed - self.nbytes
         own = None if quota is None else quota - self.by_tenant[tenant]
         out: list[Record] = []
-        ranked = sorted(self.records, key=lambda r: (r.expires > now, r in self.protected, r.order))
+        gone: set[Record] = set()
+        ranked: list[Record] = []
         while (free is not None and free < nbytes) or (own is not None and own < nbytes):
+            ranked = ranked or sorted(self.records, key=lambda r: (r.ends > now, r in self.protected, r.order))
             only = tenant if own is not None and own < nbytes else None
-            gone = set(out)
             victim = next(
                 (
                     r
@@ -103,7 +110,8 @@ class Shelf:
             if victim is None:
                 return None
             out.append(victim)
-            free = None if free is None else free + self.size(victim)
+            gone.add(victim)
+            free = None if free is None else free + self.size(victim) + self.beside(victim)
             if own is not None and victim.entry.tenant == tenant:
                 own += self.size(victim)
         return out

@@ -33,6 +33,7 @@ class Shelving:
         self.folder = None if path is None else Folder(path)
         self.writable = self.folder is not None
         self._refused: set[str] = set()  # files that are damaged or of another version
+        self._skipped = False  # whether there may be whole files that the last look did not take in
         self._writer: ThreadPoolExecutor | None = None
         self._writing: list[Future[None]] = []
 
@@ -42,7 +43,7 @@ class Shelving:
         """Take in files that have come and gone; inside the store's lock."""
         if self.folder is None or not self.folder.changed():
             return
-        index, files = self.store.index, self.folder.files()
+        index, files, self._skipped = self.store.index, self.folder.files(), False
         for record in [r for r in index.records.values() if r.path is not None and r.key not in files]:
             if record.key in index.records:
                 index.take_from_disk(record)
@@ -66,10 +67,11 @@ class Shelving:
         if index.memory is not None and index.memory.rules.budget is not None:
             most = index.memory.rules.budget // 2
             if index.index_nbytes + record.index_nbytes > most or index.clear_memory(record.index_nbytes, "") is None:
+                self._skipped = True
                 return  # its bookkeeping has no room here; it stays for others
         if index.adopt(record):
             index.disk.add(record)
-        elif record.entry.created < self.store.clock() - SETTLED:
+        elif not self._skipped and record.entry.created < self.store.clock() - SETTLED:
             self.remove(record)  # nothing can go on from it
 
     def _read(self, key: str, size: int) -> Record | None:
@@ -83,7 +85,8 @@ class Shelving:
             self.damaged(key, e)
             return None
         except OSError:
-            return None  # another process has removed it
+            self._skipped = True
+            return None  # another process has removed it, or it cannot be read now
         slots = sum(
             math.prod(shape) * dtype.itemsize
             for n in entry.sizes.values()
@@ -119,7 +122,7 @@ class Shelving:
         except OSError:
             with store.lock:
                 store.counts["errors"] += 1
-                store.forget(record)
+                store.index.drop(record)  # a file that cannot be read now may be whole
             return None
         with store.lock:
             store.costs.loaded(extent.nbytes, time.perf_counter() - began)
@@ -164,12 +167,13 @@ class Shelving:
             store.counts["errors"] += 1
             folder = "" if self.folder is None else self.folder.path
             store.warn("writing", f"the reuse cache cannot write to {folder}: {e.strerror or e}; it goes on without")
-        with store.lock:
-            record.users -= 1
-            if not stays and not record.gone:
-                record.extent = None
-                if record.path is None:
-                    store.forget(record)
+        finally:
+            with store.lock:
+                record.users -= 1
+                if not stays and not record.gone:
+                    record.extent = None
+                    if record.path is None:
+                        store.forget(record)
 
     def _write_file(self, record: Record, extent: Extent) -> None:
         """Write one record's file unless it is there, is not wanted any more, or has no room. Raises OSError."""

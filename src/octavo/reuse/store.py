@@ -78,7 +78,6 @@ class ReuseStore:
         self.index = Index(in_memory, on_disk)
         self.counts: Counter[str] = Counter()
         self.costs = Costs()
-        self.layouts: dict[str, SnapshotLayout] = {}
         self._flights: list[Flight] = []
         self._warned: set[str] = set()
         usual = Terms(ttl=seconds(ttl))
@@ -91,7 +90,10 @@ class ReuseStore:
         self, *, tenant: str | None = None, tags: Sequence[str] | None = None, ttl: float | None = None
     ) -> Iterator[None]:
         """Under what this thread's requests run meanwhile: nothing of one tenant is ever found by another; `tags` and
-        `ttl` (seconds) go to what is stored. None: as before."""
+        `ttl` (seconds) go to what is stored. None: as before. Threads that are started meanwhile know nothing of it;
+        `contextvars.copy_context().run` takes it there. Raises ConfigError."""
+        if isinstance(tags, str) or not isinstance(tenant, str | None):
+            raise ConfigError(f"tags must be a list of texts and tenant a text, not {tags!r} and {tenant!r}")
         old = self._terms.get()
         token = self._terms.set(
             Terms(
@@ -143,13 +145,12 @@ class ReuseStore:
         while True:
             with self.lock:
                 self._look()
-                self.layouts[space.name] = layout
                 matched, chosen = self._plan(space.name, ids, layout) if restore else (0, NOTHING)
                 kept = self.keeping.boundaries(layout, len(ids), (matched, *learned))
                 kept = tuple(p for p in kept if p > chosen.boundary)
                 flight = self._flight(space.name, ids, layout, chosen.boundary) if wait else None
                 if flight is None:
-                    reading = self._begin(space, ids, chosen, kept, terms)
+                    reading = self._begin(space, layout, ids, chosen, kept, terms)
                 else:
                     self.counts["waited"] += 1
             if flight is not None:
@@ -185,13 +186,15 @@ class ReuseStore:
         gain, limit = self.keeping.shortest, len(tokens) - 1
         return worth_waiting(self._flights, space, tokens, layout, held, gain, limit)
 
-    def _begin(self, space: Space, ids: Tokens, chosen: Plan, kept: tuple[int, ...], terms: Terms) -> Reading:
+    def _begin(
+        self, space: Space, layout: SnapshotLayout, ids: Tokens, chosen: Plan, kept: tuple[int, ...], terms: Terms
+    ) -> Reading:
         """Inside the lock: what is gone on from stays, and others may wait."""
-        reading = Reading(self, space, ids, chosen, kept, (terms.tags, terms.ttl))
+        reading = Reading(self, space, layout, ids, chosen, kept, (terms.tags, terms.ttl))
         for record in chosen.records:
             record.users += 1
         if len(ids) - chosen.boundary >= self.keeping.shortest:
-            reading.flight = Flight(space.name, ids, intervals(self.layouts[space.name], kept))
+            reading.flight = Flight(space.name, ids, intervals(layout, kept))
             self._flights.append(reading.flight)
         return reading
 

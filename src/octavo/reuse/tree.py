@@ -68,6 +68,19 @@ class Tree:
             node.records.discard(record)
             if not node.children and not node.records and node.parent is not None:
                 del node.parent.children[int(node.edge[0])]
+            elif node.records:
+                self._join(node)
+
+    def _join(self, node: Node) -> None:
+        """Undo a split that was made for a record that is gone, and let the edge, which may be a part of that record's
+        tokens, be one of tokens that stay."""
+        if len(node.children) == 1:
+            (child,) = node.children.values()
+            if child.records == node.records:
+                node.end, node.children = child.end, child.children
+                for each in node.children.values():
+                    each.parent = node
+        node.edge = next(iter(node.records)).entry.tokens[node.start : node.end]
 
     def walk(self, tokens: Tokens) -> tuple[int, dict[Record, int]]:
         """(tokens that some record agrees with, how many of a prompt's first tokens each record agrees with)."""

@@ -78,7 +78,7 @@ def attend(
     if out.numel() == 0:
         return out
     begin = begins(length) if begin is None else begin
-    kind = stream.kind_of(query, pages, G, new is not None, rows is not None)
+    kind = stream.kind_of(query, pages, G, new, rows is not None)
     if kind is not None:
         lines = G
         programs = stream.programs_for(kind, query.device) if programs is None else programs * stream.WARPS

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+NO_CONTEXT = 201  # a driver's error: this thread has no context yet
+
 
 class Function:
     """One compiled kernel, which takes one struct."""
@@ -24,9 +26,11 @@ class Function:
     def __call__(self, blocks: int, struct: bytes, stream: int) -> None:
         """Start it; `struct` is copied. Raises RuntimeError where the driver refuses."""
         arguments = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(struct), ctypes.c_void_p))
-        status = _driver().cuLaunchKernel(
-            self._handle, blocks, 1, 1, self._threads, 1, 1, 0, ctypes.c_void_p(stream), arguments, None
-        )
+        what = self._handle, blocks, 1, 1, self._threads, 1, 1, 0, ctypes.c_void_p(stream), arguments, None
+        status = _driver().cuLaunchKernel(*what)
+        if status == NO_CONTEXT:
+            _enter(torch.device("cuda", torch.cuda.current_device()))
+            status = _driver().cuLaunchKernel(*what)
         if status:
             raise RuntimeError(f"CUDA driver: a kernel could not be started (error {status})")
 
@@ -37,7 +41,7 @@ def compiled(source: str, name: str, constants: Mapping[str, int], threads: int,
     Raises RuntimeError where there is no NVRTC, the source does not compile, or the driver refuses the result.
     """
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes the context that a module is loaded into
+        _enter(device)
         cubin = _cubin(source, constants, torch.cuda.get_device_capability())
         module, function, resident = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
         driver = _driver()
@@ -51,6 +55,11 @@ def compiled(source: str, name: str, constants: Mapping[str, int], threads: int,
             if status:
                 raise RuntimeError(f"CUDA driver: kernel {name} could not be loaded (error {status})")
     return Function(function, threads, max(1, resident.value))
+
+
+def _enter(device: torch.device) -> None:
+    """Make the device's context that of this thread: the driver asks for one, and PyTorch makes it when it must."""
+    torch.zeros((), device=device)
 
 
 def _cubin(source: str, constants: Mapping[str, int], capability: tuple[int, int]) -> bytes:

@@ -41,8 +41,10 @@ class Kind(NamedTuple):
         return 4 if self.D == 64 else 3
 
 
-def kind_of(query: Tensor, pages: Pages, group: int, writes: bool, indexed: bool) -> Kind | None:
-    """The kernel for queries [B, Hq, n, D] over pages, None: there is none."""
+def kind_of(
+    query: Tensor, pages: Pages, group: int, new: tuple[Tensor, Tensor, Tensor, Tensor] | None, indexed: bool
+) -> Kind | None:
+    """The kernel for queries [B, Hq, n, D] over pages, None: there is none. `new`: see `decode.attend`."""
     D, S = query.shape[3], pages.key.shape[1]
     fits = (
         query.is_cuda
@@ -53,11 +55,12 @@ def kind_of(query: Tensor, pages: Pages, group: int, writes: bool, indexed: bool
         and group <= GROUP
         and S % 16 == 0
         and query.stride(3) == 1
+        and (new is None or all(x.dtype == query.dtype and x.stride(3) == 1 for x in new[:2]))
         and (query.data_ptr() | query.stride(0) * 2 | query.stride(1) * 2) % VECTOR == 0
     )
     if not fits:
         return None
-    kind = Kind(D, group, S, codes_of(pages), int(query.dtype == torch.bfloat16), int(writes), int(indexed))
+    kind = Kind(D, group, S, codes_of(pages), int(query.dtype == torch.bfloat16), int(new is not None), int(indexed))
     return None if _function(kind, query.device) is None else kind
 
 

@@ -9,7 +9,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import octavo
+from octavo.bench.engine.steps import free
 from octavo.bench.engine.subjects import Subject
+from octavo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,23 @@ class Run:
         """New tokens per second."""
         return self.tokens / self.seconds
 
+    @property
+    def told(self) -> str:
+        """In a few words."""
+        return f"{self.rate:,.0f} tokens/s"
+
 
 def load_of(subject: Subject, requests: int, prompt: tuple[int, int], new: tuple[int, int], seed: int = 0) -> Load:
-    """Random lengths within these bounds, the prompts pieces of the subject's text."""
+    """Random lengths within these bounds, the prompts pieces of the subject's text.
+
+    Raises ConfigError where the longest have no room in the model's positions.
+    """
+    config: Any = subject.model.config
+    if prompt[1] + new[1] > config.max_position_embeddings:
+        raise ConfigError(
+            f"prompts of {prompt[1]:,} tokens with answers of {new[1]:,} need more than the model's "
+            f"{config.max_position_embeddings:,} positions; make --prompts or --answers smaller"
+        )
     rng = random.Random(seed)
     text: list[int] = subject.text.tolist()
     while len(text) < 2 * prompt[1]:
@@ -58,6 +74,7 @@ def load_of(subject: Subject, requests: int, prompt: tuple[int, int], new: tuple
 def in_engine(name: str, subject: Subject, load: Load, max_batch: int, **settings: Any) -> Run:
     """All requests at once in an engine; `settings` go to `octavo.attach`."""
     model = subject.model
+    free()
     octavo.attach(model, **settings)
     try:
         engine = octavo.LLM(model, max_batch=max_batch).engine
@@ -73,7 +90,7 @@ def _drain(engine: Any, load: Load, share: float) -> int:
     """Run the load, or the same requests with a share of their new tokens; the most bytes that were held."""
     requests = [
         engine.add(
-            prompt, octavo.SamplingParams(temperature=0.0, max_tokens=max(2, int(share * new)), ignore_eos=True)
+            prompt, octavo.SamplingParams(temperature=0.0, max_tokens=_part(share, new), ignore_eos=True)
         )
         for prompt, new in zip(load.prompts, load.new, strict=True)
     ]  # fmt: skip
@@ -85,6 +102,11 @@ def _drain(engine: Any, load: Load, share: float) -> int:
         if request.output.error is not None:
             raise request.output.error
     return peak
+
+
+def _part(share: float, new: int) -> int:
+    """A share of a request's new tokens, at least two where it has so many."""
+    return max(min(2, new), int(share * new))
 
 
 @torch.no_grad()
@@ -102,10 +124,14 @@ def one_by_one(subject: Subject, load: Load) -> Run:
 
 @torch.no_grad()
 def continuous(subject: Subject, load: Load, **settings: Any) -> Run:
-    """Transformers' own continuous batching. `settings` go to its `ContinuousBatchingConfig`."""
+    """Transformers' own continuous batching. `settings` go to its `ContinuousBatchingConfig`.
+
+    Raises ConfigError where it stops on its own; transformers has logged why then.
+    """
     from transformers import ContinuousBatchingConfig
 
     model: Any = subject.model
+    free()
     ends = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(load.new)
     )
@@ -124,13 +150,15 @@ def continuous(subject: Subject, load: Load, **settings: Any) -> Run:
 def _served(manager: Any, load: Load, share: float) -> int:
     """Send all requests and wait for their ends; tokens that came."""
     for i, (prompt, new) in enumerate(zip(load.prompts, load.new, strict=True)):
-        manager.add_request(prompt, request_id=f"{share}-{i}", max_new_tokens=max(2, int(share * new)))
+        manager.add_request(prompt, request_id=f"{share}-{i}", max_new_tokens=_part(share, new))
     waiting, tokens = len(load.prompts), 0
     while waiting:
         result = manager.get_result(timeout=1)
         if result is not None and result.is_finished():
             waiting -= 1
             tokens += len(result.generated_tokens)
+        elif result is None and not manager.is_running():
+            raise ConfigError("generate_batch has stopped before its requests were done; leave it out with --no-plain")
     return tokens
 
 

@@ -19,14 +19,12 @@ from octavo.bench.engine.steps import Step
 from octavo.errors import ConfigError
 
 
-def surroundings() -> dict[str, Any]:
-    """Where and with what a run was made."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Where and with what a run was made; `gpu` is None where it was made on the CPU."""
     return {
         "command": sys.argv[1:],
-        "commit": git.stdout.strip() or None,
-        "gpu": gpu,
+        "commit": _commit(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -34,6 +32,16 @@ def surroundings() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "transformers": transformers.__version__,
     }
+
+
+def _commit() -> str | None:
+    """The commit of this source, None where it lies in no repository or there is no git."""
+    folder = Path(__file__).parent
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def peer_steps(path: Path) -> list[dict[str, Any]]:
@@ -60,9 +68,9 @@ def show(steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, A
     if peers:
         table = Table("batch x context", "peer", "KV", "what", "ms")
         for line in peers:
-            ms = line.get("decode_ms", line.get("prefill_ms"))
-            size = f"{line.get('B', '')} x {line.get('T', 0):,}"
-            table.add_row(size, str(line.get("engine")), str(line.get("kv")), str(line["what"]), f"{ms:,.2f}")
+            ms = line.get("decode_ms", line.get("prefill_ms", ""))
+            size = f"{_number(line.get('B', ''), ',')} x {_number(line.get('T', ''), ',')}"
+            table.add_row(size, str(line.get("engine")), str(line.get("kv")), str(line["what"]), _number(ms, ",.2f"))
         console.print(table)
     if runs:
         table = Table("mixed requests", "seconds", "tokens/s", "of the first", "most KV memory")
@@ -74,12 +82,18 @@ def show(steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, A
         console.print(table)
 
 
+def _number(value: Any, form: str) -> str:
+    """A peer's figure, which may be anything that JSON has."""
+    return format(value, form) if isinstance(value, int | float) else str(value)
+
+
 def record(
-    subject: str, bandwidth: float, steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Everything as JSON values."""
+    where: dict[str, Any], subject: str, bandwidth: float, steps: Sequence[Step], runs: Sequence[Run],
+    peers: Sequence[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything as JSON values; `where` is what `surroundings` gave."""
     return {
-        **surroundings(),
+        **where,
         "subject": subject,
         "copy_GB_per_s": bandwidth / 1e9,
         "steps": [asdict(step) for step in steps],

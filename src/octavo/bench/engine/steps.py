@@ -12,8 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 import octavo
 from octavo.bench.engine.subjects import Subject
+from octavo.errors import ConfigError
 
 SETTLING = 12  # steps before the timed ones, in which graphs are captured
+SPARE = 8  # tokens that a request may still have when it was timed, so that none ends early
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Step:
     kv_bytes: int
     of_floor: float | None
 
+    @property
+    def told(self) -> str:
+        """In a few words."""
+        return f"{self.decode_ms:,.2f} ms a step"
+
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters that a step reads whole: all but an embedding table that is not the output layer's."""
@@ -36,6 +43,22 @@ def weight_bytes(model: PreTrainedModel) -> int:
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tied = output is not None and output.weight is table.weight
     return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
+
+
+def check_length(model: PreTrainedModel, batch: int, context: int, steps: int) -> None:
+    """Raise ConfigError where requests would end for want of positions before all steps were timed."""
+    config: Any = model.config
+    most, wanted = config.max_position_embeddings, context + answer_length(batch, steps)
+    if wanted > most:
+        raise ConfigError(
+            f"{batch} x {context:,} with {steps} steps needs {wanted:,} positions, and the model has {most:,}; make "
+            "--sizes or --steps smaller"
+        )
+
+
+def answer_length(batch: int, steps: int) -> int:
+    """Tokens that a request may get: the first has one for each prompt that is read after its own."""
+    return batch + SETTLING + steps + SPARE
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -54,10 +77,11 @@ def engine_step(
 ) -> Step:
     """`batch` requests with prompts of `context` tokens in an engine; `settings` go to `octavo.attach`."""
     model, device = subject.model, subject.model.device
+    free()
     octavo.attach(model, **settings)
     try:
-        engine = octavo.LLM(model, max_batch=batch).engine
-        params = octavo.SamplingParams(temperature=0.0, max_tokens=SETTLING + steps + 8, ignore_eos=True)
+        engine = octavo.LLM(model, max_batch=batch, step_tokens=context + batch).engine  # a prompt is read in one step
+        params = octavo.SamplingParams(temperature=0.0, max_tokens=answer_length(batch, steps), ignore_eos=True)
         requests, prefills = [], []
         for i in range(batch):
             began = _now(device)
@@ -73,6 +97,7 @@ def engine_step(
                 raise request.output.error
         kv = engine.runner.read_nbytes
         seconds = _timed(device, steps, engine.step)
+        assert len(engine.runner.running) == batch, "requests ended before all steps were timed"
         for request in requests:
             engine.cancel(request)
         read = weight_bytes(model) + kv
@@ -82,13 +107,13 @@ def engine_step(
         )  # fmt: skip
     finally:
         octavo.detach(model)
-        _free()
 
 
 @torch.no_grad()
 def plain_step(subject: Subject, batch: int, context: int, steps: int, bandwidth: float) -> Step:
     """The same prompts in the unattached model, with transformers' `DynamicCache` and SDPA."""
     model, device = subject.model, subject.model.device
+    free()
     ids = torch.tensor([_prompt(subject, i, context) for i in range(batch)], device=device)
     cache, token = DynamicCache(), ids[:, :0]
     prefills = []
@@ -109,7 +134,6 @@ def plain_step(subject: Subject, batch: int, context: int, steps: int, bandwidth
     layers: Any = cache.layers
     kv: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     read = weight_bytes(model) + kv
-    _free()
     return Step(
         "unattached", batch, context, 1000 * min(prefills), 1000 * seconds, weight_bytes(model), kv,
         read / bandwidth / seconds,
@@ -143,7 +167,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _free() -> None:
+def free() -> None:
+    """Give back what an earlier measurement has left."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

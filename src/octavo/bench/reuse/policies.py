@@ -58,7 +58,7 @@ def _run(policy: str, noise: float, prompts: int, popular: int, room: int, seed:
         for each in leaving:
             shelf.remove(each)
             del held[each.which]
-        record: Any = _Hashable(which=which, order=next(order), expires=math.inf, users=0, entry=_ENTRY)
+        record: Any = _Hashable(which=which, order=next(order), ends=math.inf, users=0, entry=_ENTRY)
         held[which] = record
         shelf.add(record)
     return Policy(policy, noises / prompts, again_hit / max(1, again), hits / prompts)

@@ -81,9 +81,13 @@ class LongEvaluation:
                 PolicyResult(**{**row, "sets": [SetResult(**each) for each in row["sets"]]})
                 for row in record["policies"]
             ]
-            return LongEvaluation(record["model"], LongSettings(**settings), list(record["notes"]), policies)
+            result = LongEvaluation(record["model"], LongSettings(**settings), list(record["notes"]), policies)
         except (KeyError, TypeError, AttributeError, ConfigError) as e:
             raise TextFileError(f"{where} is no record of the long suite: {e}") from e
+        rows = [[(each.name, each.length, each.cases) for each in row.sets] for row in policies]
+        if not rows or any(row != rows[0] for row in rows):
+            raise TextFileError(f"{where} is no record of the long suite: its policies were not read on the same cases")
+        return result
 
 
 def merged(results: Sequence[LongEvaluation]) -> LongEvaluation:
