@@ -30,6 +30,15 @@ def _nothing_left() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models wait for their threads most of the time where anything else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Any:
     """(model, tokenizer): the embedded default in float32, unattached."""

@@ -27,13 +27,7 @@ from tiny_swift import model_of, pair
 TESTS = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small wait for their threads most of the time where anything else runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def new_memory(page_size=4):

@@ -26,12 +26,7 @@ SETTINGS = {"shortest": 4, "back": 10}
 STEM = [random.Random(0).randrange(50) for _ in range(90)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def opened(folder, memory="20MB", **options):

@@ -1,19 +1,12 @@
 """The engine with a store answers as it does without one, and reads only what is new."""
 
 import pytest
-import torch
 
 from octavo import LLM, ReuseStore, SamplingParams
 from reuse.test_reuse_generate import MODELS, SETTINGS, Counted
 from tiny import tokens
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["dense", "gates", "gates, shift 1"])

@@ -18,12 +18,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 6}
 SETTINGS = {"shortest": 8, "back": 24}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gated(shift=0, window=30, **options):

@@ -27,12 +27,7 @@ from tiny import tokens
 PARAMS = octavo.SamplingParams(max_tokens=8, temperature=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_one_padded_prompt_that_is_known_without_padding():

@@ -50,7 +50,6 @@ class Graphs:
 
     def __init__(self, attachment: "Attachment") -> None:
         self._attachment = attachment
-        self._compiles = attachment.settings.compiled
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._run: set[tuple[Any, ...]] = set()  # kinds of steps of which one has run as usual
         self._pool: Any = None  # memory that all graphs share, since they run one after another
@@ -125,7 +124,8 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with compiled(attachment.model.base_model, attachment.attention) if self._compiles else nullcontext():
+        compiles = attachment.settings.compiled
+        with compiled(attachment.model.base_model, attachment.attention) if compiles else nullcontext():
             self._step(cache, tokens, positions, rows, search, rehearsal=True)
             torch.cuda.synchronize(device)
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -1,15 +1,14 @@
 """Many requests of different lengths at once: tokens per second of the engine, `generate` and `generate_batch`."""
 
 import random
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 import octavo
-from octavo.bench.engine.steps import free
+from octavo.bench.engine.steps import free, now
 from octavo.bench.engine.subjects import Subject
 from octavo.errors import ConfigError
 
@@ -79,9 +78,9 @@ def in_engine(name: str, subject: Subject, load: Load, max_batch: int, **setting
     try:
         engine = octavo.LLM(model, max_batch=max_batch).engine
         _drain(engine, load, 0.02)  # compiles, and captures some graphs
-        began = _now(model)
+        began = now(model.device)
         peak = _drain(engine, load, 1.0)
-        return Run(name, _now(model) - began, load.generated, peak)
+        return Run(name, now(model.device) - began, load.generated, peak)
     finally:
         octavo.detach(model)
 
@@ -113,13 +112,13 @@ def _part(share: float, new: int) -> int:
 def one_by_one(subject: Subject, load: Load) -> Run:
     """`model.generate` of the unattached model, request after request."""
     model = subject.model
-    began = _now(model)
+    began = now(model.device)
     for prompt, new in zip(load.prompts, load.new, strict=True):
         ids = torch.tensor([prompt], device=model.device)
         model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new
         )
-    return Run("generate, one by one", _now(model) - began, load.generated, None)
+    return Run("generate, one by one", now(model.device) - began, load.generated, None)
 
 
 @torch.no_grad()
@@ -140,9 +139,9 @@ def continuous(subject: Subject, load: Load, **settings: Any) -> Run:
     manager.start()
     try:
         _served(manager, load, 0.02)
-        began = _now(model)
+        began = now(model.device)
         tokens = _served(manager, load, 1.0)
-        return Run("generate_batch", _now(model) - began, tokens, None)
+        return Run("generate_batch", now(model.device) - began, tokens, None)
     finally:
         manager.stop(block=True)
 
@@ -160,9 +159,3 @@ def _served(manager: Any, load: Load, share: float) -> int:
         elif result is None and not manager.is_running():
             raise ConfigError("generate_batch has stopped before its requests were done; leave it out with --no-plain")
     return tokens
-
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()

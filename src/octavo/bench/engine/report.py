@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from octavo.bench.engine.mixed import Run
 from octavo.bench.engine.steps import Step
+from octavo.bench.source import git
 from octavo.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     """Where and with what a run was made; `gpu` is None where it was made on the CPU."""
     return {
         "command": sys.argv[1:],
-        "commit": _commit(),
+        "commit": git("rev-parse", "HEAD") or None,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
@@ -32,16 +32,6 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "transformers": transformers.__version__,
     }
-
-
-def _commit() -> str | None:
-    """The commit of this source, None where it lies in no repository or there is no git."""
-    folder = Path(__file__).parent
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return git.stdout.strip() or None
 
 
 def peer_steps(path: Path) -> list[dict[str, Any]]:
@@ -58,11 +48,11 @@ def show(steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, A
     if steps:
         table = Table("batch x context", "model", "prefill", "decode step", "tokens/s", "KV read", "of the floor")
         for step in steps:
-            floor = "" if step.of_floor is None else f"{step.of_floor:.0%}"
             table.add_row(
                 f"{step.batch} x {step.context:,}", step.name, f"{step.prefill_ms:,.1f} ms",
                 f"{step.decode_ms:,.2f} ms",
-                f"{1000 * step.batch / step.decode_ms:,.0f}", f"{step.kv_bytes / 1e6:,.0f} MB", floor,
+                f"{1000 * step.batch / step.decode_ms:,.0f}", f"{step.kv_bytes / 1e6:,.0f} MB",
+                f"{step.of_floor:.0%}",
             )  # fmt: skip
         console.print(table)
     if peers:

@@ -20,7 +20,7 @@ SPARE = 8  # tokens that a request may still have when it was timed, so that non
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement. Times in milliseconds; bytes that a step must read; `of_floor` None where that is unknown."""
+    """One measurement. Times in milliseconds; bytes that a step must read, and the share of its time that takes."""
 
     name: str
     batch: int
@@ -29,7 +29,7 @@ class Step:
     decode_ms: float
     weight_bytes: int
     kv_bytes: int
-    of_floor: float | None
+    of_floor: float
 
     @property
     def told(self) -> str:
@@ -66,9 +66,9 @@ def copy_bandwidth(device: torch.device) -> float:
     x = torch.empty(2**28 if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device)
     y, best = torch.empty_like(x), 0.0
     for _ in range(8):
-        began = _now(device)
+        began = now(device)
         y.copy_(x)
-        best = max(best, 2 * x.nbytes / (_now(device) - began))
+        best = max(best, 2 * x.nbytes / (now(device) - began))
     return best
 
 
@@ -84,12 +84,12 @@ def engine_step(
         params = octavo.SamplingParams(temperature=0.0, max_tokens=answer_length(batch, steps), ignore_eos=True)
         requests, prefills = [], []
         for i in range(batch):
-            began = _now(device)
+            began = now(device)
             requests.append(engine.add(_prompt(subject, i, context), params))
             while engine.scheduler.waiting or engine.scheduler.prefilling:
                 engine.step()
             if i < 4:
-                prefills.append(_now(device) - began)
+                prefills.append(now(device) - began)
         for _ in range(SETTLING):
             engine.step()
         for request in requests:
@@ -100,11 +100,7 @@ def engine_step(
         assert len(engine.runner.running) == batch, "requests ended before all steps were timed"
         for request in requests:
             engine.cancel(request)
-        read = weight_bytes(model) + kv
-        return Step(
-            name, batch, context, 1000 * min(prefills), 1000 * seconds, weight_bytes(model), kv,
-            read / bandwidth / seconds,
-        )  # fmt: skip
+        return _step(name, model, (batch, context), min(prefills), seconds, kv, bandwidth)
     finally:
         octavo.detach(model)
 
@@ -118,9 +114,9 @@ def plain_step(subject: Subject, batch: int, context: int, steps: int, bandwidth
     cache, token = DynamicCache(), ids[:, :0]
     prefills = []
     for _ in range(2):
-        began, warm = _now(device), DynamicCache()
+        began, warm = now(device), DynamicCache()
         model(input_ids=ids[:1], past_key_values=warm, logits_to_keep=1)
-        prefills.append(_now(device) - began)
+        prefills.append(now(device) - began)
     for i in range(0, context, 2048):
         token = model(input_ids=ids[:, i : i + 2048], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
 
@@ -133,21 +129,25 @@ def plain_step(subject: Subject, batch: int, context: int, steps: int, bandwidth
     seconds = _timed(device, steps, step)
     layers: Any = cache.layers
     kv: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    read = weight_bytes(model) + kv
-    return Step(
-        "unattached", batch, context, 1000 * min(prefills), 1000 * seconds, weight_bytes(model), kv,
-        read / bandwidth / seconds,
-    )  # fmt: skip
+    return _step("unattached", model, (batch, context), min(prefills), seconds, kv, bandwidth)
+
+
+def _step(
+    name: str, model: PreTrainedModel, size: tuple[int, int], prefill: float, decode: float, kv: int, bandwidth: float
+) -> Step:
+    """`size`: batch and context; `prefill` and `decode` in seconds."""
+    weights = weight_bytes(model)
+    return Step(name, *size, 1000 * prefill, 1000 * decode, weights, kv, (weights + kv) / bandwidth / decode)
 
 
 def _timed(device: torch.device, steps: int, step: Callable[[], None]) -> float:
     """Seconds of a step: the median of three runs of a third of them each, since hosts are now and then interrupted."""
     runs, each = [], max(1, steps // 3)
     for _ in range(3):
-        began = _now(device)
+        began = now(device)
         for _ in range(each):
             step()
-        runs.append((_now(device) - began) / each)
+        runs.append((now(device) - began) / each)
     return statistics.median(runs)
 
 
@@ -161,7 +161,8 @@ def _prompt(subject: Subject, i: int, context: int) -> list[int]:
     return text[97 * i : 97 * i + context].tolist()  # type: ignore[no-any-return]
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -6,7 +6,6 @@ Tables, plot and headline are made from the record alone, so that an earlier run
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import octavo
+from octavo.bench.source import git
 from octavo.bench.vdb.bars import RECALLS, curves, graph_shapes, judge, losses, reference, rounds_at_recall, where
 from octavo.bench.vdb.engines import STREAM
 from octavo.bench.vdb.timing import Measurement, Spread, cases, installed, package, spread, times_better
@@ -28,11 +28,10 @@ PEERS = ("numpy", "faiss-cpu", "usearch", "hnswlib", "sqlite-vec", "apsw", "thre
 
 def surroundings() -> dict[str, Any]:
     """What the figures depend on: commit, processor, kernels, versions, the command line, what else was running."""
-    folder = Path(octavo.__file__).parent
     return {
         "command": sys.argv,
-        "commit": _git(folder, "rev-parse", "HEAD"),
-        "changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
@@ -241,14 +240,6 @@ def _version(name: str) -> str | None:
 
 def _load() -> tuple[float, ...]:
     return os.getloadavg() if hasattr(os, "getloadavg") else ()
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
 
 
 def _processor() -> str:
