@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 from octavo.errors import ModelNotFoundError
-from octavo.swiftkv.checkpoint import base_tensors
+from octavo.swiftkv.files import base_tensors
 
 
 def unpacked_gguf(path: Path) -> Path:
