@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from octavo.adapter_file import SETTINGS, TENSORS, read_settings
-from octavo.attachment.supported import fingerprint_of
+from octavo.attachment.published import files_needed, load_published, published_settings
 from octavo.dms import adapter as gates
 from octavo.dms.adapter import Adapter
 from octavo.errors import AdapterFileError, ConfigError
 from octavo.swiftkv import adapter as transforms
 from octavo.swiftkv.adapter import SwiftKVAdapter
-from octavo.swiftkv.checkpoint import CONFIG, INDEX, files_needed, is_published, read_published
+from octavo.swiftkv.checkpoint import is_published
+from octavo.swiftkv.files import CONFIG, INDEX
 
 SHIPPED = Path(__file__).parent.parent / "adapters"
 AnyAdapter = Adapter | SwiftKVAdapter
@@ -46,7 +47,7 @@ def resolve(adapters: Named | Sequence[Named] | None) -> list[AnyAdapter]:
 def load_adapter(name: str | Path) -> AnyAdapter:
     """An adapter by its folder, by the name of one that ships, or by hub id.
 
-    A folder or hub repository holds either kind of adapter, or a published SwiftKV checkpoint, of which only the
+    A folder or hub repository holds either kind of adapter, or a published checkpoint, of which only the gates' or the
     transform's tensors are read. Raises AdapterFileError, and UnsupportedModelError for quantised checkpoints.
     """
     return _load(name, _folder(name))
@@ -62,14 +63,6 @@ def _load(name: str | Path, folder: Path | None) -> AnyAdapter:
     if kind not in _LOADERS:
         raise AdapterFileError(f"{folder / SETTINGS} has kind {kind!r}; expected {' or '.join(_LOADERS)}")
     return _LOADERS[kind](folder)
-
-
-def load_published(folder: str | Path, name: str | None = None) -> SwiftKVAdapter:
-    """The transform in a published SwiftKV checkpoint's folder (see `octavo.swiftkv.checkpoint`)."""
-    published = read_published(folder)
-    fingerprint = fingerprint_of(published.config, published.norm)
-    card = {"published": published.model_type}
-    return SwiftKVAdapter(name or Path(folder).resolve().name, published.transform, fingerprint, card)
 
 
 def shipped_adapters() -> list[str]:
@@ -140,7 +133,7 @@ def _fetched(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=[CONFIG, INDEX, SETTINGS, f"*/{SETTINGS}"]))
         if (folder / SETTINGS).is_file():
             snapshot_download(hub_id, allow_patterns=[TENSORS, f"*/{TENSORS}"])
-        elif is_published(folder):
+        elif published_settings(folder) is not None:
             snapshot_download(hub_id, allow_patterns=[*files_needed(folder), f"*/{TENSORS}"])
     except (OSError, ValueError, EntryNotFoundError) as e:
         raise AdapterFileError(

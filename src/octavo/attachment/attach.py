@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from octavo.adapter_file import check_fingerprint
 from octavo.attachment.adapters import Named, resolve
 from octavo.attachment.attachment import Attachment, attachment_of, require_attachment
+from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.chunks import default_chunk
 from octavo.attachment.forward import NAME
 from octavo.attachment.modes import Modes
@@ -15,6 +16,7 @@ from octavo.attachment.reuse import Reuse
 from octavo.attachment.settings import cache_settings
 from octavo.attachment.supported import check_supported, fingerprint
 from octavo.dms import Adapter
+from octavo.dms.checkpoint import MODEL_TYPES
 from octavo.errors import AdapterMismatchError, UnsupportedModelError
 from octavo.swiftkv import SwiftKVAdapter, check_pair, spec_for
 
@@ -116,6 +118,26 @@ def _checked(
         spec = swiftkv.transform.spec
         if spec != spec_for(model, spec.kv_layers, spec.group):
             raise AdapterMismatchError(f"adapter {swiftkv.name} has other shapes than this model: {spec}")
+    _check_borrowed(model, gates, swiftkv)
     if gates is not None:
         check_pair(gates.name, gates.made_on, swiftkv)
     return gates, swiftkv
+
+
+def _check_borrowed(model: PreTrainedModel, gates: Adapter | None, swiftkv: SwiftKVAdapter | None) -> None:
+    """Raise unless what queries lend to gates and what gates borrow go together."""
+    lends = lends_channel(model.config)
+    if gates is not None and gates.gates.spec.borrowed and not lends:
+        raise AdapterMismatchError(
+            f"the gates {gates.name} read channels of the queries of the model that they were published with; "
+            f"load that, as in octavo.load({gates.name!r})"
+        )
+    if lends and model.config.model_type not in MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"queries that lend a channel to gates are read in {', '.join(MODEL_TYPES)} models, not in "
+            f"{model.config.model_type} ones"
+        )
+    if lends and swiftkv is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s queries lend a channel to its gates, and SwiftKV replaces queries"
+        )

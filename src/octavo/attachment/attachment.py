@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.cache import KVCache
 from octavo.attachment.decoder import run_decoder
 from octavo.attachment.forward import NAME, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
@@ -76,6 +77,7 @@ class Attachment:
         self.modes = Modes(model, adapter, swiftkv)
         self.settings = settings
         self.attention = attention_modules(model)
+        self.borrowed = lends_channel(model.config)
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         base: Any = model.base_model
         self.original: Callable[..., Any] = base.forward
@@ -257,7 +259,7 @@ class Attachment:
         base: Any = self.model.base_model
         rotary = base.rotary_emb(residual, position_ids=positions)
         packed = None if document is None else Packed(document)
-        forward = Forward(self.attention, policy=policy, transform=transform, packed=packed)
+        forward = Forward(self.attention, policy=policy, transform=transform, packed=packed, borrowed=self.borrowed)
         streams = []
         for layer in base.layers[first:last]:
             residual = layer(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from octavo.attachment.borrowed import take_channel
 from octavo.attention import Packed, dense_attention
 from octavo.dms import FoldedGates, Policy
 from octavo.errors import NotAttachedError, UnsupportedModelError
@@ -36,6 +37,8 @@ class Forward:
     valid: Tensor | None = None  # [B, N] bool
     packed: Packed | None = None
     transform: SwiftKV | None = None
+    borrowed: bool = False  # whether queries lend a channel to gates
+    rotary: Rotary | None = None  # what they were turned by, for these models
     keep: int | None = None  # SwiftKV's later layers run for so many of the last tokens; None: for all
     entering: Tensor | None = None  # what the keys of the layer that runs now come from, [B, N, hidden]
     undecided: list[Tensor] = field(default_factory=list)  # the same of all layers so far, where marks can wait
@@ -44,6 +47,12 @@ class Forward:
     def transforms(self, layer: int) -> bool:
         """Whether SwiftKV runs this layer."""
         return self.transform is not None and layer >= self.transform.spec.kv_layers
+
+    @property
+    def reads_channel(self) -> bool:
+        """Whether the gates that decide read the channels that queries lend."""
+        gates = getattr(self.policy, "gates", None) if self.gates is None else self.gates
+        return gates is not None and gates.spec.borrowed
 
     def store(self, first: int, hidden: list[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Give the cache the new keys and values [B, H, N, D] of KV layers `first`..., and what it forgets of them.
@@ -162,6 +171,8 @@ def run_attention(
 ) -> Any:
     """An attention module's forward: its own, or from layer K on queries alone, over keys and values made before."""
     layer: Any = module.layer_idx
+    if octavo_forward is not None and octavo_forward.borrowed:
+        octavo_forward.rotary = kwargs["position_embeddings"]
     if octavo_forward is None or not octavo_forward.transforms(layer):
         return original(*args, octavo_forward=octavo_forward, **kwargs)
     forward, transform = octavo_forward, octavo_forward.transform
@@ -205,6 +216,10 @@ def _attention(
             f"{type(module).__name__} attends more than once in a layer, and Octavo keeps one set of keys per layer"
         )
     forward.entering = None  # else the forward would keep it alive
+    if forward.borrowed:
+        assert forward.rotary is not None
+        query, channel = take_channel(query, key.shape[1], forward.rotary)
+        hidden = channel if forward.reads_channel else hidden
     if forward.cache is not None:
         forward.store(layer, [hidden], [key], [value])
         return forward.attend(layer, query, scale, last_reader=True), None

@@ -76,7 +76,10 @@ def identity(attachment: "Attachment", shape: CacheShape, swiftkv: bool) -> dict
 
 def folded(gates: Gates) -> str:
     """Hex SHA-256 of gates as forwards run them, whatever form they were published in."""
-    return digest(gates.folded_state().items(), asdict(gates.spec))
+    spec = asdict(gates.spec)
+    if not spec["borrowed"]:
+        del spec["borrowed"]  # identities that were taken before gates could be
+    return digest(gates.folded_state().items(), spec)
 
 
 def _configured(config: Mapping[str, Any]) -> dict[str, Any]:

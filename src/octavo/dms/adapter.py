@@ -36,9 +36,14 @@ class Adapter:
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:
     """Write the adapter into `folder` (made when missing). Written aside and renamed, so never half there.
 
-    Raises OutputFileError.
+    Raises OutputFileError, and ConfigError for gates that have no weights beside their model's.
     """
     spec = adapter.gates.spec
+    if spec.borrowed:
+        raise ConfigError(
+            f"the gates {adapter.name} read channels of their model's queries and are no adapter for others; write "
+            "model and gates as one checkpoint (octavo.save_published, octavo export)"
+        )
     state = adapter.gates.folded_state()
     settings: dict[str, Any] = {
         "format": FORMAT if adapter.made_on is None else WITH_SWIFTKV,

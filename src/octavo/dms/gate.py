@@ -23,7 +23,9 @@ class GateSpec:
     """What the gates of one model look like and when a marked token is forgotten.
 
     `layers`: how many gates, one per KV layer (a set of cached keys and values, which several layers of a model may
-    share). `granularity` "head": one decision per KV head; "layer": one for all heads of a layer. Raises ConfigError.
+    share). `granularity` "head": one decision per KV head; "layer": one for all heads of a layer.
+    `borrowed`: the gates read channels of the model's own queries, one per KV head (see `octavo.dms.checkpoint`), which
+    are `hidden` wide. Raises ConfigError.
     """
 
     layers: int
@@ -33,6 +35,7 @@ class GateSpec:
     scale: float = 100.0
     offset: float = 5.0
     granularity: Granularity = "head"
+    borrowed: bool = False
 
     def __post_init__(self) -> None:
         if min(self.layers, self.hidden, self.kv_heads) < 1 or not self.scale > 0:

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from octavo.adapter_file import check_fingerprint
 from octavo.attachment.adapters import Named, is_hub_id, resolve
 from octavo.attachment.attach import attach
-from octavo.attachment.supported import fingerprint
+from octavo.attachment.published import base_config, mark_borrowed, published_settings
 from octavo.dms.adapter import Adapter
 from octavo.errors import ConfigError, ModelNotFoundError, OctavoError
 from octavo.models.gguf import unpacked_gguf
 from octavo.swiftkv.adapter import SwiftKVAdapter
-from octavo.swiftkv.checkpoint import CONFIG, base_config, is_published, read_config, write_published
+from octavo.swiftkv.files import CONFIG
 
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_ADAPTER = "dms-8x"
@@ -32,23 +31,29 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    tokenizer: str | Path | None = None,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with its tokenizer and attach it. Returns (model, tokenizer).
 
-    `model`: a folder, a GGUF file, a hub id, or None for the embedded SmolLM2-135M-Instruct; a published SwiftKV
+    `model`: a folder, a GGUF file, a hub id, or None for the embedded SmolLM2-135M-Instruct; a published SwiftKV or DMS
     checkpoint is loaded as its base model. `adapter`: see `find_adapters`. `settings` go to `octavo.attach`.
-    `dtype` defaults to bfloat16 where the device computes in it, else float32; `device` to CUDA where there is one.
+    `tokenizer`: folder or hub id of the tokenizer, for checkpoints that come without one. `dtype` defaults to bfloat16
+    where the device computes in it, else float32; `device` to CUDA where there is one.
 
     Raises ModelNotFoundError, UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError.
     """
     found = find_adapters(adapter, model)
-    loaded, tokenizer = load_plain(model, dtype=dtype, device=device)
-    return attach(loaded, found, **settings), tokenizer
+    loaded, words = load_plain(model, dtype=dtype, device=device, tokenizer=tokenizer)
+    return attach(loaded, found, **settings), words
 
 
 def load_plain(
-    model: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    model: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and tokenizer as transformers does, unattached; arguments as in `load`.
 
@@ -61,8 +66,10 @@ def load_plain(
     published = published_config(source)
     config = {} if published is None else {"config": base_config(published, source)}
     try:
-        loaded = _whole(source, config, dtype or default_dtype(place))
-        tokenizer = AutoTokenizer.from_pretrained(source, **config)
+        loaded, beside = _whole(source, config, dtype or default_dtype(place))
+        if published is not None:
+            mark_borrowed(loaded, published, beside, source)
+        words = AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer, **config)
     except OctavoError:
         raise
     except (OSError, ValueError) as e:
@@ -71,7 +78,7 @@ def load_plain(
         said = f"{type(e).__name__}: {' '.join(str(e).split())}"
         raise ModelNotFoundError(f"cannot load model {source}, transformers fails on its files with {said}") from e
     nn.Module.to(loaded, place)
-    return nn.Module.eval(loaded), tokenizer
+    return nn.Module.eval(loaded), words
 
 
 def load_tokenizer(model: str | Path | None = None) -> Any:
@@ -99,7 +106,7 @@ def _place(device: str | torch.device) -> torch.device:
 
 
 def published_config(source: str | Path) -> dict[str, Any] | None:
-    """config.json of a published SwiftKV checkpoint, given its folder or hub id; None for anything else."""
+    """config.json of a published checkpoint, given its folder or hub id; None for anything else."""
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or not is_hub_id(source):
@@ -108,14 +115,15 @@ def published_config(source: str | Path) -> dict[str, Any] | None:
             folder = Path(hf_hub_download(str(source), CONFIG)).parent
         except (OSError, ValueError, EntryNotFoundError):
             return None  # transformers will say what is wrong with it
-    return read_config(folder) if is_published(folder) else None
+    return published_settings(folder)
 
 
-def _whole(source: str, config: dict[str, PreTrainedConfig], dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model and raise ModelNotFoundError where its files lack tensors.
+def _whole(source: str, config: dict[str, PreTrainedConfig], dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """(a model, names of tensors that its files have beside its own).
 
-    transformers fills missing tensors with random numbers and only warns. `config`: the base model's where the files
-    are a published SwiftKV checkpoint; the transform's tensors in them are then expected, and nothing warns of them.
+    Raises ModelNotFoundError where its files lack tensors: transformers fills missing ones with random numbers and only
+    warns. `config`: the base model's where the files are a published checkpoint; what that adds to the model's tensors
+    is then expected, and nothing warns of it.
     """
     level = transformers_logging.get_verbosity()
     if config:
@@ -135,7 +143,7 @@ def _whole(source: str, config: dict[str, PreTrainedConfig], dtype: torch.dtype)
                 f"cannot load model {source}: {what} {len(names)} of the model's tensors: "
                 f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             )
-    return model
+    return model, sorted(outcome[1]["unexpected_keys"])
 
 
 def default_model() -> Path | str:
@@ -153,40 +161,17 @@ def find_adapters(
     """What to attach to `model` (as in `load`): at most one set of gates and one SwiftKV transform.
 
     `adapters`: an Adapter, a SwiftKVAdapter, a folder, the name of a shipped one ("dms-8x", "dms-16x"), a hub id,
-    several of these in a sequence or as "a+b", or None for none. "auto" is dms-8x for the embedded model, a
-    published SwiftKV checkpoint's own transform for that, and none for others. See `attachment.adapters.resolve`.
+    several of these in a sequence or as "a+b", or None for none. "auto" is dms-8x for the embedded model, a published
+    checkpoint's own gates or transform for that, and none for others. See `attachment.adapters.resolve`.
 
     Raises AdapterFileError, UnsupportedModelError or ConfigError.
     """
     if isinstance(adapters, str) and adapters == "auto":
         if model is None:
             return resolve(DEFAULT_ADAPTER)
-        return resolve(model if published_config(model) is not None else None)
+        published = published_config(model)
+        return resolve(None if published is None or published.get("dms_disable_eviction") else model)
     return resolve(adapters)
-
-
-def save_published(
-    model: PreTrainedModel,
-    adapter: SwiftKVAdapter,
-    folder: str | Path,
-    tokenizer: Any = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    shard: int | str = "5GB",
-) -> None:
-    """Write a Llama or Qwen2 model and its SwiftKV adapter as a published checkpoint that other engines read.
-
-    `folder` must be empty or not there; `tokenizer` goes beside the weights; `dtype` is that of all tensors and
-    `shard` the largest size of one file. Raises UnsupportedModelError, AdapterMismatchError, OutputFileError or
-    ConfigError.
-    """
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=shard)
-    except ValueError as e:
-        raise ConfigError(f"shard must be bytes or a size such as '5GB', not {shard!r}") from e
-    check_fingerprint(adapter, fingerprint(model))
-    place = Path(folder).resolve()  # "." has no name, and what is written aside needs one
-    write_published(model, adapter.transform, place, tokenizer, dtype=dtype, shard=shard)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -159,6 +159,7 @@ class Bench:
 
         class Count:
             window = policy.window
+            gates = getattr(policy, "gates", None)
 
             def log_keep(self, layer: int, hidden: Tensor, key: Tensor) -> Tensor:
                 keep = policy.log_keep(layer, hidden, key)
