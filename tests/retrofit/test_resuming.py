@@ -91,10 +91,11 @@ def test_damaged_checkpoints_are_refused(damage, folder):
         prepared(folder, init=[tiny_adapter(tiny_model(), window=8)]).resume()
 
 
-def test_checkpoints_of_before_exercises_resume(folder):
+def test_checkpoints_of_before_exercises_and_shift_resume(folder):
     def older(metadata, tensors):
         settings = json.loads(metadata["settings"])
         assert settings.pop("exercises") == 0
+        assert settings["gates"].pop("shift") == 0
         return {**metadata, "settings": json.dumps(settings)}
 
     rewritten(folder / CHECKPOINT, older)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from octavo import attach
+from octavo import attach, load_adapter, save_published
 from octavo.attachment import attachment_of
 from octavo.errors import ConfigError, RetrofitError, RetrofitInterrupted
 from octavo.retrofit.checkpoint import CHECKPOINT, LOG
@@ -47,6 +47,20 @@ def test_the_target_is_approached_and_everything_is_written(student, tokenizer, 
     attach(student, adapter)
     assert adapter.card["settings"]["gates"]["target"] == 3
     assert torch.equal(adapter.gates.input_scale, torch.ones(2, 1)), "files hold the folded weight"
+
+
+def test_marks_may_be_read_one_token_later(student, tokenizer, source, tmp_path):
+    """As NVIDIA's layout has it, so that what is trained here can be written in it."""
+    settings = replace(SETTINGS, gates=replace(GATES, shift=1), steps=2)
+    trained = run(student, tokenizer, source, tmp_path / "run", settings)
+    (adapter,) = trained.adapters("mine")
+    assert adapter.gates.spec.eviction.shift == 1
+    save_published(student, adapter, tmp_path / "out")
+    written = load_adapter(tmp_path / "out").gates
+    assert written.spec == adapter.gates.spec
+    assert torch.equal(written.weight, adapter.gates.weight)
+    with pytest.raises(ConfigError, match="shift must be 0 or 1, not 2"):
+        replace(GATES, shift=2)
 
 
 def test_exercises_are_drawn_and_named_on_the_card(student, tokenizer, source, tmp_path):

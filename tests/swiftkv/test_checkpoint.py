@@ -302,16 +302,22 @@ def test_export_is_a_command(tmp_path, tokenizer):
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     octavo.save_swiftkv_adapter(adapter, tmp_path / "a", "fp32")
-    octavo.save_adapter(tiny_adapter(model), tmp_path / "gates")
+    gates = tiny_adapter(model, shift=1)
+    octavo.save_adapter(gates, tmp_path / "gates")
 
-    def export(name, **options):
-        arguments = ["export", str(tmp_path / "out"), "--model", str(tmp_path / "m"), "--adapter", str(tmp_path / name)]
-        return CliRunner().invoke(cli.app, arguments, **options)
+    def export(name, *options, out="out"):
+        arguments = ["export", str(tmp_path / out), "--model", str(tmp_path / "m"), "--adapter", str(tmp_path / name)]
+        return CliRunner().invoke(cli.app, [*arguments, *options])
 
-    refused = export("gates")
-    assert isinstance(refused.exception, ConfigError)
+    assert isinstance(export("gates", "--layout", "arctic").exception, ConfigError)
+    assert isinstance(export("a", "--layout", "nvidia").exception, ConfigError)
     done = export("a")
     assert done.exit_code == 0, done.exception
     whole, _ = octavo.load(tmp_path / "out", device="cpu", dtype=torch.float32)
     assert torch.equal(logits(whole), logits(octavo.attach(model, adapter)))
     assert isinstance(export("a").exception, OutputFileError)
+    done = export("gates", "--layout", "nvidia", out="dms")
+    assert done.exit_code == 0, done.exception
+    whole, _ = octavo.load(tmp_path / "dms", device="cpu", dtype=torch.float32)
+    assert torch.equal(attachment_of(whole).adapter.gates.weight, gates.gates.weight)
+    assert torch.equal(logits(whole), logits(octavo.attach(model, gates)))

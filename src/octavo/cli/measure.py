@@ -186,16 +186,22 @@ def _write(result: "Evaluation", adapters: "Sequence[Entry]", out: Path) -> None
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; empty or not there.")],
-    adapter: Annotated[str, typer.Option(help="SwiftKV adapter: folder, shipped name or hub id.")] = "swiftkv",
+    adapter: Annotated[str, typer.Option(help="SwiftKV adapter or gates: folder, shipped name or hub id.")] = "swiftkv",
     model: Model = None,
+    layout: Annotated[
+        str | None, typer.Option(help="'arctic' for SwiftKV, 'nvidia' for gates; what the adapter is if left out.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, as published checkpoints are, or bf16 or fp16.")] = "fp32",
 ) -> None:
-    """Write a Llama or Qwen2 model and its SwiftKV adapter as one published checkpoint, for other engines."""
+    """Write a model and its SwiftKV adapter or its gates as one published checkpoint, for other engines."""
     import octavo
 
     found = octavo.load_adapter(adapter)
-    if not isinstance(found, octavo.SwiftKVAdapter):
-        raise ConfigError(f"{adapter} is a set of DMS gates; give a SwiftKV adapter")
+    fits = "arctic" if isinstance(found, octavo.SwiftKVAdapter) else "nvidia"
+    if layout not in (None, fits):
+        raise ConfigError(
+            f"{adapter} is written in the layout '{fits}', not in {layout!r}: 'nvidia' is for gates alone"
+        )
     loaded, tokenizer = load_plain(model, dtype, "cpu")
     octavo.save_published(loaded, found, out, tokenizer, dtype=dtype_of(dtype))
     console.print(f"wrote {out}")

@@ -50,6 +50,7 @@ def dms(
     micro_batch: MicroBatch = 4,
     length: Length = 8192,
     window: Window = 256,
+    shift: Annotated[int, typer.Option(help="1 reads a mark one token later, as NVIDIA's layout does.")] = 0,
     lr: float = 2e-4,
     recall: Recall = 0.1,
     exercises: Exercises = None,
@@ -66,7 +67,7 @@ def dms(
     from octavo.retrofit.settings import GateSettings, RetrofitSettings, exercises_for
 
     settings = RetrofitSettings(
-        GateSettings(target, window, lr), steps=steps, batch=batch, micro_batch=micro_batch, length=length,
+        GateSettings(target, window, lr, shift=shift), steps=steps, batch=batch, micro_batch=micro_batch, length=length,
         recall=recall, seed=seed, exercises=exercises_for(recall, exercises),
     )  # fmt: skip
     start = adapters_of([init] if init else [])

@@ -62,6 +62,8 @@ def read_checkpoint(
     step, theirs = _metadata(path)
     if isinstance(theirs.get("settings"), dict):
         theirs["settings"].setdefault("exercises", 0.0)  # checkpoints of before had none
+        if isinstance(theirs["settings"].get("gates"), dict):
+            theirs["settings"]["gates"].setdefault("shift", 0)  # nor this
     differences = list(_differences(theirs, json.loads(json.dumps(made_with))))
     if differences:
         raise RetrofitError(

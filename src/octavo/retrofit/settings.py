@@ -18,7 +18,7 @@ class GateSettings:
 
     `target`: tokens per kept token asked for at the end, reached linearly after `ramp` of the steps; the
     learning rate then falls linearly to a tenth. The eviction still missing is taken per micro-batch
-    (`dms.objective`).
+    (`dms.objective`). `shift` 1 reads a token's mark one token later, as published checkpoints do.
     """
 
     target: float = 8.0
@@ -27,9 +27,12 @@ class GateSettings:
     ramp: float = 0.6
     temperature: float = 0.1
     eviction_weight: float = 1.0
+    shift: int = 0
 
     def __post_init__(self) -> None:
         _check_finite(self)
+        if self.shift not in (0, 1):
+            raise ConfigError(f"shift must be 0 or 1, not {self.shift}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1, not {self.window}")
         if self.target < 1 or not 0 < self.lr <= LARGEST_LR or not 0 < self.ramp <= 1 or not self.temperature > 0:

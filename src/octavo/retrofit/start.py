@@ -97,7 +97,8 @@ def first_gates(
     if s is None:
         return None, 1.0
     cached = spec.cached_layers if spec else config.num_hidden_layers
-    gates = Gates(GateSpec(cached, config.hidden_size, config.num_key_value_heads, Eviction(s.window))).to(model.device)
+    eviction = Eviction(s.window, s.shift)
+    gates = Gates(GateSpec(cached, config.hidden_size, config.num_key_value_heads, eviction)).to(model.device)
     if init is None:
         return gates, 1.0
     taken = cached
