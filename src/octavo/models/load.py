@@ -69,7 +69,7 @@ def load_plain(
         loaded, beside = _whole(source, config, dtype or default_dtype(place))
         if published is not None:
             mark_borrowed(loaded, published, beside, source)
-        words = AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer, **config)
+        words = _tokenizer(source if tokenizer is None else str(tokenizer), config)
     except OctavoError:
         raise
     except (OSError, ValueError) as e:
@@ -79,6 +79,18 @@ def load_plain(
         raise ModelNotFoundError(f"cannot load model {source}, transformers fails on its files with {said}") from e
     nn.Module.to(loaded, place)
     return nn.Module.eval(loaded), words
+
+
+def _tokenizer(source: str, config: dict[str, PreTrainedConfig]) -> Any:
+    """A tokenizer by folder or hub id. Raises ModelNotFoundError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source, **config)
+    except (OSError, ValueError) as e:
+        said = str(e).strip().partition("\n")[0]
+        raise ModelNotFoundError(
+            f"cannot load a tokenizer from {source}: {said}; where a checkpoint has none, name the base model's, as in "
+            "octavo.load(model, tokenizer=...)"
+        ) from e
 
 
 def load_tokenizer(model: str | Path | None = None) -> Any:
