@@ -62,7 +62,8 @@ def test_no_data_are_needed(tmp_path, tokenizer, model, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     run = ["retrofit", "dms", str(tmp_path / "run"), "--model", str(tmp_path / "model"), "--length", "100",
-           "--window", "16", "--steps", "2", "--batch", "2", "--micro-batch", "2", "--device", "cpu", "--dtype", "fp32"]  # fmt: skip
+           "--window", "16", "--steps", "2", "--batch", "2", "--micro-batch", "2", "--device", "cpu",
+           "--dtype", "fp32"]  # fmt: skip
     out = CliRunner().invoke(cli.app, run)
     assert out.exit_code == 0, out.exception
     assert out.stdout.index("sampling") < out.stdout.index("tokens sampled") < out.stdout.index("step 2/2")

@@ -70,7 +70,7 @@ def gather(
     asked = replace(asked, batch=sampling.batch_for(model, amount, asked.max_new_tokens))
     _sample(model, tokenizer, asked, folder, resume, console)
     sampled, said = sampling.load_sampled(tokenizer, asked, folder, settings.length)
-    if PartialState().is_main_process:
+    if _first_process(model):
         kinds = ", ".join(f"{said[kind]:,} {kind}" for kind in ("chats", "completions") if kind in said)
         console.print(escape(f"{said['tokens']:,} tokens sampled: {kinds}, in {folder / sampling.TEXT}"))
         for note in said["notes"]:
@@ -92,11 +92,15 @@ def _began_without(folder: Path) -> bool:
     return bool(trained) and not (folder / sampling.RECORD).exists()
 
 
+def _first_process(model: PreTrainedModel) -> bool:
+    return bool(PartialState(cpu=model.device.type == "cpu").is_main_process)  # on the device that training will use
+
+
 def _sample(
     model: PreTrainedModel, tokenizer: Any, asked: SamplingSettings, folder: Path, resume: bool, console: Console
 ) -> None:
     """Sample with a progress bar, in one process of several; the others wait."""
-    if not PartialState().is_main_process:
+    if not _first_process(model):
         sampling.wait(model, tokenizer, asked, folder)
         return
     columns = (TextColumn("sampling"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
