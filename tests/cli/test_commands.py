@@ -105,8 +105,8 @@ def tiny_folder(tmp_path):
 
 def test_retrofit_trains_resumes_and_makes_a_usable_adapter(tmp_path, tiny_folder):
     (tmp_path / "t.txt").write_text(TEXT)
-    base = ["--data", str(tmp_path / "t.txt"), "--model", str(tiny_folder), "--length", "300", "--window", "16",
-            "--batch", "2", "--micro-batch", "2", "--device", "cpu", "--dtype", "fp32"]  # fmt: skip
+    base = ["--data", str(tmp_path / "t.txt"), "--no-sampled", "--model", str(tiny_folder), "--length", "300",
+            "--window", "16", "--batch", "2", "--micro-batch", "2", "--device", "cpu", "--dtype", "fp32"]  # fmt: skip
     out = run("retrofit", "dms", str(tmp_path / "run"), *base, "--steps", "3", "--held-out", str(tmp_path / "t.txt"))
     assert out.exit_code == 0, out.exception
     for name in (
@@ -184,6 +184,9 @@ MISTAKES = {
     "kv_dtype must be": ["demo", "--kv-dtype", "bf16"],
     "steps must be": ["retrofit", "dms", "run", "--data", __file__, "--steps", "0"],
     "need at least as many": ["retrofit", "dms", "run", "--data", __file__],
+    "nothing to train on": ["retrofit", "swiftkv", "run", "--no-sampled"],
+    "leave --no-sampled out": ["retrofit", "swiftkv+dms", "run", "--data", "x", "--no-sampled", "--sample-tokens", "9"],
+    "--sample-tokens must be": ["retrofit", "dms", "run", "--sample-tokens", "0"],
     "cannot read /no/such.txt": ["retrofit", "dms", "run", "--data", __file__, "--held-out", "/no/such.txt"],
 }
 
@@ -227,7 +230,8 @@ def test_ctrl_c_in_training_leaves_a_checkpoint(tmp_path, tiny_folder):
 
     (tmp_path / "t.txt").write_text(TEXT)
     command = [sys.executable, "-c", "from octavo.cli.main import main; main()", "retrofit", "dms",
-               str(tmp_path / "run"), "--data", str(tmp_path / "t.txt"), "--model", str(tiny_folder), "--length", "300",
+               str(tmp_path / "run"), "--data", str(tmp_path / "t.txt"), "--model", str(tiny_folder), "--no-sampled",
+               "--length", "300",
                "--window", "16", "--batch", "2", "--steps", "5000", "--device", "cpu"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"

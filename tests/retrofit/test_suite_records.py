@@ -44,9 +44,9 @@ def test_table_names_bytes_and_differences():
     header, *lines = cells(record(gates()))
     assert header == ["", "dense", "gates|8x"]
     assert lines == [
-        ["bytes at 8,000", "1/1.00", "1/8.00"],
-        ["books 2,048, NLL", "2.0000", "+0.5000"],
-        ["facts 2,048", "75.0%", "50.0%"],
+        ["bytes at 8,000", "1", "1/8.00"],
+        ["books 2,048, NLL", "2.0000 ±0.5774", "+0.5000 ±0.0000"],
+        ["facts 2,048", "75.0% ±25.0", "50.0% ±0.0"],
     ]
     text = markdown(record(gates()))
     assert "gates\\|8x" in text.splitlines()[0]

@@ -27,6 +27,7 @@ from octavo.attachment import attachment_of, require_attachment
 from octavo.attachment.attach import detach, restore
 from octavo.cli.chat import Conversation, Sampling
 from octavo.cli.plots import heat_map, heat_map_text
+from octavo.retrofit.results import share_text
 
 TEXT = Path(__file__).parent / "texts" / "demo.txt"
 QUESTIONS = (
@@ -174,7 +175,7 @@ def table(ours: Reading, plain: Reading) -> Table:
     """Both readings side by side."""
     out = Table("", "with Octavo", "without", "ratio", title=f"{ours.prompt_tokens:,} prompt tokens, one run of each")
     held, dense = ours.nbytes, plain.nbytes
-    out.add_row("KV cache held at the end", f"{held:,} B", f"{dense:,} B", f"1/{dense / held:.2f}")
+    out.add_row("KV cache held at the end", f"{held:,} B", f"{dense:,} B", share_text(held, dense))
     for name, tokens, a, b in (
         ("prefill", ours.prompt_tokens, ours.prefill_s, plain.prefill_s),
         ("decode", ours.decoded_tokens, ours.decode_s, plain.decode_s),

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from octavo.cli.terminal import check_writable, console
-from octavo.errors import ConfigError, TextFileError
+from octavo.errors import ConfigError, OutputFileError, TextFileError
 
-ACROSS = 6  # policies beside the dense model in one table, so that it fits into a terminal
+ACROSS = 4  # policies beside the dense model in one table, so that it fits into a terminal
 app = typer.Typer()
 
 
@@ -60,7 +60,10 @@ def run(
     out: Path | None,
     says: Console,
 ) -> Any:
-    """Evaluate and print; the record, the plot and the table beside it where `out` is given. Returns the evaluation."""
+    """Evaluate and print; the record, the plot and the table beside it where `out` is given. Returns the evaluation.
+
+    The record is written after every policy, so that `compare` shows what an interrupted run has measured.
+    """
     from octavo.retrofit.suite import SuiteTexts, evaluate_long, read_suite_text
     from octavo.retrofit.suite.texts import read_chats
 
@@ -77,8 +80,9 @@ def run(
         spoken = read_chats(chats) if chats is not None else None if sample else []
         texts = SuiteTexts(prose, in_code, named, spoken, asked)
         result = evaluate_long(
-            model, tokenizer, texts, adapters, settings, lambda what: status.update(escape(f"measuring {what}"))
-        )
+            model, tokenizer, texts, adapters, settings, lambda what: status.update(escape(f"measuring {what}")),
+            lambda so_far: None if out is None else _write_json(so_far, out),
+        )  # fmt: skip
     show(result, says)
     if out is not None:
         write(result, out, out.with_suffix(".png"), out.with_suffix(".md"))
@@ -91,7 +95,8 @@ def show(result: Any, says: Console) -> None:
 
     header, *lines = cells(result)
     s = result.settings
-    title = f"{result.model}: NLL past token {s.nll_from:,} to the dense model's; shares of exact answers"
+    what = f"NLL past token {s.nll_from:,} to the dense model's; shares of exact answers; ± standard errors"
+    title = f"{result.model}: {what}"
     for first in range(2, max(3, len(header)), ACROSS):
         table = Table(title=escape(title), box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
@@ -105,6 +110,18 @@ def show(result: Any, says: Console) -> None:
         says.print(escape(note))
 
 
+def _write_json(result: Any, path: Path) -> None:
+    """Aside and renamed, so that there is a whole record at any time. Raises OutputFileError."""
+    from octavo.cli.training import write_text
+
+    aside = path.with_name(path.name + ".new")
+    write_text(aside, json.dumps(result.to_json()) + "\n")
+    try:
+        aside.replace(path)
+    except OSError as e:
+        raise OutputFileError(f"cannot write {path}: {e.strerror or e}") from e
+
+
 def write(result: Any, record: Path | None, png: Path | None, table: Path | None) -> None:
     """Write the JSON file, the plot and the Markdown table, those that are named. Raises OutputFileError."""
     from octavo.cli import plots
@@ -112,7 +129,7 @@ def write(result: Any, record: Path | None, png: Path | None, table: Path | None
     from octavo.retrofit.suite.results import markdown, points
 
     if record is not None:
-        write_text(record, json.dumps(result.to_json()) + "\n")
+        _write_json(result, record)
     if png is not None:
         plots.quality(points(result), png, f"{result.model}, bytes at {result.settings.held_at:,} tokens")
     if table is not None:

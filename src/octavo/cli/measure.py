@@ -50,7 +50,10 @@ HeldPages = Annotated[
 Questions = Annotated[
     Path | None, typer.Option(help="JSONL of 'question' and 'answer': how far answers agree with the base model's.")
 ]
-Record = Annotated[Path | None, typer.Option(help="JSON file; the plot goes beside it, with .png.")]
+Record = Annotated[
+    Path | None,
+    typer.Option(help="JSON file, with --suite written after every policy; the plot goes beside it, with .png."),
+]
 
 
 @app.command()

@@ -92,8 +92,12 @@ def skip_curve(rows: Sequence[tuple[float, float, str]], path: Path, limit: floa
 
 
 def quality(panels: Mapping[str, Sequence[tuple[float, float, str]]], path: Path, title: str) -> None:
-    """Write quality against bytes as a PNG: per panel (share of the dense model's bytes, figure, policy) per point."""
-    figure, axes = _figure(5.5 * min(2, len(panels)), 3.8 * ((len(panels) + 1) // 2), min(2, len(panels)), panels)
+    """Write quality against bytes as a PNG: per panel (share of the dense model's bytes, figure, policy) per point.
+
+    Panels are named "title: figure (unit)".
+    """
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    figure, axes = _figure(5.2 * columns, 3.8 * -(-len(panels) // columns), columns, panels)
     names = list(dict.fromkeys(name for panel in panels.values() for _, _, name in panel))
     marks, shown = "osD^v<>Ph*Xd", {}
     for axis, (head, panel) in zip(axes, panels.items(), strict=False):
@@ -104,10 +108,13 @@ def quality(panels: Mapping[str, Sequence[tuple[float, float, str]]], path: Path
         axis.set_xscale("log", base=2)
         shares = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
         axis.set_xticks(shares, [f"1/{round(1 / share)}" if share < 1 else "1" for share in shares])
-        axis.set(title=head, xlabel="bytes of keys and values", xlim=(min(1 / 17, *(p[0] for p in panel)) * 0.9, 1.2))
+        axis.minorticks_off()
+        what, _, unit = head.partition(": ")
+        axis.set(title=what, ylabel=unit, xlabel="bytes of keys and values, share of a dense cache's (log scale)")
+        axis.set(xlim=(min(1 / 17, *(p[0] for p in panel)) * 0.9, 1.2))
         axis.grid(alpha=0.4)
     figure.suptitle(title)
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2 * columns, fontsize="small")
     _save(figure, path)
 
 

@@ -14,7 +14,23 @@ PROMPTS = 2000  # made up where none are given
 LIMIT, SHARES = 0.04, "0.17,0.27,0.33,0.4,0.5"  # of --search
 
 Out = Annotated[Path, typer.Argument(help="Folder for the run and, at its end, the adapter.")]
-Data = Annotated[list[str], typer.Option(help="Text, JSONL (.xz, .gz) or .npy token file; 'path:share' weighs a mix.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text, JSONL (.xz, .gz) or .npy token file to train on beside what the model samples; may be repeated. "
+        "'path:share' weighs a mix, in which the sampled text has a share of 1."
+    ),
+]
+Sampled = Annotated[
+    bool, typer.Option("--sampled/--no-sampled", help="Whether the model writes text to be trained on; needs no data.")
+]
+SampleTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that it writes, kept in OUT; if left out, an eighth of those trained on (steps x batch x length), "
+        "2,000,000 at most (250,000 on a CPU), read again where that is not enough."
+    ),
+]
 Target = Annotated[float, typer.Option(help="Tokens per kept token to train for.")]
 Window = Annotated[int, typer.Option(help="Tokens a marked one stays visible.")]
 Skip = Annotated[float | None, typer.Option(help="Share of layers to skip at least; 0.33, or --init's, if left out.")]
@@ -42,7 +58,9 @@ Name = Annotated[str | None, typer.Option(help="The adapter's name; the folder's
 @app.command()
 def dms(
     out: Out,
-    data: Data,
+    data: Data = None,
+    sampled: Sampled = True,
+    sample_tokens: SampleTokens = None,
     model: Model = None,
     target: Target = 8.0,
     steps: int = 200,
@@ -62,23 +80,27 @@ def dms(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Distil eviction gates for a model from text."""
+    """Distil eviction gates for a model, from text that it samples itself, from yours, or both."""
     from octavo.cli.training import train
+    from octavo.cli.training_text import TrainingText
     from octavo.retrofit.settings import GateSettings, RetrofitSettings, exercises_for
 
+    text = TrainingText(data or [], sampled, sample_tokens)
     settings = RetrofitSettings(
         GateSettings(target, window, lr, shift=shift), steps=steps, batch=batch, micro_batch=micro_batch, length=length,
         recall=recall, seed=seed, exercises=exercises_for(recall, exercises),
     )  # fmt: skip
     start = adapters_of([init] if init else [])
     loaded, tokenizer = load_plain(model, dtype, device)
-    train(loaded, tokenizer, data, settings, out, name, start, resume, held_out, console)
+    train(loaded, tokenizer, text, settings, out, name, start, resume, held_out, console)
 
 
 @app.command()
 def swiftkv(
     out: Out,
-    data: Data,
+    data: Data = None,
+    sampled: Sampled = True,
+    sample_tokens: SampleTokens = None,
     model: Model = None,
     skip: Skip = None,
     kv_layers: KvLayers = None,
@@ -106,6 +128,7 @@ def swiftkv(
 ) -> None:
     """Distil weights with which prompt tokens skip the later layers (SwiftKV)."""
     from octavo.cli.training import find_skip, train
+    from octavo.cli.training_text import TrainingText
     from octavo.retrofit.settings import RetrofitSettings, SwiftSettings, exercises_for, shape_for
 
     if search and (skip is not None or kv_layers is not None or init or name is not None):
@@ -113,6 +136,7 @@ def swiftkv(
     if not search and (limit is not None or shares is not None):
         raise ConfigError("--limit and --shares are for --search; give it too, or --skip for one share")
     tried = numbers("--shares", SHARES if shares is None else shares, float)
+    text = TrainingText(data or [], sampled, sample_tokens)
     adapters = adapters_of(init or [])
     loaded, tokenizer = load_plain(model, dtype, device)
     layers = loaded.config.num_hidden_layers
@@ -124,15 +148,17 @@ def swiftkv(
     )  # fmt: skip
     if search:
         allowed = LIMIT if limit is None else limit
-        find_skip(loaded, tokenizer, data, settings, tried, out, resume, held_out, allowed, console)
+        find_skip(loaded, tokenizer, text, settings, tried, out, resume, held_out, allowed, console)
     else:
-        train(loaded, tokenizer, data, settings, out, name, adapters, resume, held_out, console)
+        train(loaded, tokenizer, text, settings, out, name, adapters, resume, held_out, console)
 
 
 @app.command("swiftkv+dms")
 def swiftkv_and_dms(
     out: Out,
-    data: Data,
+    data: Data = None,
+    sampled: Sampled = True,
+    sample_tokens: SampleTokens = None,
     model: Model = None,
     skip: Skip = None,
     kv_layers: KvLayers = None,
@@ -161,8 +187,10 @@ def swiftkv_and_dms(
 ) -> None:
     """Distil SwiftKV weights and eviction gates together; the gates go to a folder inside the adapter's."""
     from octavo.cli.training import train
+    from octavo.cli.training_text import TrainingText
     from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings, exercises_for, shape_for
 
+    text = TrainingText(data or [], sampled, sample_tokens)
     adapters = adapters_of(init or [])
     loaded, tokenizer = load_plain(model, dtype, device)
     shape = shape_for(loaded.config.num_hidden_layers, skip, kv_layers, group, adapters)
@@ -172,7 +200,7 @@ def swiftkv_and_dms(
         steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
         exercises=exercises_for(recall, exercises),
     )  # fmt: skip
-    train(loaded, tokenizer, data, settings, out, name, adapters, resume, held_out, console, gates_name)
+    train(loaded, tokenizer, text, settings, out, name, adapters, resume, held_out, console, gates_name)
 
 
 @app.command()

@@ -19,17 +19,19 @@ from transformers import PreTrainedModel
 
 import octavo
 from octavo.cli import plots
+from octavo.cli.training_text import TrainingText, gather
 from octavo.errors import AdapterFileError, ConfigError, OutputFileError, TextFileError
 from octavo.retrofit.agreement import Question
 from octavo.retrofit.card import card_text, needles_phrase
-from octavo.retrofit.checkpoint import FILES, read_log
-from octavo.retrofit.data import Source, encode, load_source, parse_mix, read_text, source_names
+from octavo.retrofit.checkpoint import FILES, read_log, refuse_unfinished
+from octavo.retrofit.data import encode, read_text
 from octavo.retrofit.entries import Entry
 from octavo.retrofit.evaluate import evaluate
 from octavo.retrofit.results import Evaluation, EvaluationSettings, Row, cells
+from octavo.retrofit.sampling import RECORD, TEXT
 from octavo.retrofit.search import SearchResult, candidates, search
 from octavo.retrofit.settings import RetrofitSettings
-from octavo.retrofit.start import Init
+from octavo.retrofit.start import Init, chosen
 from octavo.retrofit.trainer import Retrofit, StepReport
 
 Either = octavo.SwiftKVAdapter | octavo.Adapter
@@ -40,7 +42,7 @@ CARD, PLOT = "README.md", "training.png"
 def train(
     model: PreTrainedModel,
     tokenizer: Any,
-    data: list[str],
+    data: TrainingText,
     settings: RetrofitSettings,
     folder: Path,
     name: str | None,
@@ -61,7 +63,11 @@ def train(
         _check_gates_name(gates_name, folder)
     tokens = None if held_out is None else _held_out(held_out, tokenizer, settings.length)
     measure = None if tokens is None else card_settings(settings)
-    run = Retrofit(model, tokenizer, _sources(data, tokenizer, settings, console), settings, folder, init)
+    chosen(model, settings, init)
+    if not resume:
+        refuse_unfinished(folder)
+    sources, said = gather(data, model, tokenizer, settings, folder, resume, console)
+    run = Retrofit(model, tokenizer, sources, settings, folder, init)
     if resume:
         run.resume()
     finished = run.step == settings.steps
@@ -69,6 +75,8 @@ def train(
         task = bar.add_task("", total=settings.steps, completed=run.step)
         run.run(lambda r: bar.update(task, completed=r.step, description=progress_text(r)))
     adapters: Trained = run.adapters(name or folder.resolve().name, gates_name)
+    for adapter in adapters:
+        adapter.card.update(said)
     if run.accelerator.is_main_process:
         plots.training(read_log(folder, settings.steps), folder / PLOT)
         if finished:
@@ -87,7 +95,7 @@ def _check_gates_name(name: str, folder: Path) -> None:
     plain = name not in ("", "..") and name == Path(name).name and not set(name) & set("+/\\\0")
     if not plain:
         raise ConfigError(f"--gates-name must be the name of a folder inside {folder}, without '+', not {name!r}")
-    taken = name.removesuffix(".new") in (*FILES, CARD, PLOT)
+    taken = name.removesuffix(".new") in (*FILES, TEXT, RECORD, CARD, PLOT)
     if taken or ((folder / name).exists() and not (folder / name).is_dir()):
         raise ConfigError(f"--gates-name {name} is the name of a file in {folder}; give another")
 
@@ -128,7 +136,7 @@ def save(adapters: Trained, folder: Path) -> Trained:
 def find_skip(
     model: PreTrainedModel,
     tokenizer: Any,
-    data: list[str],
+    data: TrainingText,
     settings: RetrofitSettings,
     shares: Sequence[float],
     folder: Path,
@@ -149,7 +157,9 @@ def find_skip(
     kv_layers = candidates(model.config.num_hidden_layers, shares, settings.swiftkv.group)
     tokens = _held_out(held_out, tokenizer, settings.length)
     measure = replace(card_settings(settings, 16), lengths=(), baselines=False)
-    sources = _sources(data, tokenizer, settings, console)
+    for k in kv_layers if not resume else ():
+        refuse_unfinished(folder / f"k{k}")
+    sources, said = gather(data, model, tokenizer, settings, folder, resume, console)
     with _progress(console) as bar:
         tasks = {k: bar.add_task(f"K={k}", total=settings.steps) for k in kv_layers}
         result, adapters = search(
@@ -161,6 +171,7 @@ def find_skip(
     found = result.to_json()
     for adapter in adapters:
         adapter.card["search"] = {key: found[key] for key in ("settings", "limit", "base_nll", "evaluation", "rows")}
+        adapter.card.update(said)
         save([adapter], folder / adapter.name)
     write_text(folder / "search.json", json.dumps(found, indent=2) + "\n")
     plots.skip_curve([(row.skip, row.to_base, row.name) for row in result.rows], folder / "search.png", limit)
@@ -273,14 +284,6 @@ def search_table(result: SearchResult) -> Table:
         measured = (f"{row.loss:.4f}", f"{row.nll:.4f}", f"{row.to_base:+.4f}")
         table.add_row(f"{row.skip:.1%}", str(row.kv_layers), str(row.group), *measured, mark)
     return table
-
-
-def _sources(data: list[str], tokenizer: Any, settings: RetrofitSettings, console: Console) -> list[Source]:
-    with console.status("reading the data"):
-        mix = parse_mix(data)
-        loaded = [load_source(path, tokenizer, settings.length, share) for path, share in mix]
-        names = source_names([path for path, _ in mix])
-        return [replace(source, name=name) for source, name in zip(loaded, names, strict=True)]
 
 
 def _held_out(path: Path, tokenizer: Any, length: int) -> npt.NDArray[Any]:

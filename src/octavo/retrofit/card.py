@@ -16,7 +16,9 @@ def card_text(adapter: Adapter | SwiftKVAdapter) -> str:
     lines = [f"# {adapter.name}", "", *_what(adapter), ""]
     lines.append(f"Started from {card.get('init') or _fresh(adapter)}.")
     lines.append("Training: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".")
-    lines.append("Data: " + ", ".join(f"{k} (share {v:g})" for k, v in data.items()) + ".")
+    lines.append("Data: " + ", ".join(_source(k, v, card.get("tokens", {}).get(k)) for k, v in data.items()) + ".")
+    if "sampled" in card:
+        lines.append(_sampled(card["sampled"]))
     if "evaluation" in card:
         lines += ["", *_evaluation(card["evaluation"])]
     if "search" in card:
@@ -48,6 +50,19 @@ def _fresh(adapter: Adapter | SwiftKVAdapter) -> str:
         return "gates that keep everything"
     start = adapter.card.get("settings", {}).get("swiftkv", {}).get("start")
     return "keys and values fitted by regression" if start == "regression" else "the model's own projections"
+
+
+def _source(name: str, share: float, tokens: int | None) -> str:
+    return f"{name} (share {share:g}{'' if tokens is None else f', {tokens:,} tokens'})"
+
+
+def _sampled(found: dict[str, Any]) -> str:
+    kinds = " and ".join(f"{found[kind]:,} {kind}" for kind in ("chats", "completions") if found.get(kind))
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in found["notes"])
+    return (
+        f"The model sampled {found['tokens']:,} tokens at temperature 0.7 from {found['prompts']:,} made-up prompts, "
+        f"seed {found['seed']}: {kinds}.{notes}"
+    )
 
 
 def _evaluation(measured: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from octavo.errors import ConfigError, OutputFileError, TextFileError
-from octavo.retrofit.data import numbered_lines
+from octavo.retrofit.data import encode, numbered_lines
 
 PROMPT_KEYS = ("prompt", "question", "instruction", "text")
 
@@ -77,7 +77,6 @@ def write_chats(
         raise OutputFileError(f"cannot write {out}: {e.strerror or e}") from e
 
 
-@torch.no_grad()
 def sampled_chats(
     model: PreTrainedModel, tokenizer: Any, prompts: list[str], max_new_tokens: int, seed: int | None = None
 ) -> list[list[dict[str, str]]]:
@@ -85,16 +84,42 @@ def sampled_chats(
 
     `seed`: of the sampling; None goes on from the generators as they are.
     """
-    if seed is not None:
-        torch.manual_seed(seed)
-    tokenizer.padding_side = "left"
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    ids = model.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_p=0.95
-    )
-    answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = _gone_on(model, tokenizer, [encode(tokenizer, text) for text in texts], max_new_tokens, seed)
     return [
         [*chat, {"role": "assistant", "content": answer.strip()}] for chat, answer in zip(asked, answers, strict=True)
     ]
+
+
+def sampled_texts(
+    model: PreTrainedModel, tokenizer: Any, openings: list[str], max_new_tokens: int, seed: int | None = None
+) -> list[str]:
+    """How the model goes on from each of `openings`, sampled as in `sampled_chats`; what it says may be empty."""
+    begun = [tokenizer(opening, verbose=False)["input_ids"] for opening in openings]  # with a first token, if there is
+    return _gone_on(model, tokenizer, begun, max_new_tokens, seed)
+
+
+@torch.no_grad()
+def _gone_on(
+    model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, seed: int | None
+) -> list[str]:
+    """What comes after each prompt, special tokens left out; shorter than asked where the model has no positions."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    longest = max(map(len, prompts))
+    positions = getattr(model.config, "max_position_embeddings", None) or longest + max_new_tokens
+    if longest >= positions:
+        raise ConfigError(f"a prompt has {longest} tokens, and the model {positions} positions: give shorter prompts")
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)  # the tokenizer need not have a token for padding
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    out = model.generate(  # type: ignore[operator]
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
+        max_new_tokens=min(max_new_tokens, positions - longest), do_sample=True, temperature=0.7, top_p=0.95,
+    )  # fmt: skip
+    said: list[str] = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return said

@@ -12,7 +12,7 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ import numpy.typing as npt
 from octavo.errors import ConfigError, TextFileError
 
 Tokens = npt.NDArray[np.integer[Any]]
+Document = str | list[dict[str, str]]
+LOOKED_AT = 4096  # characters of a file that tell whether it is text
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Source:
         return piece.astype(np.int64)
 
 
-def read_documents(path: Path) -> Iterator[str | list[dict[str, str]]]:
+def read_documents(path: Path) -> Iterator[Document]:
     """Documents of a text or JSONL file: strings, or chats as lists of {"role", "content"}.
 
     JSONL lines hold `text` or `messages`; `.xz` and `.gz` are read through. Raises TextFileError.
@@ -113,16 +115,38 @@ def load_source(path: str | Path, tokenizer: Any, length: int, share: float = 1.
     return Source(path.name, tokens, starts, share, ends)
 
 
+def source_of(name: str, documents: Iterable[Document], tokenizer: Any, length: int, share: float) -> Source:
+    """Documents in memory as a source of sequences of `length` tokens. Raises TextFileError where they hold fewer."""
+    tokens, ends, chats = _tokenized(documents, name, tokenizer)
+    if len(tokens) < length:
+        raise TextFileError(f"{name} has {len(tokens):,} tokens; sequences of {length:,} need at least as many")
+    return Source(name, tokens, np.concatenate([[0], ends[:-1]]) if chats else None, share, ends)
+
+
 def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64], bool]:
     """(all documents as one stream; where each ends; whether any is a chat).
 
     The stream is [n] uint16 or uint32, the ends [documents] int64. Texts are closed by the end token where the
-    tokenizer has one. Raises TextFileError where the file cannot be read or holds no documents.
+    tokenizer has one. Raises TextFileError where the file cannot be read, is no text or holds no documents.
     """
+    return _tokenized(_checked(read_documents(path), str(path)), str(path), tokenizer)
+
+
+def _checked(documents: Iterable[Document], name: str) -> Iterator[Document]:
+    """The documents as they are. Raises TextFileError where the first characters of them are no text."""
+    sample = ""
+    for document in documents:
+        if len(sample) < LOOKED_AT:
+            sample += document[:LOOKED_AT] if isinstance(document, str) else "".join(m["content"] for m in document)
+        yield document
+    check_text(sample, name)
+
+
+def _tokenized(documents: Iterable[Document], name: str, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64], bool]:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     pieces, chats = [], False
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in read_documents(path):
+    for document in documents:
         if isinstance(document, str):
             ids = [*encode(tokenizer, document), *end]
         else:
@@ -131,8 +155,14 @@ def tokenize(path: Path, tokenizer: Any) -> tuple[Tokens, npt.NDArray[np.int64],
         if ids:
             pieces.append(np.array(ids, dtype=dtype))
     if not pieces:
-        raise TextFileError(f"{path} holds no documents")
+        raise TextFileError(f"{name} holds no documents")
     return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces]), chats
+
+
+def check_text(sample: str, name: str) -> None:
+    """Raise TextFileError where more than one character in twenty cannot be printed."""
+    if sum(not c.isprintable() and not c.isspace() for c in sample) + sample.count("\ufffd") > 0.05 * len(sample):
+        raise TextFileError(f"{name} is no text: more than one character in twenty of it cannot be printed")
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -188,7 +218,9 @@ def _opened(path: Path) -> Iterator[IO[str]]:
     try:
         with _open(path) as f:
             yield f
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError) as e:
+    except UnicodeDecodeError as e:
+        raise TextFileError(f"cannot read {path}: {e.reason} at byte {e.start}; it must be text in UTF-8") from e
+    except (OSError, lzma.LZMAError, zlib.error, EOFError) as e:
         raise TextFileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
@@ -200,7 +232,7 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8")
 
 
-def _document(line: str, where: str) -> str | list[dict[str, str]]:
+def _document(line: str, where: str) -> Document:
     try:
         record = json.loads(line)
     except ValueError as e:

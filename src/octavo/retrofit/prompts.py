@@ -1,6 +1,6 @@
 """Prompts of many kinds for a model to answer, made from seeds: what it samples from them is text in its own words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ _TASKS = (
     "downloads a page|validates an e-mail address|computes Fibonacci numbers|flattens lists|plays a guessing game"
 ).split("|")
 _LANGUAGES = "Python|JavaScript|C|Java|Rust|Go|SQL|Bash".split("|")
-_FORMS: tuple[Callable[["_Draw"], str], ...] = (
+_FORMS: tuple[Callable[["Draw"], str], ...] = (
     lambda d: f"What is {d.topic()}?" if d.chance() else f"Tell me about {d.topic()}.",
     lambda d: f"Explain {d.topic()} to {d.person()}.",
     lambda d: f"Write a short story about {d.topic()} {d.place()}.",
@@ -57,11 +57,14 @@ _FORMS: tuple[Callable[["_Draw"], str], ...] = (
 )
 
 
-class _Draw:
+class Draw:
+    """Words for prompts, drawn from a generator."""
+
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
 
-    def _one(self, options: list[str]) -> str:
+    def one(self, options: Sequence[str]) -> str:
+        """One of `options`."""
         return options[int(self.rng.integers(len(options)))]
 
     def chance(self) -> bool:
@@ -71,24 +74,24 @@ class _Draw:
         return int(self.rng.integers(least, most + 1))
 
     def topic(self) -> str:
-        return self._one(_TOPICS)
+        return self.one(_TOPICS)
 
     def person(self) -> str:
-        return self._one(_PEOPLE)
+        return self.one(_PEOPLE)
 
     def place(self) -> str:
-        return self._one(_PLACES)
+        return self.one(_PLACES)
 
     def task(self) -> str:
-        return self._one(_TASKS)
+        return self.one(_TASKS)
 
     def language(self) -> str:
-        return self._one(_LANGUAGES)
+        return self.one(_LANGUAGES)
 
 
 def made_prompts(count: int, seed: int = 0) -> list[str]:
     """`count` prompts: questions, stories, lists, tables, code, sums and more. Raises ConfigError."""
     if count < 1:
         raise ConfigError(f"the number of prompts must be at least 1, not {count}")
-    draw = _Draw(np.random.default_rng(seed))
+    draw = Draw(np.random.default_rng(seed))
     return [_FORMS[int(draw.rng.integers(len(_FORMS)))](draw) for _ in range(count)]

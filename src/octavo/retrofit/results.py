@@ -97,7 +97,7 @@ def cells(lengths: Sequence[int], rows: Sequence[Row]) -> list[list[str]]:
     def held(row: Row) -> str:
         if row.nbytes is None or row.dense_nbytes is None:
             return ""
-        return f"{row.nbytes:,} (1/{row.dense_nbytes / row.nbytes:.2f})"
+        return f"{row.nbytes:,} ({share_text(row.nbytes, row.dense_nbytes)})"
 
     needles = [{int(n): f"{share:.3f}" for n, share in row.needle.items()} for row in rows]  # JSON's keys are strings
     columns = [
@@ -113,6 +113,15 @@ def cells(lengths: Sequence[int], rows: Sequence[Row]) -> list[list[str]]:
         ["bytes held", *(held(row) for row in rows)],
     ]
     return [list(line) for line in zip(*(c for c in columns if any(c[1:])), strict=True)]
+
+
+def share_text(nbytes: int, dense_nbytes: int) -> str:
+    """Bytes against a dense cache's for people: "1/7.18" where there are fewer, else "1" or "1.03x"."""
+    saved = f"{dense_nbytes / nbytes:.2f}"
+    if float(saved) > 1:
+        return f"1/{saved}"
+    more = f"{nbytes / dense_nbytes:.2f}"
+    return "1" if float(more) == 1 else f"{more}x"
 
 
 def skip_points(result: Evaluation, adapters: Sequence[Entry]) -> list[tuple[float, float, str]]:

@@ -23,9 +23,7 @@ def check_sources(model: PreTrainedModel, sources: Sequence[Source], length: int
     """Raise ConfigError unless there is text, of tokens that the model knows, and it has positions for `length`."""
     if not sources:
         raise ConfigError("training needs at least one source of text")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ConfigError(f"length {length} is past the model's {positions} positions; give {positions} at most")
+    check_length(model, length)
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[no-untyped-call, assignment]
     known = len(embedding)
     for source in sources:
@@ -35,6 +33,13 @@ def check_sources(model: PreTrainedModel, sources: Sequence[Source], length: int
                 f"{source.name} holds token {highest}, but the model knows {known} tokens; "
                 "use text tokenised with the model's own tokenizer"
             )
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise ConfigError unless the model has positions for `length`."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(f"length {length} is past the model's {positions} positions; give {positions} at most")
 
 
 def chosen(

@@ -310,6 +310,7 @@ class Retrofit:
         """
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
         card: dict[str, Any] = {"settings": settings, "data": shares_by_name(self.sources)}
+        card["tokens"] = dict(zip(card["data"], (len(source.tokens) for source in self.sources), strict=True))
         made_for, made_on = fingerprint(self.model), None
         out: list[SwiftKVAdapter | Adapter] = []
         if self.transform is not None:

@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from octavo.errors import ConfigError, TextFileError
+from octavo.retrofit.results import share_text
 from octavo.retrofit.suite.settings import LongSettings
 
 
@@ -35,11 +36,20 @@ class SetResult:
         """(difference to the dense model's figure, its standard error over cases, NaN for one case)."""
         if self.metric == "same":
             return self.same - dense.same, math.nan
-        ours, theirs = (self.nlls, dense.nlls) if self.metric == "nll" else (self.hits, dense.hits)
-        per_case = 1.0 if self.metric == "nll" else self.answers / self.cases
-        differences = [(a - b) / per_case for a, b in zip(ours, theirs, strict=True)]
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        differences = [(a - b) for a, b in zip(self._per_case(), dense._per_case(), strict=True)]
+        error = _error(differences)
         return (self.nll - dense.nll if self.metric == "nll" else self.exact - dense.exact), error
+
+    def error(self) -> float:
+        """The standard error of the figure itself over cases; NaN for one case, and where cases were not kept."""
+        return math.nan if self.metric == "same" else _error(self._per_case())
+
+    def _per_case(self) -> list[float]:
+        return self.nlls if self.metric == "nll" else [hits * self.cases / self.answers for hits in self.hits]
+
+
+def _error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -123,21 +133,29 @@ def cells(result: LongEvaluation) -> list[list[str]]:
     """A table, its header first: one line per set of cases, one column per policy.
 
     NLL to the dense model's, which is given itself; shares in percent, those of exact answers or of equal tokens.
+    Behind ±, where there are several cases, the standard error: of the difference to the dense model for NLL, else of
+    the figure itself.
     """
     dense = result.policies[0]
     header = ["", *(row.policy for row in result.policies)]
-    held = [f"1/{row.dense_nbytes / row.nbytes:.2f}" for row in result.policies]
+    held = [share_text(row.nbytes, row.dense_nbytes) for row in result.policies]
     lines = [[f"bytes at {result.settings.held_at:,}", *held]]
     if any(row.skipped is not None for row in result.policies):
         lines.append(["layers skipped", *("" if r.skipped is None else f"{r.skipped:.0%}" for r in result.policies)])
     for i, base in enumerate(dense.sets):
         measures = [row.sets[i] for row in result.policies]
         if base.metric == "nll":
-            shown = [f"{base.nll:.4f}", *(f"{m.nll - base.nll:+.4f}" for m in measures[1:])]
+            shown = [f"{base.nll:.4f}{_behind(base.error(), '.4f')}"]
+            shown += [f"{x:+.4f}{_behind(error, '.4f')}" for x, error in (m.to_dense(base) for m in measures[1:])]
         else:
-            shown = [f"{m.exact if base.metric == 'exact' else m.same:.1%}" for m in measures]
+            shares = [m.exact if base.metric == "exact" else m.same for m in measures]
+            shown = [f"{x:.1%}{_behind(100 * m.error(), '.1f')}" for x, m in zip(shares, measures, strict=True)]
         lines.append([label(base), *shown])
     return [header, *lines]
+
+
+def _behind(error: float, digits: str) -> str:
+    return "" if math.isnan(error) else f" ±{error:{digits}}"
 
 
 def label(each: SetResult) -> str:
@@ -155,13 +173,13 @@ def markdown(result: LongEvaluation) -> str:
 
 
 def points(result: LongEvaluation) -> dict[str, list[tuple[float, float, str]]]:
-    """What the plot draws: per panel (share of the dense bytes, figure, policy) of every policy.
+    """What the plot draws: per panel, "title: figure (unit)", (share of dense bytes, figure, policy) of every policy.
 
     Panels: NLL to dense of texts and of repeats, means over sets; points of exact answers lost, mean over tasks; facts.
     """
     panels: dict[str, list[tuple[float, float, str]]] = {
-        "texts: NLL to dense": [], "repeats: NLL to dense": [], "tasks: exact answers lost (points)": [],
-        "facts: exact answers (%)": [],
+        "texts: NLL to dense (nats per token)": [], "repeats: NLL to dense (nats per token)": [],
+        "tasks: exact answers lost (percentage points)": [], "facts: exact answers (%)": [],
     }  # fmt: skip
     dense = result.policies[0]
     for row in result.policies:

@@ -37,13 +37,14 @@ def evaluate_long(
     adapters: Sequence[Entry] | Mapping[str, Entry] = (),
     settings: LongSettings | None = None,
     on_progress: Said = lambda what: None,
+    on_policy: Callable[[LongEvaluation], None] = lambda so_far: None,
 ) -> LongEvaluation:
     """Measure the model dense, under each of `adapters`, and under the training-free policies at the same slots.
 
     `adapters`: gates, SwiftKV adapters, and (SwiftKV adapter, its gates), by name where their own will not do. The
     rivals (sinks and recent tokens, key norm, random) hold in every set of cases as many slots as plain gates do
     there: the first of `adapters` that are, or all where `settings.every_budget`. `on_progress` hears what is being
-    done. The model is left as it was found.
+    done, `on_policy` gets what there is after every policy. The model is left as it was found.
 
     Raises TextFileError for too short a text, ConfigError for lengths that the model has no positions for or that a
     case does not fit into, AdapterMismatchError, and UnsupportedModelError where the model cannot be attached.
@@ -62,12 +63,15 @@ def evaluate_long(
         bench = _Bench(model, texts, settings, cases, on_progress)
         for parts in (DENSE, *entries):
             out.policies.append(bench.entry(parts))
+            if len(out.policies) == 1:
+                _say_of_dense(out)
+            on_policy(out)
         for parts, found in _budgets(entries, out.policies[1:], settings):
             for name, kind in BASELINES.items():
                 out.policies.append(bench.rival(name, kind, parts.name, found, settings.every_budget))
+                on_policy(out)
     finally:
         restore(model, before)
-    _say_of_dense(out)
     return out
 
 

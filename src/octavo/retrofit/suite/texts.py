@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from octavo.errors import TextFileError
-from octavo.retrofit.data import Source, load_source, read_documents
+from octavo.retrofit.data import Source, check_text, load_source, read_documents
 
 Messages = list[dict[str, str]]
 
@@ -41,8 +41,7 @@ def read_suite_text(path: Path, tokenizer: Any, length: int) -> Source:
             f"{path} holds token {largest:,}, but the tokenizer has {len(tokenizer):,}: another's tokens"
         )
     sample = tokenizer.decode(source.tokens[:4096].astype(np.int64), skip_special_tokens=True)
-    if sum(not c.isprintable() and not c.isspace() for c in sample) + sample.count("\ufffd") > 0.05 * len(sample):
-        raise TextFileError(f"{path} is no text: more than one character in twenty of it cannot be printed")
+    check_text(sample, str(path))
     return source
 
 
