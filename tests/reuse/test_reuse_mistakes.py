@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import os
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from octavo.reuse.files import encoded, read_entry
 from octavo.reuse.index import Index
 from octavo.reuse.record import Entry, Record
 from octavo.reuse.shelf import Rules, Shelf
+from octavo.reuse.shelving import Shelving
 from reuse.plain import Model
 from reuse.test_disk import opened, prompt
 from reuse.test_reuse_generate import GREEDY, SETTINGS, gated
@@ -294,3 +297,54 @@ def test_what_is_known_of_tenants_is_bounded():
         shelf.add(record)
         shelf.remove(record)
     assert not shelf.by_tenant
+
+
+def test_an_interrupt_while_a_request_is_opened_leaves_nothing_open(monkeypatch):
+    model, store = Model(Eviction(7)), ReuseStore(shortest=4, back=10)
+    model.ask(store, list(range(20)))
+    begin = ReuseStore._begin
+
+    def interrupted(self, *args):
+        begin(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReuseStore, "_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.ask(store, [*range(20), *range(10)])
+    assert store._flights == []
+    assert all(record.users == 0 for record in store.index.records.values())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_writes_on_its_own(tmp_path, monkeypatch):
+    model, store = Model(None), ReuseStore("20MB", tmp_path, shortest=4)
+    held, write = threading.Event(), Shelving._write_file
+
+    def slow(self, *args):
+        held.wait()
+        write(self, *args)
+
+    monkeypatch.setattr(Shelving, "_write_file", slow)
+    model.ask(store, list(range(20)))  # the writer has it in hand when the process forks
+    other = ReuseStore(shortest=4)
+    model.ask(other, list(range(30, 50)))
+    (record,) = other.index.records.values()  # made here, since torch must not compute in a forked process
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            held.set()
+            with store.lock:
+                store.shelving.refresh()
+                free = all(each.users == 0 for each in store.index.records.values())
+                stored = store.put(Record(record.entry, record.nbytes, record.extent), set())
+            store.close()
+            status = 0 if free and stored and store.index.records[record.key].path else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    held.set()
+    store.close()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert ReuseStore(None, tmp_path).stats().disk_records == 2

@@ -2,6 +2,7 @@
 expired, and always there unless a budget made it leave."""
 
 import math
+import random
 import tempfile
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from octavo.config import Eviction
+from octavo.kv.capture import capture, kept_and_tail, snapshot_of, trimmed
+from octavo.kv.extent import between
 from octavo.reuse import ReuseStore
-from reuse.plain import Model
+from reuse.plain import Model, read
 
 EVICTIONS = (None, Eviction(7), Eviction(7, 1), Eviction(25), Eviction(25, 1))
 SHORTEST, BACK = 4, 10
@@ -175,3 +178,19 @@ def test_the_store_is_a_dictionary_of_prefixes_within_budgets(full):
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_slots_read_at_once_are_those_read_one_after_the_other():
+    dice = random.Random(0)
+    for eviction in EVICTIONS * 3:
+        cache, tokens = Model(eviction).cache(), [dice.randrange(50) for _ in range(dice.randrange(3, 90))]
+        read(cache, tokens, len(tokens))
+        tables, (row,), shift = cache.tables, cache.rows, cache.sequences.shift
+        first = dice.randrange(len(tokens) - shift)
+        found = kept_and_tail(tables, row, first, shift)
+        expected = (
+            snapshot_of(tables, row, [], [len(tokens)], shift, {}).segments[0],
+            trimmed(tables.pool.pages, capture(tables, slice(row, row + 1), shift)[0]),
+        )
+        for part, reference in zip(found, (between(expected[0], first, len(tokens)), expected[1]), strict=True):
+            assert all(torch.equal(t, reference.tensors[name]) for name, t in part.tensors.items())

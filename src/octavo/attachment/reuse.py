@@ -122,7 +122,11 @@ def run_generate(attachment: "Attachment", original: Callable[..., Any], *args: 
     if store is None or call is None:
         return original(*args, **kwargs)
     if len(call.rows) == 1 and call.copies == 1:
-        return _one(attachment.model, store, call, original)
+        cache = KVCache(attachment.model)
+        memory, out = cache.memory, _one(cache, store, call, original)
+        del cache
+        memory.reclaim()  # pages that nobody has any more are zeroed now, not before the next answer's first token
+        return out
     if not _share(attachment.model, store, call):
         return _batch(store, KVCache(attachment.model), call, original)
     joined = _joined(attachment.model, store, call)
@@ -143,9 +147,8 @@ def _share(model: PreTrainedModel, store: Reuse, call: Call) -> bool:
         return False
 
 
-def _one(model: PreTrainedModel, store: Reuse, call: Call, original: Callable[..., Any]) -> Any:
+def _one(cache: KVCache, store: Reuse, call: Call, original: Callable[..., Any]) -> Any:
     """One prompt, one answer."""
-    cache = KVCache(model)
     reading = begin(store, cache, call.rows[0])
     if reading is None:
         return original(**call.given)

@@ -92,7 +92,8 @@ def _show(found: dict[str, Any]) -> None:
         )
         for name, key in (
             ("nothing known, no store", "cold_s"), ("nothing known, with a store", "miss_s"),
-            ("document in memory", "memory_s"), ("document on disk, fresh process", "disk_s"),
+            ("document in memory", "memory_s"), ("the same until all is stored", "memory_call_s"),
+            ("document on disk, fresh process", "disk_s"),
         ):  # fmt: skip
             table.add_row(name, f"{first[key]:.3f}", f"{first['cold_s'] / first[key]:.1f}")
         console.print(table)

@@ -212,27 +212,46 @@ def _segments(tables: Tables, row: int, chosen: Sequence[int], shift: int) -> li
     return [_part(tables, row, *search, first - shift, last - shift) for first, last in pairwise((0, *chosen))]
 
 
-def kept_between(tables: Tables, row: int, first: int, last: int) -> Ragged:
-    """The slots of a row that are kept for ever, of positions `first` up to, not including, `last`."""
-    return _part(tables, row, *_kept(tables, row), first, last)
+def kept_and_tail(tables: Tables, row: int, first: int, shift: int) -> tuple[Ragged, Ragged]:
+    """A row's slots that are kept for ever, of the decided positions from `first` on, and its tail where it is now.
+
+    As `capture` and `trimmed` give the tail, but all slots are read once for both.
+    """
+    end, (there, position, expiry) = int(tables.position[row]), _read(tables, row)
+    wanted = expiry.ge(end).logical_and_(expiry < NEVER)
+    if shift:
+        spots = torch.arange(position.shape[-1], device=position.device)
+        wanted |= spots == tables.newest[row].flatten()[:, None]
+    kept = _part(tables, row, there & (expiry == NEVER), position, first, end - shift)
+    return kept, _picked(tables, row, wanted & there, position, tail=True)
 
 
 def _kept(tables: Tables, row: int) -> tuple[Tensor, Tensor]:
     """(which slots of a row are kept for ever, the positions of all), both [heads of all layers, slots]."""
+    there, position, expiry = _read(tables, row)
+    return there & (expiry == NEVER), position
+
+
+def _read(tables: Tables, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(whether there is one, position, expiry) of a row's slots, [heads of all layers, slots] each."""
     pages = tables.pool.pages
     table = tables.table[row].flatten(0, 1)  # [L * H, M]
     position, expiry = pages.position[table].flatten(-2), pages.expiry[table].flatten(-2)  # [L * H, W]
     spots = torch.arange(position.shape[-1], device=position.device)
-    return (spots < tables.length[row].flatten()[:, None]) & (expiry == NEVER), position
+    return spots < tables.length[row].flatten()[:, None], position, expiry
 
 
 def _part(tables: Tables, row: int, kept: Tensor, position: Tensor, first: int, last: int) -> Ragged:
     """Of the slots that `_kept` has found, those at positions `first` up to, not including, `last`."""
+    return _picked(tables, row, kept & (position >= first) & (position < last), position, tail=False)
+
+
+def _picked(tables: Tables, row: int, wanted: Tensor, position: Tensor, *, tail: bool) -> Ragged:
+    """A row's slots where `wanted`, as parts have them."""
     pages, S = tables.pool.pages, tables.pool.layout.page_size
-    wanted = kept & (position >= first) & (position < last)
     head, slot = _ordered(wanted, position)
     content = slots(pages, tables.table[row].flatten(0, 1)[head, slot // S].long(), slot % S)
-    return _ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=False)
+    return _ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=tail)
 
 
 def trimmed(pages: Pages, tail: Tail) -> Ragged:
@@ -246,7 +265,10 @@ def trimmed(pages: Pages, tail: Tail) -> Ragged:
 def _ordered(wanted: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """(head, place) of what is wanted, in the order of heads and positions; both arguments are [heads, places]."""
     head, place = wanted.nonzero().unbind(1)
-    order = (head * 2**31 + position[head, place]).argsort()
+    key = head * 2**31 + position[head, place]
+    if bool((key.diff() > 0).all()):  # where nothing has been evicted they are
+        return head, place
+    order = key.argsort()
     return head[order], place[order]
 
 

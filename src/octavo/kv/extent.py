@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.attention.pages import CODES
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
-from octavo.kv.capture import capture, kept_between, layout_of, trimmed
+from octavo.kv.capture import kept_and_tail, layout_of, trimmed
 from octavo.kv.memory import bookkeeping
 from octavo.kv.sequences import Sequences
 from octavo.kv.snapshot import Ragged, SnapshotLayout
@@ -118,9 +118,8 @@ def extent_of(sequences: Sequences, which: int, first: int, held: Sequence[Inter
         if not 0 <= first <= end - shift:
             raise CacheStateError(f"a stretch from position {first} lies not within the {end} tokens that were read")
         known = {p: t for t in sequences.boundaries.of(row) if first < (p := int(t.position)) <= end}
-        known[end] = capture(tables, slice(row, row + 1), shift)[0]
-        kept = host(kept_between(tables, row, first, end - shift))
-        ends = {p: host(trimmed(pool.pages, tail)) for p, tail in sorted(known.items())}
+        kept, tail = (host(part) for part in kept_and_tail(tables, row, first, shift))
+        ends = {p: host(trimmed(pool.pages, known[p])) for p in sorted(known) if p < end} | {end: tail}
     marked, there = [], []
     for low, high in held:
         at = low

@@ -53,6 +53,7 @@ class Folder:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not, where a child process has the handle since a fork
             os.close(handle)
 
     def changed(self) -> bool:

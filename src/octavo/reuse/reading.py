@@ -37,13 +37,19 @@ class Reading:
         self.boundary, self.boundaries = plan.boundary, boundaries
         self.flight: Flight | None = None
         self._tags, self._ttl = tags
-        self._records = plan.records
+        self._held: set[Record] = set()  # what must not leave meanwhile
         self._began: float | None = time.perf_counter()
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """What the model was when this was opened."""
         return self.space.identity
+
+    def hold(self) -> None:
+        """See to it that what this goes on from stays, until `close`; inside the store's lock."""
+        for record in self.plan.records:
+            self._held.add(record)
+            record.users += 1
 
     def restore(self, cache: PagedCache) -> bool:
         """Fill an empty cache with what was found; False where a file turns out to be damaged.
@@ -141,9 +147,8 @@ class Reading:
         """Let go of what this went on from, and let others compute what was not inserted."""
         self._land()
         with self.store.lock:
-            for record in self._records:
-                record.users -= 1
-            self._records = set()
+            while self._held:
+                self._held.pop().users -= 1
 
     def __enter__(self) -> "Reading":
         return self

@@ -2,6 +2,7 @@
 with what other processes do there."""
 
 import math
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -35,12 +36,14 @@ class Shelving:
         self._refused: set[str] = set()  # files that are damaged or of another version
         self._skipped = False  # whether there may be whole files that the last look did not take in
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: list[Future[None]] = []
+        self._writing: list[tuple[Future[None], Record, bool]] = []
+        self._process = os.getpid()
 
     # Reading
 
     def refresh(self) -> None:
         """Take in files that have come and gone; inside the store's lock."""
+        self._after_fork()
         if self.folder is None or not self.folder.changed():
             return
         index, files, self._skipped = self.store.index, self.folder.files(), False
@@ -146,13 +149,14 @@ class Shelving:
         """Begin to write a new record; `stays`: it has room in memory, so nobody need wait. Inside the store's lock."""
         if self.folder is None or not self.writable:
             return
+        self._after_fork()
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "octavo-reuse")
-        self._writing = [each for each in self._writing if not each.done()]
+        self._writing = [each for each in self._writing if not each[0].done()]
         extent = record.extent
         assert extent is not None
         record.users += 1  # it must not leave before it is written
-        self._writing.append(self._writer.submit(self._write, record, extent, stays))
+        self._writing.append((self._writer.submit(self._write, record, extent, stays), record, stays))
 
     def _write(self, record: Record, extent: Extent, stays: bool) -> None:
         """Write a record, after those before it that are not there yet: without them nothing can go on from it."""
@@ -168,12 +172,16 @@ class Shelving:
             folder = "" if self.folder is None else self.folder.path
             store.warn("writing", f"the reuse cache cannot write to {folder}: {e.strerror or e}; it goes on without")
         finally:
-            with store.lock:
-                record.users -= 1
-                if not stays and not record.gone:
-                    record.extent = None
-                    if record.path is None:
-                        store.forget(record)
+            self._written(record, stays)
+
+    def _written(self, record: Record, stays: bool) -> None:
+        """Take note that nobody writes a record any more, whether it is on disk or not."""
+        with self.store.lock:
+            record.users -= 1
+            if not stays and not record.gone:
+                record.extent = None
+                if record.path is None:
+                    self.store.forget(record)
 
     def _write_file(self, record: Record, extent: Extent) -> None:
         """Write one record's file unless it is there, is not wanted any more, or has no room. Raises OSError."""
@@ -232,13 +240,26 @@ class Shelving:
             with suppress(OSError):
                 self.folder.note(record.key, record.pinned, record.expires, locked=locked)
 
+    def _after_fork(self) -> None:
+        """In a child process the parent's threads are missing: what they were writing or computing is theirs alone."""
+        if self._process == os.getpid():
+            return
+        with self.store.lock:
+            self._process, self._writer, left, self._writing = os.getpid(), None, self._writing, []
+            for future, record, stays in left:
+                if not future.done():
+                    self._written(record, stays)
+        self.store.land_elsewhere()
+
     def flush(self) -> None:
         """Wait until all is written."""
-        for each in list(self._writing):
+        self._after_fork()
+        for each, *_ in list(self._writing):
             each.result()
 
     def close(self) -> None:
         """Wait and end the thread."""
+        self._after_fork()
         if self._writer is not None:
             self._writer.shutdown()
             self._writer = None

@@ -5,6 +5,7 @@ model reads the rest, `Reading.insert`, `Reading.close`. Records are found in `o
 be gone on from is `octavo.reuse.cover`'s to say; files are `octavo.reuse.shelving`'s to write.
 """
 
+import functools
 import math
 import threading
 import time
@@ -143,27 +144,31 @@ class ReuseStore:
         ids, terms = token_array(tokens), self._terms.get()
         space, layout = Space(identity, terms.tenant), layout_of(cache.tables, cache.sequences.shift)
         while True:
-            with self.lock:
-                self._look()
-                matched, chosen = self._plan(space.name, ids, layout) if restore else (0, NOTHING)
-                kept = self.keeping.boundaries(layout, len(ids), (matched, *learned))
-                kept = tuple(p for p in kept if p > chosen.boundary)
-                flight = self._flight(space.name, ids, layout, chosen.boundary) if wait else None
-                if flight is None:
-                    reading = self._begin(space, layout, ids, chosen, kept, terms)
-                else:
-                    self.counts["waited"] += 1
+            opened: list[
+                Reading
+            ] = []  # filled by `_begin` itself, so that an interrupt at its return leaves nothing open
+            try:
+                with self.lock:
+                    self._look()
+                    matched, chosen = self._plan(space.name, ids, layout) if restore else (0, NOTHING)
+                    kept = self.keeping.boundaries(layout, len(ids), (matched, *learned))
+                    kept = tuple(p for p in kept if p > chosen.boundary)
+                    flight = self._flight(space.name, ids, layout, chosen.boundary) if wait else None
+                    if flight is None:
+                        self._begin(opened, space, layout, ids, chosen, kept, (terms.tags, terms.ttl))
+                    else:
+                        self.counts["waited"] += 1
+                if flight is None and opened[0].restore(cache):
+                    cache.keep(p + padding for p in kept if p < len(ids))
+                    return opened[0]
+            except BaseException:
+                for reading in opened:
+                    reading.close()
+                raise
             if flight is not None:
                 wait = flight.landed.wait(PATIENCE)
-                continue
-            try:
-                if reading.restore(cache):
-                    cache.keep(p + padding for p in kept if p < len(ids))
-                    return reading
-            except BaseException:
-                reading.close()
-                raise
-            reading.close()  # a file was damaged and is dropped: look again
+            for reading in opened:
+                reading.close()  # a file was damaged and is dropped: look again
 
     def _plan(self, space: str, tokens: Tokens, layout: SnapshotLayout) -> tuple[int, Plan]:
         """(tokens that records agree with, how the longest prefix is put together); loads nothing."""
@@ -183,26 +188,30 @@ class ReuseStore:
         return matched, chosen
 
     def _flight(self, space: str, tokens: Tokens, layout: SnapshotLayout, held: int) -> Flight | None:
-        gain, limit = self.keeping.shortest, len(tokens) - 1
-        return worth_waiting(self._flights, space, tokens, layout, held, gain, limit)
+        return worth_waiting(self._flights, space, tokens, layout, held, self.keeping.shortest, len(tokens) - 1)
 
     def _begin(
-        self, space: Space, layout: SnapshotLayout, ids: Tokens, chosen: Plan, kept: tuple[int, ...], terms: Terms
-    ) -> Reading:
-        """Inside the lock: what is gone on from stays, and others may wait."""
-        reading = Reading(self, space, layout, ids, chosen, kept, (terms.tags, terms.ttl))
-        for record in chosen.records:
-            record.users += 1
+        self, opened: list[Reading], space: Space, layout: SnapshotLayout, ids: Tokens, chosen: Plan, *rest: Any
+    ) -> None:
+        """Inside the lock: what is gone on from stays, and others may wait. `opened` has the reading before either."""
+        reading = Reading(self, space, layout, ids, chosen, *rest)
         if len(ids) - chosen.boundary >= self.keeping.shortest:
-            reading.flight = Flight(space.name, ids, intervals(layout, kept))
+            reading.flight = Flight(space.name, ids, intervals(layout, reading.boundaries))
+        opened.append(reading)
+        reading.hold()
+        if reading.flight is not None:
             self._flights.append(reading.flight)
-        return reading
 
     def land(self, flight: Flight) -> None:
         """A prompt is stored, or will not be: those who wait for it look again."""
         with self.lock:
             self._flights = [each for each in self._flights if each is not flight]
         flight.landed.set()
+
+    def land_elsewhere(self) -> None:
+        """Let nobody wait for threads that are not in this process, after a fork."""
+        for flight in [each for each in self._flights if each.thread != threading.get_ident()]:
+            self.land(flight)
 
     def put(self, record: Record, parents: set[Record]) -> bool:
         """Take in a new record, inside the lock, after others have left for it; False where it has no room."""
@@ -336,8 +345,4 @@ class ReuseStore:
         return self  # a copied model goes on with the same store; its weights decide what it finds
 
     def __reduce__(self) -> Any:
-        return _opened, (self._settings,)
-
-
-def _opened(settings: dict[str, Any]) -> ReuseStore:
-    return ReuseStore(**settings)
+        return functools.partial(ReuseStore, **self._settings), ()

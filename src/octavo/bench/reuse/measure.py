@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
 
 import octavo
 from octavo.bench.reuse.traces import ANSWER, Cuts, Trace
@@ -23,14 +24,16 @@ DENSE_PROMPT = 8192
 
 @dataclass(frozen=True)
 class First:
-    """Seconds until the first token, medians: of a prompt that nobody has seen, without a store and with an empty one;
-    of a new question about a document that was seen, from memory and in a fresh process from disk."""
+    """Seconds, medians. Of a prompt that nobody has seen, until the call returns, without a store and with an empty one
+    (storing included). Of a new question about a document that was seen, until its first token is streamed, from memory
+    and in a fresh process from disk; `memory_call_s`: until that call returns, storing included."""
 
     document: int
     cold_s: float
     miss_s: float
     memory_s: float
     disk_s: float
+    memory_call_s: float
 
     @property
     def figures(self) -> dict[str, float]:
@@ -57,12 +60,35 @@ class Replayed:
     nbytes: int
 
 
-def timed(model: PreTrainedModel, tokens: list[int], new: int = 1) -> tuple[float, Tensor]:
-    """(seconds, answer [1, T]) of a greedy `generate`."""
+class _FirstToken(BaseStreamer):  # type: ignore[misc]
+    """Takes note when `generate` streams the first token; the prompt is streamed before it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt, then with each token, which is on the host."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called at the end."""
+
+
+def first_and_whole(model: PreTrainedModel, tokens: list[int]) -> tuple[float, float]:
+    """(seconds until the first token is streamed, until the call returns) of a greedy `generate` of one token."""
+    streamer = _FirstToken()
+    began = time.perf_counter()
+    whole, _ = timed(model, tokens, streamer=streamer)
+    return streamer.times[1] - began, whole
+
+
+def timed(model: PreTrainedModel, tokens: list[int], new: int = 1, **options: Any) -> tuple[float, Tensor]:
+    """(seconds, answer [1, T]) of a greedy `generate`; `options` go to it."""
     ids = torch.tensor([tokens], device=model.device)
     began = time.perf_counter()
     generate: Any = model.generate
-    out = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new)
+    count = {"min_new_tokens": new, "max_new_tokens": new}
+    out = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **count, **options)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began, out
@@ -76,7 +102,7 @@ def with_store(model: PreTrainedModel, store: octavo.ReuseStore | None) -> None:
 
 def first_tokens(model: PreTrainedModel, cuts: Cuts, document: int, rounds: int, options: dict[str, Any]) -> First:
     """See `First`; the ways take turns, so that whatever else the machine does meets all of them."""
-    cold, miss, memory, disk = [], [], [], []
+    cold, miss, memory, disk, call = [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
             place = Path(folder) / str(i)
@@ -87,7 +113,9 @@ def first_tokens(model: PreTrainedModel, cuts: Cuts, document: int, rounds: int,
             with_store(model, store)
             miss.append(timed(model, text + cuts.piece(QUESTION))[0])
             store.flush()
-            memory.append(timed(model, text + cuts.piece(QUESTION))[0])
+            first, whole = first_and_whole(model, text + cuts.piece(QUESTION))
+            memory.append(first)
+            call.append(whole)
             store.close()
             task = {"options": options, "folder": str(place), "tokens": text + cuts.piece(QUESTION)}
             code = "from octavo.bench.reuse.measure import elsewhere; elsewhere()"
@@ -97,7 +125,7 @@ def first_tokens(model: PreTrainedModel, cuts: Cuts, document: int, rounds: int,
             found = json.loads(run.stdout.splitlines()[-1])
             assert found["reused"] >= document, "the document came from disk"
             disk.append(found["seconds"])
-    return First(document, *(statistics.median(each) for each in (cold, miss, memory, disk)))
+    return First(document, *(statistics.median(each) for each in (cold, miss, memory, disk, call)))
 
 
 def elsewhere() -> None:
@@ -110,7 +138,7 @@ def elsewhere() -> None:
     opening = time.perf_counter() - began
     model, _ = octavo.load(**options, reuse=store)
     timed(model, task["tokens"][-40:])  # what a first call costs is no matter of the cache
-    seconds, _ = timed(model, task["tokens"])
+    seconds, _ = first_and_whole(model, task["tokens"])
     print(json.dumps({"seconds": seconds + opening, "reused": store.stats().reused}))
 
 
