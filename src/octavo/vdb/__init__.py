@@ -143,8 +143,8 @@ class VectorDatabase(_vdb.Database):
     ) -> Self:
         """Open a saved database, of this version or the first.
 
-        mode "read": into memory, every checksum verified. mode "mmap": a read-only view of the file, which opens at once
-        and is read as it is searched; its bounds are checked, its checksums only by `verify`. A file with changes
+        mode "read": into memory, every checksum verified. mode "mmap": a read-only view of the file, which opens at
+        once and is read as it is searched; its bounds are checked, its checksums only by `verify`. A file with changes
         appended by `save()` is read into memory in either mode. threads: None for every core. progress: a function that
         is called with (bytes read, bytes of the file) about twenty times a second; what it raises ends the call, as
         Ctrl-C does. Raises DatabaseFileError if the file is missing or damaged.
@@ -154,10 +154,11 @@ class VectorDatabase(_vdb.Database):
         return db
 
     def save(self, path: _Path | None = None, mode: Literal["any", "new", "same"] = "any") -> None:
-        """Write everything to a file; without a path, what has changed to the file it was opened from or saved to last.
+        """Write everything to a file; without a path, what has changed, to the file it came from.
 
-        Flushed to disk, and whole or not at all, whatever happens meanwhile. With a path, a new file takes the old one's
-        place, with its mode, owner and group. Symbolic links are followed. Refused: what is no regular file, a file with
+        That is the file that it was opened from or saved to last. Flushed to disk, and whole or not at all, whatever
+        happens meanwhile. With a path, a new file takes the old one's place, with its mode, owner and group. Symbolic
+        links are followed. Refused: what is no regular file, a file with
         hard links, one whose owner cannot be kept, a folder that takes no new file. `mode`: what may be at the path:
         "any", "new" (nothing), or "same" (the file that this database was opened from or saved to last, unchanged).
 
