@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from octavo.errors import DuplicateIdError, ReadOnlyDatabaseError, UnknownIdError
-from octavo.vdb import VectorDatabase
+from octavo.vdb import VectorDatabase, verify
 
 D = 5
 Vector = list[int]
@@ -35,6 +35,12 @@ def distance(metric: str, q: Vector, x: Vector) -> float:
         return math.sqrt(sum((a - b) ** 2 for a, b in zip(q, x, strict=True)))
     squares = sum(a * a for a in q) * sum(b * b for b in x)
     return 1 - dot / math.sqrt(squares) if squares else 1.0
+
+
+def before_table(db: VectorDatabase) -> bytes:
+    """The sections of its file, without the last."""
+    whole = bytes(db)
+    return whole[4096 : int.from_bytes(whole[80 + 12 * 24 + 8 : 80 + 12 * 24 + 16], "little")]
 
 
 class Machine(RuleBasedStateMachine):
@@ -133,6 +139,20 @@ class Machine(RuleBasedStateMachine):
         if self.mapped:
             with pytest.raises(ReadOnlyDatabaseError):
                 self.db.add([0] * D)
+
+    @rule(mode=st.sampled_from(["read", "mmap"]))
+    def save_changes_and_open(self, mode: Any) -> None:
+        """Appended to the file, and then the same as what is written whole, but for the order of the table of ids."""
+        path = self.folder / "rows.vdb"
+        if self.db._file is None:
+            self.db.save(path)
+        self.db.save()
+        whole = before_table(self.db)
+        self.db.close()
+        self.db = VectorDatabase.open(path, mode=mode, threads=2)
+        verify(path)
+        assert before_table(self.db) == whole
+        self.mapped = mode == "mmap"
 
     @rule(queries=st.lists(VECTORS, min_size=1, max_size=9), k=st.integers(1, 12), exact=st.booleans())
     def search(self, queries: list[Vector], k: int, exact: bool) -> None:

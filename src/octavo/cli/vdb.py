@@ -276,7 +276,7 @@ def _changed(path: Path) -> Iterator[VectorDatabase]:
             db = VectorDatabase.open(str(path), progress=tell)
         check_writable(path.resolve(), replaced=True)
         yield db
-        db.save(str(path), mode="same")
+        db.save()
 
 
 def _embedder(db: VectorDatabase | None, model: str | None) -> "Callable[[], Embedder]":

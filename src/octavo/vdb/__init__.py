@@ -6,7 +6,9 @@
     db.add(vector, ids="c", metadata={"year": 2021, "lang": "fr"})
     db.search(query, filter={"year": {"$gte": 2020}, "lang": {"$in": ["fr", "ru"]}})
     hits.distances, hits.indices, hits.ids
-    db.save("x.vdb")
+    db.save("x.vdb")  # a whole file
+    db.add(vector, ids="d")
+    db.save()  # what has changed, appended to it
     db = VectorDatabase.open("x.vdb", mode="mmap")
 
 Vectors are float32: numpy arrays and everything else with the buffer protocol, torch tensors on the CPU, `bytes` of raw
@@ -15,14 +17,15 @@ processor and for any number of threads. Every error is a `VectorDatabaseError` 
 for a setting that cannot be; whatever raises has changed nothing.
 """
 
+import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from os import PathLike
-from typing import Any, Self, cast, overload
+from typing import Any, Literal, Self, cast, overload
 
-from octavo.errors import UnknownIdError
+from octavo.errors import ConfigError, UnknownIdError
 
 try:
     from octavo.vdb import _vdb
@@ -32,6 +35,8 @@ except ImportError as error:
         "octavo.vdb needs its C extension, which is not built: install a C compiler (gcc or clang) and run "
         f"`pip install -e .` in Octavo's folder ({error})"
     ) from error
+
+_Path = str | bytes | PathLike[str] | PathLike[bytes]
 
 __all__ = [
     "Hits",
@@ -124,6 +129,53 @@ class VectorDatabase(_vdb.Database):
     Threads may share a database: any number read while one writes. A context manager closes it. `len(db)` counts rows,
     `id in db` looks one up. A child of fork() may go on using a database that no thread was inside of at the fork.
     """
+
+    _file: str | None = None  # opened from or saved to last
+
+    @classmethod
+    def open(
+        cls,
+        path: _Path,
+        mode: Literal["read", "mmap"] = "read",
+        threads: int | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Self:
+        """Open a saved database, of this version or the first.
+
+        mode "read": into memory, every checksum verified. mode "mmap": a read-only view of the file, which opens at
+        once and is read as it is searched; its bounds are checked, its checksums only by `verify`. A file with changes
+        appended by `save()` is read into memory in either mode. threads: None for every core. progress: a function that
+        is called with (bytes read, bytes of the file) about twenty times a second; what it raises ends the call, as
+        Ctrl-C does. Raises DatabaseFileError if the file is missing or damaged.
+        """
+        db = super().open(path, mode, threads, progress=progress)
+        db._file = os.path.abspath(os.fsdecode(path))
+        return db
+
+    def save(self, path: _Path | None = None, mode: Literal["any", "new", "same"] = "any") -> None:
+        """Write everything to a file; without a path, what has changed, to the file it came from.
+
+        That is the file that it was opened from or saved to last. Flushed to disk, and whole or not at all, whatever
+        happens meanwhile. With a path, a new file takes the old one's place, with its mode, owner and group. Symbolic
+        links are followed. Refused: what is no regular file, a file with
+        hard links, one whose owner cannot be kept, a folder that takes no new file. `mode`: what may be at the path:
+        "any", "new" (nothing), or "same" (the file that this database was opened from or saved to last, unchanged).
+
+        Without a path it must be that file, unchanged; rows added, removed and changed since are appended to it, and a
+        new file is written where that is as good (after `compact`, or once appended changes are an eighth of the file).
+        See `octavo.vdb.locks.locked` for changing a file that others change too.
+        Raises DatabaseFileError, DatabaseClosedError, ConfigError.
+        """
+        if path is not None:
+            super().save(path, mode)
+            self._file = os.path.abspath(os.fsdecode(path))
+            return
+        if self._file is None:
+            raise ConfigError("this database was neither opened from a file nor saved to one: give save() a path")
+        if mode == "new":
+            raise ConfigError("save() without a path goes to a file that is there: give mode 'new' a path")
+        self._save_changes(self._file)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:

@@ -646,6 +646,27 @@ static PyObject *database_save(Database *self, PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(save_changes_doc, "_save_changes($self, path, /)\n--\n\n"
+"Append to the file that this database was opened from or saved to last what has changed since. Raises as `save`.");
+
+static PyObject *database_save_changes(Database *self, PyObject *path) {
+    PyObject *name;
+    if (!PyUnicode_FSConverter(path, &name)) return NULL;
+    vdb_database *db = enter(self);
+    if (!db) return Py_DECREF(name), NULL;
+    vdb_error error;
+    int number;
+    Py_BEGIN_ALLOW_THREADS
+    errno = 0;
+    error = vdb_save_changes(db, PyBytes_AsString(name));
+    number = errno;
+    Py_END_ALLOW_THREADS
+    leave(self);
+    Py_DECREF(name);
+    if (error) return raise_file(self->state, "write", path, error, number, NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *database_close(Database *self, PyObject *unused) {
     (void)unused;
     close_database(self);
@@ -1176,6 +1197,7 @@ static PyMethodDef database_methods[] = {
     {"set_threads", FAST(database_set_threads), FAST_NAMED, set_threads_doc},
     {"count", FAST(database_count), METH_NOARGS, "count($self, /)\n--\n\nHow many rows there are."},
     {"save", FAST(database_save), FAST_NAMED, save_doc},
+    {"_save_changes", FAST(database_save_changes), METH_O, save_changes_doc},
     {"open", FAST(database_open), FAST_NAMED | METH_CLASS, open_doc},
     {"close", FAST(database_close), METH_NOARGS,
      "close($self, /)\n--\n\nFree everything; calls of other threads that are inside end first. May be called again."},

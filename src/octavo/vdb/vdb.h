@@ -366,6 +366,11 @@ typedef enum {
 } vdb_save_mode;
 
 VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode);
+/* Saves to the file that the database was opened from or saved to last, or VDB_ERROR_CHANGED, as VDB_SAVE_SAME does; but
+ * rows that have changed since are appended to the file, in its journal, at once or not at all. A whole file is written
+ * where that is as good: once the journal is longer than an eighth of the file, after vdb_compact, vdb_remove_vector and
+ * vdb_get_vector (whoever has the pointer may write to the vector), where the file may not be written to, and on Windows. */
+VDB_API vdb_error vdb_save_changes(const vdb_database *db, const char *path);
 /* `threads` as in vdb_options. */
 VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out);
 /* As vdb_open; while a file is read into memory `go_on` is asked on the caller's thread, after about every half megabyte,
@@ -452,6 +457,7 @@ VDB_SYSTEM(long, write, (int, const void *, size_t));
 VDB_SYSTEM(long, pread, (int, void *, size_t, long));
 VDB_SYSTEM(long, lseek, (int, long, int));
 VDB_SYSTEM(int, fsync, (int));
+VDB_SYSTEM(int, ftruncate, (int, long));
 VDB_SYSTEM(int, unlink, (const char *));
 VDB_SYSTEM(int, linkat, (int, const char *, int, const char *, int));
 VDB_SYSTEM(long, readlink, (const char *, char *, size_t));
@@ -494,6 +500,7 @@ static inline int vdb_sys_get_nprocs(void) {
 #define vdb_sys_pread pread
 #define vdb_sys_lseek lseek
 #define vdb_sys_fsync fsync
+#define vdb_sys_ftruncate ftruncate
 #define vdb_sys_unlink unlink
 #define vdb_sys_linkat linkat
 #define vdb_sys_readlink readlink
@@ -2567,11 +2574,21 @@ typedef struct {
   size_t text_size;
 } vdb_mapping;
 
-/* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest. */
+/* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest; and
+ * the same of its journal. */
 typedef struct {
-  uint64_t size; /* 0: none */
-  uint32_t crc;
+  uint64_t size, base; /* with and without the journal; size 0: none */
+  uint32_t crc, chain; /* of the header; of the journal's last end mark, or the header's again */
 } vdb_identity;
+
+/* What has changed since the file was read or written. */
+typedef struct {
+  uint64_t *whole, *part; /* [words] bits of rows: all of it; whether it is there, and its links */
+  size_t words;           /* 0 for a database without a file */
+  size_t free_kept;       /* the first free_rows that are as they were */
+  int unknown;            /* not all changes are noted: a whole file must be written; set atomically */
+  int lent;               /* the same, for ever: a vector was lent, and who has it may write to it; set atomically */
+} vdb_changes;
 
 #define VDB_KEPT_FILTERS 8
 
@@ -2615,7 +2632,9 @@ struct vdb_database {
   vdb_records records;
   vdb_columns columns;
   vdb_mapping mapping;
+  int read_only;         /* a view of a file, mapped or, where that has a journal, read */
   vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
+  vdb_changes changes;
   vdb_lock lock;
   vdb_pool *pool;
 };
@@ -2707,6 +2726,7 @@ static inline vdb_error vdb_graph_make_room(vdb_database *db, size_t rows);
 static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row);
 static inline void vdb_graph_release(vdb_database *db);
 static inline size_t vdb_graph_bytes(const vdb_database *db);
+static inline void vdb_changes_make_room(vdb_database *db);
 
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
 VDB_RARE int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
@@ -2764,6 +2784,7 @@ VDB_RARE vdb_error vdb_make_room(vdb_database *db, size_t rows) {
         (db->records.borrowed && !vdb_grow((void **)&db->records.borrowed, old, capacity, sizeof(void *))))
       return VDB_ERROR_OUT_OF_MEMORY;
     db->capacity = capacity;
+    vdb_changes_make_room(db);
   }
   vdb_error error = vdb_make_blocks(db, rows);
   if (!error && db->options.index == VDB_INDEX_HNSW) error = vdb_graph_make_room(db, rows);
@@ -2848,6 +2869,58 @@ static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded
     missed += difference * difference;
   }
   block->residuals[place] = block->norms[place] < 0.0f ? 0.0f : (float)(sqrt(missed) * 1.000001);
+}
+
+/* --- what has changed since the file was read or written --- */
+VDB_INLINE void vdb_mark_all(vdb_database *db) { __atomic_store_n(&db->changes.unknown, 1, __ATOMIC_RELAXED); }
+
+/* Tasks that build links mark rows at once. */
+static inline void vdb_mark(vdb_database *db, uint64_t *bits, size_t row) {
+  uint64_t bit = (uint64_t)1 << (row & 63);
+  if (row >> 6 >= db->changes.words) vdb_mark_all(db);
+  else if (!(__atomic_load_n(&bits[row >> 6], __ATOMIC_RELAXED) & bit))
+    (void)__atomic_fetch_or(&bits[row >> 6], bit, __ATOMIC_RELAXED);
+}
+
+/* A row has a new vector or record. */
+VDB_INLINE void vdb_mark_whole(vdb_database *db, size_t row) { vdb_mark(db, db->changes.whole, row); }
+
+/* A row has gone, or has other links. */
+VDB_INLINE void vdb_mark_part(vdb_database *db, size_t row) { vdb_mark(db, db->changes.part, row); }
+
+/* Without memory the next save writes everything. */
+VDB_RARE void vdb_changes_make_room(vdb_database *db) {
+  vdb_changes *changes = &db->changes;
+  size_t words = db->capacity / 64;
+  if (!changes->words || words <= changes->words) return;
+  if (!vdb_grow((void **)&changes->whole, changes->words, words, sizeof(uint64_t)) ||
+      !vdb_grow((void **)&changes->part, changes->words, words, sizeof(uint64_t)))
+    vdb_mark_all(db); /* one array longer than `words` says does no harm */
+  else
+    changes->words = words;
+}
+
+VDB_RARE void vdb_changes_release(vdb_database *db) {
+  VDB_FREE(db->changes.whole);
+  VDB_FREE(db->changes.part);
+  db->changes.whole = db->changes.part = NULL;
+  db->changes.words = 0;
+}
+
+/* The database is as its file from here on. */
+VDB_RARE void vdb_changes_begin(vdb_database *db) {
+  vdb_changes *changes = &db->changes;
+  size_t words = vdb_max(1, db->capacity / 64);
+  if (words != changes->words) vdb_changes_release(db);
+  if (!changes->words && vdb_grow((void **)&changes->whole, 0, words, sizeof(uint64_t)) &&
+      vdb_grow((void **)&changes->part, 0, words, sizeof(uint64_t)))
+    changes->words = words;
+  if (changes->words) {
+    memset(changes->whole, 0, words * sizeof(uint64_t));
+    memset(changes->part, 0, words * sizeof(uint64_t));
+  }
+  changes->free_kept = db->free_count;
+  __atomic_store_n(&changes->unknown, changes->words == 0, __ATOMIC_RELAXED);
 }
 
 /* --- values: metadata with names ---
@@ -3569,6 +3642,7 @@ VDB_RARE void vdb_release(vdb_database *db) {
   VDB_FREE(db->blocks);
   VDB_FREE(db->live);
   VDB_FREE(db->free_rows);
+  vdb_changes_release(db);
   if (db->pool) vdb_pool_stop(db->pool);
   VDB_FREE(db->pool);
   vdb_lock_destroy(&db->lock);
@@ -5414,6 +5488,7 @@ static inline void vdb_link_back(const vdb_insertion *job, const uint64_t *rever
   uint32_t *links = vdb_links_of(db, target, level), some[VDB_PAD];
   size_t most = vdb_most_links(db, level), old = vdb_link_count(db, links, level), entered, room = walker->room;
   if (!links) return;
+  vdb_mark_part(db, target);
   if (old + count <= most) {
     for (size_t i = 0; i < count; i++) links[1 + old + i] = job->rows[reverse[i] & 0xfffffffu];
     links[0] = (uint32_t)(old + count);
@@ -5563,9 +5638,11 @@ static inline void vdb_connect(vdb_database *db) {
         while (spare < db->slots && !vdb_can_host(db, spare, walker)) spare++;
         if (spare == db->slots) break;
         host = spare;
+        vdb_mark_part(db, row);
         if (links[0] < vdb_most_links(db, 0)) links[++links[0]] = host;
       }
       uint32_t *hosts = vdb_links_at(db, host);
+      vdb_mark_part(db, host);
       hosts[++hosts[0]] = row;
       vdb_flood(db, row, queue, walker);
     }
@@ -5642,13 +5719,14 @@ static inline size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint3
 }
 
 /* Links a live row past its removed neighbours on one level. */
-static inline void vdb_mend_row(const vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
+static inline void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
   uint32_t dead[VDB_DEAD_WAYS], some[VDB_PAD], *links = vdb_links_of(db, row, level);
   size_t dead_count = 0, count, entered, place;
   vdb_start_walk(walker);
   walker->visited[row] = walker->epoch;
   count = vdb_look_behind(db, row, level, dead, &dead_count, 0, walker);
   if (!dead_count) return;
+  vdb_mark_part(db, row);
   for (size_t i = 0; i < dead_count; i++)
     count = vdb_look_behind(db, dead[i], level, dead, &dead_count, count, walker);
   for (int codes = vdb_has_codes(db->options.storage);; codes = 0) {
@@ -5705,6 +5783,7 @@ static inline vdb_error vdb_graph_sweep(vdb_database *db) {
   for (size_t i = 0; i < db->free_count; i++) walker->visited[db->free_rows[i]] = walker->epoch;
   for (size_t row = db->slots; row-- > 0;) {
     if (vdb_is_live(db, row) || walker->visited[row] == walker->epoch) continue;
+    vdb_mark_part(db, row);
     vdb_leave_tower(db, row);
     vdb_links_at(db, row)[0] = 0;
     vdb_free_row(db, row);
@@ -6442,8 +6521,8 @@ VDB_RARE void vdb_write_sections(vdb_writer *writer, const vdb_database *db) {
   }
   header.file_size = writer->position;
   header.crc = vdb_crc32c(0, &header, sizeof header - sizeof header.crc);
-  writer->identity.size = header.file_size;
-  writer->identity.crc = header.crc;
+  writer->identity.size = writer->identity.base = header.file_size;
+  writer->identity.crc = writer->identity.chain = header.crc;
   if (writer->to_memory) {
     if (!writer->failed) memcpy(writer->memory, &header, sizeof header);
     return;
@@ -6454,13 +6533,17 @@ VDB_RARE void vdb_write_sections(vdb_writer *writer, const vdb_database *db) {
     if (errno != EINTR) writer->failed = errno;
 }
 
+VDB_RARE int vdb_same_identity(const vdb_identity *a, const vdb_identity *b) {
+  return a->size == b->size && a->crc == b->crc && a->chain == b->chain;
+}
+
 /* The identity of an open file. 0 or errno. */
 static inline int vdb_identify(int file, uint64_t size, vdb_identity *out);
 
 /* Whether what is at the path is what `mode` wants. 0, or errno with target->error set. */
 VDB_RARE int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
   uint64_t size = 0;
-  vdb_identity identity = {0, 0};
+  vdb_identity identity = {0, 0, 0, 0};
   int failed = 0, file;
   if (mode == VDB_SAVE_ANY) return 0;
   if (mode == VDB_SAVE_NEW)
@@ -6470,7 +6553,7 @@ VDB_RARE int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_sa
   failed = file < 0 ? errno : vdb_identify(file, size, &identity);
   if (file >= 0) vdb_sys_close(file);
   if (failed) return vdb_target_failed(target, VDB_ERROR_IO, failed);
-  int same = db->identity.size && identity.size == db->identity.size && identity.crc == db->identity.crc;
+  int same = db->identity.size && vdb_same_identity(&identity, &db->identity);
   return same ? 0 : vdb_target_failed(target, VDB_ERROR_CHANGED, VDB_STALE);
 }
 
@@ -6594,14 +6677,20 @@ VDB_RARE int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t a
   return 0;
 }
 
+static inline int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity *out);
+
 VDB_RARE int vdb_identify(int file, uint64_t size, vdb_identity *out) {
-  unsigned char head[sizeof(vdb_header) - 4]; /* with its own checksum behind it, every header would have the same */
-  size_t have = size < sizeof head ? (size_t)size : sizeof head;
+  vdb_header header; /* its own checksum left out: with it, every header would have the same */
+  size_t most = sizeof header - sizeof header.crc, have = size < most ? (size_t)size : most;
   vdb_source source = {file, NULL};
-  memset(head, 0, sizeof head);
-  int failed = vdb_read_bytes(source, head, have, 0);
-  out->size = size;
-  out->crc = vdb_crc32c(0, head, have);
+  memset(&header, 0, sizeof header);
+  int failed = vdb_read_bytes(source, &header, have, 0);
+  out->size = out->base = size;
+  out->crc = out->chain = vdb_crc32c(0, &header, have);
+  if (!failed && have == most && memcmp(header.magic, VDB_MAGIC, sizeof header.magic) == 0 && header.file_size < size) {
+    out->size = out->base = header.file_size;
+    failed = vdb_identify_journal(source, size, out);
+  }
   return failed == VDB_FILE_ENDS ? 0 : failed; /* somebody is writing it: it is none that we know */
 }
 
@@ -6750,23 +6839,24 @@ VDB_RARE vdb_error vdb_check_header(vdb_reader *reader, const vdb_header *header
   if (header->version != 2 && header->version != 3) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "an unknown version", 8);
   if (header->header_size != sizeof *header || header->crc != vdb_crc32c(0, header, sizeof *header - 4))
     return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "the checksum differs", sizeof *header - 4);
-  if (header->file_size != reader->size)
+  if (header->file_size > reader->size)
     return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "the file is not as long as it says", 16);
   const char *wrong = vdb_wrong_setting(header);
   for (size_t i = 0; i < sizeof header->unused; i++)
     if (header->unused[i]) wrong = "unused bytes are not 0";
   if (wrong) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", wrong, 24);
   uint64_t place = sizeof *header;
+  if (header->file_size < place) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "an impossible size of the file", 16);
   for (int part = 0; part < VDB_SECTIONS; part++) {
     const vdb_section *section = &header->section[part];
-    if (section->kind != (uint32_t)part + 1 || section->offset != place || section->size > reader->size - place ||
+    if (section->kind != (uint32_t)part + 1 || section->offset != place || section->size > header->file_size - place ||
         section->size != vdb_right_size(header, part))
       return vdb_fault(reader, VDB_ERROR_CORRUPT, vdb_part_name(part), "impossible place or size",
                        80 + 24 * (uint64_t)part);
     place = vdb_next_place(place + section->size, part);
-    if (place > reader->size) return vdb_fault_inside(reader, header, part, "reaches past the end of the file", 0);
+    if (place > header->file_size) return vdb_fault_inside(reader, header, part, "reaches past the end of the file", 0);
   }
-  if (place != reader->size) return vdb_fault(reader, VDB_ERROR_CORRUPT, "file", "bytes after the end", place);
+  if (place != header->file_size) return vdb_fault(reader, VDB_ERROR_CORRUPT, "file", "bytes after the end", place);
   return VDB_OK;
 }
 
@@ -7006,6 +7096,8 @@ VDB_RARE vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, c
   return error;
 }
 
+static inline vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header, vdb_database *db);
+
 VDB_RARE vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
   uint64_t *offsets = NULL;
   vdb_error error = vdb_make_room(db, (size_t)header->slots);
@@ -7022,6 +7114,9 @@ VDB_RARE vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header,
   if (!error) error = vdb_check_contents(reader, header, db, offsets);
   if (!error && header->index == VDB_INDEX_HNSW) {
     db->graph.workshop->unchecked = header->unchecked;
+  }
+  if (!error) error = vdb_read_journal(reader, header, db);
+  if (!error && header->index == VDB_INDEX_HNSW) {
     if (vdb_make_towers(db, db->graph.workshop->rows))
       error = vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "towers", "no memory for them", 0);
   }
@@ -7062,6 +7157,7 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   if (!base) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
   db->mapping.base = (unsigned char *)base;
   db->mapping.size = (size_t)reader->size;
+  db->read_only = 1;
   if (!vdb_grow((void **)&db->blocks, 0, blocks + 1, sizeof(vdb_block)) ||
       !vdb_grow((void **)&db->live, 0, words + 1, sizeof(uint64_t)) ||
       !vdb_grow((void **)&db->free_rows, 0, free_bytes + 1, 1))
@@ -7198,6 +7294,17 @@ VDB_RARE vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, uint3
   vdb_options options = vdb_header_options(&header, threads);
   error = vdb_allocate(header.dimensions, (vdb_metric)header.metric, &options, out);
   if (error) return vdb_fault(reader, error, "file", "no memory for its rows", 0);
+  if (mode == VDB_OPEN_MAP && header.file_size < reader->size) {
+    vdb_identity identity = {0, header.file_size, 0, header.crc};
+    identity.size = identity.base;
+    error = vdb_read_fault(reader, vdb_identify_journal(reader->source, reader->size, &identity), "journal", 0);
+    if (error) return error;
+    if (identity.size > identity.base) { /* a view cannot show what the journal says: it is read, and not to be changed */
+      error = vdb_read_second(reader, &header, *out);
+      (*out)->read_only = 1;
+      return error;
+    }
+  }
   return mode == VDB_OPEN_MAP ? vdb_map_second(reader, &header, *out) : vdb_read_second(reader, &header, *out);
 }
 
@@ -7216,6 +7323,7 @@ VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t 
   vdb_error error = reader.buffer ? vdb_read_either(&reader, mode, threads, out)
                                   : vdb_fault(&reader, VDB_ERROR_OUT_OF_MEMORY, "file", "no memory to read it", 0);
   if (!error && vdb_identify(reader.source.file, reader.size, &(*out)->identity)) (*out)->identity.size = 0;
+  if (!error && !(*out)->read_only && (*out)->identity.base) vdb_changes_begin(*out);
   int number = errno;
   vdb_aligned_free(reader.buffer);
   vdb_sys_close(reader.source.file);
@@ -7243,6 +7351,502 @@ VDB_RARE vdb_error vdb_read_memory(const void *bytes, size_t size, uint32_t thre
   }
   return error;
 }
+
+/* --- the journal: what has changed, behind the file's end ---
+ *
+ * A batch for each save of changes, at multiples of 64: a head, entries of rows, zeros to a multiple of 64, an end mark.
+ * All but the end mark is synced before the end mark is written, which then is one write of 64 bytes inside a sector. So
+ * a batch without an end mark was never finished, and is as if it were not there; everything else that does not match is
+ * damage. A head knows the end mark before it, so that no batch can be taken from another file or left out.
+ */
+#define VDB_BATCH_MAGIC "VDBJ\r\n\x1a\n"
+#define VDB_END_MAGIC "VDBE\r\n\x1a\n"
+#define VDB_ENTRY_LIVE 1u  /* the row is there */
+#define VDB_ENTRY_WHOLE 2u /* numbers, vector, codes and record follow */
+#define VDB_JOURNAL_SPARE 65536u /* bytes of a journal beyond an eighth of the file, before all is written anew */
+
+typedef struct {
+  unsigned char magic[8];
+  uint64_t place, size;             /* in the file; from there to the end mark */
+  uint64_t slots, count, free_kept; /* after it; free_kept: of the free rows before it */
+  uint32_t entry, unchecked;        /* after it, as in the header */
+  uint32_t previous;                /* checksum of the end mark before, or of the header */
+  uint32_t crc;                     /* of all bytes before it */
+} vdb_batch;
+
+typedef struct {
+  unsigned char magic[8];
+  uint64_t place, size; /* as in the head */
+  uint32_t content;     /* checksum of these bytes */
+  unsigned char unused[32];
+  uint32_t crc; /* of all bytes before it */
+} vdb_batch_end;
+
+typedef struct {
+  float norm, scale, residual; /* 0 for what this kind of database does not have */
+  uint32_t id_size, metadata_size; /* as in a record */
+} vdb_numbers;
+
+typedef char vdb_batch_is_64_bytes[sizeof(vdb_batch) == 64 && sizeof(vdb_batch_end) == 64 ? 1 : -1];
+
+#define VDB_DAMAGED (-3)
+
+static inline int vdb_all_zero(const void *bytes, size_t size) {
+  for (size_t i = 0; i < size; i++)
+    if (((const unsigned char *)bytes)[i]) return 0;
+  return 1;
+}
+
+/* The finished batch at `at`, of a file of `size` bytes. `*found` is 0 if there is none. 0, errno, VDB_FILE_ENDS or
+ * VDB_DAMAGED. */
+VDB_RARE int vdb_find_batch(vdb_source source, uint64_t size, uint64_t at, uint32_t previous, vdb_batch *head,
+                            vdb_batch_end *end, int *found) {
+  uint64_t left = size - at;
+  size_t have = left < sizeof *head ? (size_t)left : sizeof *head;
+  *found = 0;
+  memset(head, 0, sizeof *head);
+  int failed = vdb_read_bytes(source, head, have, at);
+  if (failed || vdb_all_zero(head, have)) return failed;
+  if (memcmp(head->magic, VDB_BATCH_MAGIC, vdb_min(have, sizeof head->magic)) != 0) return VDB_DAMAGED;
+  if (have < sizeof *head) return 0;
+  if (head->crc != vdb_crc32c(0, head, sizeof *head - 4) || head->place != at || head->previous != previous ||
+      head->size < sizeof *head || head->size % sizeof *head)
+    return VDB_DAMAGED;
+  if (head->size > left || left - head->size < sizeof *end) return 0;
+  failed = vdb_read_bytes(source, end, sizeof *end, at + head->size);
+  if (failed) return failed;
+  if (vdb_all_zero(end, sizeof *end)) return left - head->size == sizeof *end ? 0 : VDB_DAMAGED;
+  if (memcmp(end->magic, VDB_END_MAGIC, sizeof end->magic) != 0 || end->place != at || end->size != head->size ||
+      !vdb_all_zero(end->unused, sizeof end->unused) || end->crc != vdb_crc32c(0, end, sizeof *end - 4))
+    return VDB_DAMAGED;
+  *found = 1;
+  return 0;
+}
+
+/* Moves the identity on over all finished batches, by heads and end marks. 0, errno or VDB_FILE_ENDS. */
+VDB_RARE int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity *out) {
+  vdb_batch head;
+  vdb_batch_end end;
+  int found = 1, failed = 0;
+  while (out->size < size) {
+    failed = vdb_find_batch(source, size, out->size, out->chain, &head, &end, &found);
+    if (failed || !found) break;
+    out->size += head.size + sizeof end;
+    out->chain = end.crc;
+  }
+  if (failed != VDB_DAMAGED) return failed;
+  out->size = size; /* no file that we know */
+  out->chain = ~out->chain;
+  return 0;
+}
+
+/* --- reading the journal --- */
+typedef struct {
+  const unsigned char *bytes;
+  size_t size, place;
+} vdb_cursor;
+
+/* The next `size` bytes, NULL if there are not as many. */
+static inline const unsigned char *vdb_cursor_take(vdb_cursor *cursor, uint64_t size) {
+  if (size > cursor->size - cursor->place) return NULL;
+  const unsigned char *taken = cursor->bytes + cursor->place;
+  cursor->place += (size_t)size;
+  return taken;
+}
+
+VDB_RARE uint32_t vdb_cursor_number(vdb_cursor *cursor, int *wrong) {
+  uint32_t number = 0;
+  const unsigned char *bytes = vdb_cursor_take(cursor, sizeof number);
+  if (bytes) memcpy(&number, bytes, sizeof number);
+  else *wrong = 1;
+  return number;
+}
+
+/* Zeros to a multiple of `step`. */
+VDB_RARE int vdb_cursor_round(vdb_cursor *cursor, size_t step) {
+  size_t size = vdb_round_up(cursor->place, step) - cursor->place;
+  const unsigned char *zeros = vdb_cursor_take(cursor, size);
+  return zeros && vdb_all_zero(zeros, size);
+}
+
+/* A tower of `levels` for a row: the one it has, if it is as high or was; or a new one. 0 for want of memory. */
+VDB_RARE int vdb_journal_tower(vdb_database *db, size_t row, uint32_t levels) {
+  vdb_graph *graph = &db->graph;
+  size_t links = db->options.links, size = vdb_tower_size(levels, links), end = graph->towers_size + size;
+  uint32_t *tower = graph->tower_of[row] ? graph->towers + graph->tower_of[row] : NULL;
+  if (vdb_levels_at(db, row) == levels) return 1;
+  vdb_leave_tower(db, row);
+  if (!levels) return 1;
+  if (tower && tower[1] == levels) {
+    tower[0] = levels;
+    return 1;
+  }
+  if (end > UINT32_MAX) return 0;
+  if (end > graph->towers_capacity) {
+    if (!vdb_grow((void **)&graph->towers, graph->towers_capacity, end + end / 2, sizeof(uint32_t))) return 0;
+    graph->towers_capacity = end + end / 2;
+  }
+  graph->tower_of[row] = (uint32_t)graph->towers_size;
+  graph->towers_size = end;
+  graph->towers[graph->tower_of[row]] = levels;
+  return 1;
+}
+
+/* A row's links on all levels. They are checked when all is read. */
+VDB_RARE vdb_error vdb_journal_links(vdb_cursor *cursor, vdb_database *db, size_t row) {
+  size_t stride = vdb_link_stride(db) * sizeof(uint32_t), links = db->options.links;
+  int wrong = 0;
+  const unsigned char *bytes = vdb_cursor_take(cursor, stride);
+  uint32_t levels = vdb_cursor_number(cursor, &wrong);
+  if (!bytes || wrong || levels > VDB_TOP_LEVEL) return VDB_ERROR_CORRUPT;
+  memcpy(vdb_links_at(db, row), bytes, stride);
+  if (!vdb_journal_tower(db, row, levels)) return VDB_ERROR_OUT_OF_MEMORY;
+  size_t size = (vdb_tower_size(levels, links) - 1) * sizeof(uint32_t);
+  if (!(bytes = vdb_cursor_take(cursor, size))) return VDB_ERROR_CORRUPT;
+  if (size) memcpy(vdb_links_of(db, row, 1), bytes, size);
+  return VDB_OK;
+}
+
+/* The numbers and the vector of a row. */
+VDB_RARE vdb_error vdb_journal_vector(vdb_cursor *cursor, const vdb_header *header, vdb_database *db, size_t row,
+                                      const vdb_numbers *numbers) {
+  vdb_block *block = &db->blocks[row >> db->block_shift];
+  size_t place = vdb_row_in_block(db, row);
+  for (int part = VDB_VECTORS; part <= VDB_CODES; part++) {
+    size_t size = vdb_part_row(header, part);
+    uint64_t exponents = vdb_part_exponents(header, part);
+    const unsigned char *bytes = vdb_cursor_take(cursor, size);
+    if (!bytes || (exponents && !vdb_words_finite(bytes, size, exponents))) return VDB_ERROR_CORRUPT;
+    if (size) memcpy(vdb_block_array(block, part) + place * size, bytes, size);
+  }
+  block->norms[place] = numbers->norm;
+  if (block->scales) block->scales[place] = numbers->scale;
+  if (block->residuals) block->residuals[place] = numbers->residual;
+  return VDB_OK;
+}
+
+/* A row's id and metadata; it has no record. */
+VDB_RARE vdb_error vdb_journal_record(vdb_cursor *cursor, vdb_database *db, size_t row, const vdb_numbers *numbers) {
+  uint32_t id_size = numbers->id_size, metadata_size = numbers->metadata_size & ~VDB_VALUES_BIT;
+  int values = (numbers->metadata_size & VDB_VALUES_BIT) != 0;
+  const unsigned char *bytes = vdb_cursor_take(cursor, (uint64_t)id_size + 1 + metadata_size);
+  if (!bytes || id_size > VDB_MAX_ID || metadata_size > INT32_MAX || memchr(bytes, 0, id_size) || bytes[id_size] ||
+      (values && vdb_count_values(bytes + id_size + 1, metadata_size) < 1))
+    return VDB_ERROR_CORRUPT;
+  if (!id_size && !metadata_size) return VDB_OK;
+  if (!vdb_is_live(db, row)) return VDB_ERROR_CORRUPT;
+  if (id_size && vdb_table_room(db, 1)) return VDB_ERROR_OUT_OF_MEMORY;
+  vdb_record given = {NULL, NULL, 0, NULL, 0};
+  given.metadata = bytes + id_size + 1;
+  given.metadata_size = metadata_size;
+  if (vdb_make_record(db, row, (const char *)bytes, id_size, &given)) return VDB_ERROR_OUT_OF_MEMORY;
+  memcpy(db->records.records[row] + sizeof(uint32_t), &numbers->metadata_size, sizeof(uint32_t)); /* whether it is values */
+  if (id_size) vdb_table_enter(db, row, vdb_hash((const char *)bytes, id_size));
+  return VDB_OK;
+}
+
+/* One entry. Rows ascend, and those that are new come whole and without a gap: `*next` is the least that may come, and
+ * `*fresh` the new one that must come. */
+VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *header, vdb_database *db, size_t *next,
+                                     size_t *fresh) {
+  int wrong = 0;
+  size_t row = vdb_cursor_number(cursor, &wrong);
+  uint32_t flags = vdb_cursor_number(cursor, &wrong);
+  int live = (flags & VDB_ENTRY_LIVE) != 0, whole = (flags & VDB_ENTRY_WHOLE) != 0;
+  vdb_numbers numbers = {0.0f, 0.0f, 0.0f, 0, 0};
+  if (wrong || flags > 3 || row < *next || row >= db->slots || (row >= *fresh && (row > *fresh || !whole)) ||
+      (!whole && live && !vdb_is_live(db, row)))
+    return VDB_ERROR_CORRUPT;
+  *next = row + 1;
+  *fresh += row == *fresh;
+  if (whole || !live) vdb_drop_record(db, row);
+  if (live) db->live[row >> 6] |= (uint64_t)1 << (row & 63);
+  else db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
+  vdb_error error = VDB_OK;
+  if (whole) {
+    const unsigned char *bytes = vdb_cursor_take(cursor, sizeof numbers);
+    if (!bytes) return VDB_ERROR_CORRUPT;
+    memcpy(&numbers, bytes, sizeof numbers);
+  }
+  if (header->index == VDB_INDEX_HNSW) error = vdb_journal_links(cursor, db, row);
+  if (whole && !error) error = vdb_journal_vector(cursor, header, db, row, &numbers);
+  if (whole && !error) error = vdb_journal_record(cursor, db, row, &numbers);
+  return error || vdb_cursor_round(cursor, 8) ? error : VDB_ERROR_CORRUPT;
+}
+
+/* What a batch says, `cursor` behind its head. */
+VDB_RARE vdb_error vdb_journal_apply(vdb_cursor *cursor, const vdb_header *header, vdb_database *db,
+                                     const vdb_batch *batch) {
+  int wrong = 0, graph = header->index == VDB_INDEX_HNSW;
+  size_t next = 0, fresh = db->slots, entries = vdb_cursor_number(cursor, &wrong);
+  size_t freed = vdb_cursor_number(cursor, &wrong);
+  const unsigned char *rows = vdb_cursor_take(cursor, (uint64_t)freed * sizeof(uint32_t));
+  if (wrong || !rows || batch->free_kept > db->free_count || batch->slots < db->slots || batch->slots > VDB_MAX_ROWS ||
+      batch->slots - db->slots > entries || entries > cursor->size / 8 || !vdb_cursor_round(cursor, 8))
+    return VDB_ERROR_CORRUPT;
+  if (graph ? batch->entry >= batch->slots && batch->entry != VDB_NO_ROW : batch->entry != VDB_NO_ROW)
+    return VDB_ERROR_CORRUPT;
+  if (batch->unchecked > (graph ? batch->slots : 0)) return VDB_ERROR_CORRUPT;
+  vdb_error error = vdb_make_room(db, (size_t)batch->slots);
+  if (error) return error;
+  db->slots = (size_t)batch->slots;
+  for (size_t i = 0; i < entries && !error; i++) error = vdb_journal_entry(cursor, header, db, &next, &fresh);
+  if (!error && (fresh != db->slots || !vdb_cursor_round(cursor, sizeof *batch) || cursor->place != cursor->size))
+    error = VDB_ERROR_CORRUPT;
+  db->free_count = (size_t)batch->free_kept;
+  for (size_t i = 0; i < freed && !error; i++) {
+    uint32_t row;
+    memcpy(&row, rows + i * sizeof row, sizeof row);
+    vdb_free_row(db, row);
+  }
+  db->count = (size_t)batch->count;
+  db->graph.entry = batch->entry;
+  if (graph) db->graph.workshop->unchecked = batch->unchecked;
+  return error;
+}
+
+/* The contents again, now that the journal has changed them. */
+VDB_RARE vdb_error vdb_journal_check(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+  uint64_t *seen = NULL;
+  if (!vdb_grow((void **)&seen, 0, (db->slots + 63) / 64 + 1, sizeof *seen))
+    return vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "journal", "no memory for its checks", 0);
+  vdb_error error = vdb_check_live(reader, header, db);
+  if (!error) error = vdb_check_numbers(reader, header, db);
+  if (!error) error = vdb_check_free(reader, header, db, seen);
+  VDB_FREE(seen);
+  if (error || header->index != VDB_INDEX_HNSW) return error;
+  db->graph.top = db->graph.entry == VDB_NO_ROW ? 0 : vdb_levels_at(db, db->graph.entry);
+  error = vdb_check_links(reader, header, db);
+  for (size_t row = 0; row < db->slots && !error; row++)
+    if (vdb_wrong_tower(db, row))
+      error = vdb_fault(reader, VDB_ERROR_CORRUPT, "journal", "impossible links", header->file_size);
+  return error;
+}
+
+/* One batch from the file. */
+VDB_RARE vdb_error vdb_read_batch(vdb_reader *reader, const vdb_header *header, vdb_database *db,
+                                  const vdb_batch *batch, const vdb_batch_end *end) {
+  vdb_cursor cursor = {NULL, (size_t)batch->size, sizeof *batch};
+  unsigned char *bytes = (unsigned char *)VDB_MALLOC(cursor.size);
+  if (!bytes) return vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "journal", "no memory to read it", batch->place);
+  cursor.bytes = bytes;
+  vdb_error error = vdb_read_fault(reader, vdb_read_bytes(reader->source, bytes, cursor.size, batch->place), "journal",
+                                   batch->place);
+  if (!error && vdb_crc32c(0, bytes, cursor.size) != end->content)
+    error = vdb_fault(reader, VDB_ERROR_CORRUPT, "journal", "the checksum differs in the batch that begins here",
+                      batch->place);
+  if (!error) {
+    error = vdb_journal_apply(&cursor, header, db, batch);
+    if (error)
+      (void)vdb_fault(reader, error, "journal",
+                      error == VDB_ERROR_OUT_OF_MEMORY ? "no memory for its rows" : "impossible content",
+                      batch->place + cursor.place);
+  }
+  VDB_FREE(bytes);
+  return error;
+}
+
+VDB_RARE vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+  vdb_batch batch;
+  vdb_batch_end end;
+  uint64_t at = header->file_size;
+  uint32_t previous = header->crc;
+  int found = 1;
+  vdb_error error = VDB_OK;
+  while (at < reader->size && !error) {
+    int failed = vdb_find_batch(reader->source, reader->size, at, previous, &batch, &end, &found);
+    if (failed == VDB_DAMAGED)
+      return vdb_fault(reader, VDB_ERROR_CORRUPT, "journal", "damaged, or bytes after the end of the file", at);
+    error = failed == VDB_FILE_ENDS ? VDB_OK : vdb_read_fault(reader, failed, "journal", at); /* being written */
+    if (failed || !found) break;
+    error = vdb_read_batch(reader, header, db, &batch, &end);
+    at += batch.size + sizeof end;
+    previous = end.crc;
+  }
+  return error || at == header->file_size ? error : vdb_journal_check(reader, header, db);
+}
+
+/* --- writing the journal --- */
+
+/* One row as it is. */
+VDB_RARE void vdb_emit_entry(vdb_writer *writer, const vdb_database *db, const vdb_header *header, size_t row,
+                             int whole) {
+  const vdb_block *block = vdb_block_of(db, row);
+  size_t place = vdb_row_in_block(db, row), links = db->options.links;
+  vdb_text text = vdb_text_of(db, row);
+  uint32_t start[2] = {(uint32_t)row, (vdb_is_live(db, row) ? VDB_ENTRY_LIVE : 0) | (whole ? VDB_ENTRY_WHOLE : 0)};
+  vdb_numbers numbers = {0.0f, 0.0f, 0.0f, (uint32_t)text.id_size, (uint32_t)text.metadata_size | text.bit};
+  vdb_emit(writer, start, sizeof start);
+  if (whole) {
+    numbers.norm = block->norms[place];
+    if (block->scales) numbers.scale = block->scales[place];
+    if (block->residuals) numbers.residual = block->residuals[place];
+    vdb_emit(writer, &numbers, sizeof numbers);
+  }
+  if (header->index == VDB_INDEX_HNSW) {
+    uint32_t levels = vdb_levels_at(db, row);
+    vdb_emit_links(writer, vdb_links_at(db, row), 2 * links);
+    vdb_emit(writer, &levels, sizeof levels);
+    for (uint32_t level = 1; level <= levels; level++) vdb_emit_links(writer, vdb_links_of(db, row, level), links);
+  }
+  for (int part = VDB_VECTORS; part <= VDB_CODES && whole; part++) {
+    size_t size = vdb_part_row(header, part);
+    if (size) vdb_emit(writer, vdb_block_array(block, part) + place * size, size);
+  }
+  if (whole) {
+    vdb_emit(writer, text.id, text.id_size);
+    vdb_emit_zeros(writer, 1);
+    vdb_emit(writer, text.metadata, text.metadata_size);
+  }
+  vdb_emit_zeros(writer, vdb_round_up((size_t)writer->position, 8) - (size_t)writer->position);
+}
+
+/* The batch that makes the file what the database is, into memory; 0 if it would be longer than `most`. */
+VDB_RARE int vdb_make_batch(vdb_writer *writer, const vdb_database *db, size_t most) {
+  const vdb_changes *changes = &db->changes;
+  vdb_header header;
+  vdb_batch batch;
+  uint32_t counts[2] = {0, (uint32_t)(db->free_count - changes->free_kept)};
+  vdb_fill_header(db, &header);
+  memset(&batch, 0, sizeof batch);
+  vdb_emit(writer, &batch, sizeof batch);
+  vdb_emit(writer, counts, sizeof counts);
+  if (counts[1] > most / sizeof(uint32_t)) return 0;
+  vdb_emit(writer, db->free_rows + changes->free_kept, counts[1] * sizeof(uint32_t));
+  vdb_emit_zeros(writer, vdb_round_up((size_t)writer->position, 8) - (size_t)writer->position);
+  for (size_t word = 0; word << 6 < db->slots; word++) {
+    for (uint64_t bits = changes->whole[word] | changes->part[word]; bits; bits &= bits - 1) {
+      size_t row = (word << 6) + (size_t)__builtin_ctzll(bits);
+      if (row >= db->slots) break;
+      vdb_emit_entry(writer, db, &header, row, vdb_bit(changes->whole, row));
+      counts[0]++;
+      if (writer->position > most || writer->failed) return 0;
+    }
+  }
+  vdb_emit_zeros(writer, vdb_round_up((size_t)writer->position, sizeof batch) - (size_t)writer->position);
+  vdb_flush(writer);
+  if (writer->failed) return 0;
+  memcpy(batch.magic, VDB_BATCH_MAGIC, sizeof batch.magic);
+  batch.place = db->identity.size;
+  batch.size = writer->position;
+  batch.slots = header.slots;
+  batch.count = header.count;
+  batch.free_kept = changes->free_kept;
+  batch.entry = header.entry;
+  batch.unchecked = header.unchecked;
+  batch.previous = db->identity.chain;
+  batch.crc = vdb_crc32c(0, &batch, sizeof batch - 4);
+  memcpy(writer->memory, &batch, sizeof batch);
+  memcpy(writer->memory + sizeof batch, counts, sizeof counts);
+  return 1;
+}
+
+/* Nothing has changed since the file was read or written. */
+VDB_RARE int vdb_is_unchanged(const vdb_database *db) {
+  const vdb_changes *changes = &db->changes;
+  if (changes->free_kept != db->free_count) return 0;
+  for (size_t word = 0; word << 6 < db->slots; word++)
+    if (changes->whole[word] | changes->part[word]) return 0;
+  return 1;
+}
+
+#ifndef _WIN32
+/* Whether the open file is, or is going to be, another's: 0, errno, or VDB_STALE. What an unfinished save has left goes. */
+VDB_RARE int vdb_check_journal(const vdb_database *db, int file, const char *path) {
+  struct stat status, named;
+  struct flock lock;
+  vdb_identity identity = {0, 0, 0, 0}, end = {0, 0, 0, 0};
+  vdb_source source = {file, NULL};
+  vdb_batch_end last;
+  memset(&lock, 0, sizeof lock);
+  lock.l_type = F_WRLCK; /* of the whole file; the system takes it back when the file is closed */
+#if defined(__linux__)
+  int asked = fcntl(file, 37 /* F_OFD_SETLK */, &lock);
+#else
+  int asked = fcntl(file, F_SETLK, &lock);
+#endif
+  if (asked && (errno == EAGAIN || errno == EACCES)) return VDB_STALE; /* another program is saving */
+  if (asked || fstat(file, &status) || stat(path, &named)) return errno;
+  if (named.st_ino != status.st_ino || named.st_dev != status.st_dev) return VDB_STALE;
+  uint64_t size = (uint64_t)status.st_size;
+  if (size < db->identity.size) return VDB_STALE;
+  int failed = vdb_identify(file, sizeof(vdb_header), &identity); /* the header alone */
+  if (failed || identity.crc != db->identity.crc) return failed ? failed : VDB_STALE;
+  if (db->identity.size > db->identity.base) {
+    failed = vdb_read_bytes(source, &last, sizeof last, db->identity.size - sizeof last);
+    if (failed || last.crc != db->identity.chain) return failed > 0 ? failed : VDB_STALE;
+  }
+  if (size == db->identity.size) return 0;
+  end = db->identity;
+  failed = vdb_identify_journal(source, size, &end);
+  if (failed || end.size != db->identity.size) return failed > 0 ? failed : VDB_STALE;
+  return vdb_sys_ftruncate(file, (long)end.size) ? errno : 0;
+}
+
+VDB_RARE int vdb_sync(int file) {
+  while (vdb_sys_fsync(file))
+    if (errno != EINTR) return errno;
+  return 0;
+}
+
+/* Appends a batch: all of it, synced, and then its end mark, synced. 0 or errno; then the file is as it was. */
+VDB_RARE int vdb_append_batch(int file, vdb_writer *writer, vdb_identity *identity) {
+  vdb_batch_end end;
+  memset(&end, 0, sizeof end);
+  memcpy(end.magic, VDB_END_MAGIC, sizeof end.magic);
+  end.place = identity->size;
+  end.size = writer->size;
+  end.content = vdb_crc32c(0, writer->memory, writer->size);
+  end.crc = vdb_crc32c(0, &end, sizeof end - 4);
+  writer->file = file;
+  writer->to_memory = 0;
+  if (vdb_sys_lseek(file, (long)identity->size, SEEK_SET) < 0) return errno;
+  vdb_write_all(writer, writer->memory, writer->size);
+  if (!writer->failed) writer->failed = vdb_sync(file);
+  if (!writer->failed) vdb_write_all(writer, (const unsigned char *)&end, sizeof end);
+  if (!writer->failed) writer->failed = vdb_sync(file);
+  if (writer->failed) {
+    int ignored = vdb_sys_ftruncate(file, (long)identity->size); /* otherwise the next save does it */
+    (void)ignored;
+    return writer->failed;
+  }
+  identity->size += writer->size + sizeof end;
+  identity->chain = end.crc;
+  return 0;
+}
+
+/* Appends what has changed; `*identity` becomes the file's. VDB_ERROR_READ_ONLY if it must be written as a whole. */
+VDB_RARE vdb_error vdb_write_changes(const vdb_database *db, const char *path, vdb_identity *identity) {
+  vdb_writer writer;
+  uint64_t journal = db->identity.size - db->identity.base, most = db->identity.base / 8 + VDB_JOURNAL_SPARE;
+  if (!db->identity.size || !db->changes.words || journal >= most ||
+      __atomic_load_n(&db->changes.unknown, __ATOMIC_RELAXED) || __atomic_load_n(&db->changes.lent, __ATOMIC_RELAXED))
+    return VDB_ERROR_READ_ONLY;
+  int file = open(path, O_RDWR | O_NONBLOCK);
+  if (file < 0) return VDB_ERROR_READ_ONLY; /* what is wrong, a whole save will say */
+  fcntl(file, F_SETFD, FD_CLOEXEC);
+  *identity = db->identity;
+  memset(&writer, 0, sizeof writer);
+  int failed = vdb_check_journal(db, file, path);
+  vdb_error error = failed == VDB_STALE ? VDB_ERROR_CHANGED : failed ? VDB_ERROR_READ_ONLY : VDB_OK;
+  if (!error && !vdb_is_unchanged(db)) {
+    writer.to_memory = 1;
+    writer.buffer = (unsigned char *)vdb_aligned_alloc(VDB_PIECE);
+    if (!writer.buffer || !vdb_make_batch(&writer, db, (size_t)(most - journal))) error = VDB_ERROR_READ_ONLY;
+    if (!error && (failed = vdb_append_batch(file, &writer, identity)) != 0) error = VDB_ERROR_IO;
+    vdb_aligned_free(writer.buffer);
+    VDB_FREE(writer.memory);
+  }
+  vdb_sys_close(file);
+  errno = failed;
+  return error;
+}
+#else
+VDB_RARE vdb_error vdb_write_changes(const vdb_database *db, const char *path, vdb_identity *identity) {
+  (void)db, (void)path, (void)identity;
+  return VDB_ERROR_READ_ONLY;
+}
+#endif
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 10 Functions
@@ -7382,7 +7986,7 @@ VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
   out->bytes = vdb_bytes_held(db);
   out->vector_bytes = db->count * db->dimensions *
                       (vdb_element_size(db->options.storage) + (db->options.storage == VDB_STORAGE_F32_I8));
-  out->read_only = db->mapping.base != NULL;
+  out->read_only = db->read_only;
   out->has_ids = db->records.table_used != 0;
   vdb_leave_read(vdb_lock_of(db));
   return VDB_OK;
@@ -7436,6 +8040,7 @@ static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, c
 
 /* A row leaves: it is not found any more, its id neither. */
 static inline void vdb_drop_row(vdb_database *db, size_t row) {
+  vdb_mark_part(db, row);
   vdb_drop_record(db, row);
   db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
   db->count--;
@@ -7502,7 +8107,11 @@ static inline vdb_error vdb_check_new_records(const vdb_database *db, size_t cou
 
 /* Takes rows for `count` vectors: free ones first, the last freed first, then new ones. */
 static inline void vdb_take_rows(vdb_database *db, size_t count, uint32_t *rows) {
-  for (size_t i = 0; i < count; i++) rows[i] = db->free_count ? db->free_rows[--db->free_count] : (uint32_t)db->slots++;
+  for (size_t i = 0; i < count; i++) {
+    rows[i] = db->free_count ? db->free_rows[--db->free_count] : (uint32_t)db->slots++;
+    vdb_mark_whole(db, rows[i]);
+  }
+  db->changes.free_kept = vdb_min(db->changes.free_kept, db->free_count);
 }
 
 /* As if vdb_take_rows had not been called; the rows hold nothing that is found. */
@@ -7597,7 +8206,7 @@ VDB_API vdb_error vdb_add_watched(vdb_database *db, const float *vectors, size_t
   vdb_watch_make(&watch, go_on, context);
   if (!db || (!vectors && count)) return VDB_ERROR_NULL_POINTER;
   if ((unsigned)mode > 2) return VDB_ERROR_INVALID_ARGUMENT;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!count) return VDB_OK;
   if (count > VDB_MAX_ROWS) return VDB_ERROR_FULL;
   if (!vdb_storable(db, vectors, count * db->dimensions)) return VDB_ERROR_NOT_FINITE;
@@ -7618,7 +8227,7 @@ VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, 
 
 VDB_API vdb_error vdb_reserve(vdb_database *db, size_t count) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = count > VDB_MAX_ROWS - db->slots ? VDB_ERROR_FULL : vdb_make_room(db, db->slots + count);
   vdb_leave_write(&db->lock);
@@ -7629,7 +8238,7 @@ VDB_API vdb_error vdb_add_vector(vdb_database *db, const float *data, const char
   vdb_record record = {id, NULL, 0, NULL, 0};
   uint32_t row;
   if (!db || !data) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!vdb_storable(db, data, db->dimensions)) return VDB_ERROR_NOT_FINITE;
   vdb_enter_write(&db->lock);
   vdb_error error = VDB_OK;
@@ -7722,13 +8331,14 @@ VDB_RARE vdb_error vdb_change_metadata(vdb_database *db, size_t row, const vdb_r
   if (error && old) db->records.records[row] = old;
   if (error) return error;
   if (old) vdb_discard_record(db, old);
+  vdb_mark_whole(db, row);
   vdb_columns_touch(&db->columns, row);
   return VDB_OK;
 }
 
 VDB_API vdb_error vdb_set_metadata(vdb_database *db, uint64_t index, const vdb_record *record) {
   if (!db || !record) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!vdb_valid_metadata(record)) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? vdb_change_metadata(db, (size_t)index, record) : VDB_ERROR_INVALID_INDEX;
@@ -7738,7 +8348,7 @@ VDB_API vdb_error vdb_set_metadata(vdb_database *db, uint64_t index, const vdb_r
 
 VDB_API vdb_error vdb_set_metadata_of(vdb_database *db, const char *id, const vdb_record *record) {
   if (!db || !id || !record) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!vdb_valid_metadata(record)) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_enter_write(&db->lock);
   uint32_t row = vdb_lowest_row(db, id, strlen(id));
@@ -7752,6 +8362,7 @@ VDB_API vdb_error vdb_set_metadata_of(vdb_database *db, const char *id, const vd
 static inline float *vdb_lend_vector(const vdb_database *db, size_t row) {
   float unknown = -1.0f;
   if (vdb_element_of(db->options.storage) != VDB_F32) return NULL;
+  if (!db->read_only) __atomic_store_n(&((vdb_database *)(uintptr_t)db)->changes.lent, 1, __ATOMIC_RELAXED);
   if (!db->mapping.base)
     __atomic_store(&vdb_block_of(db, row)->norms[vdb_row_in_block(db, row)], &unknown, __ATOMIC_RELAXED);
   return (float *)(uintptr_t)vdb_vector_at(db, row);
@@ -7759,11 +8370,11 @@ static inline float *vdb_lend_vector(const vdb_database *db, size_t row) {
 
 VDB_API vdb_error vdb_refresh_vector(vdb_database *db, size_t index) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   if (!error && vdb_element_of(db->options.storage) == VDB_F32) {
-    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL);
+    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL), vdb_mark_whole(db, index);
     else error = VDB_ERROR_NOT_FINITE;
   }
   vdb_leave_write(&db->lock);
@@ -7791,7 +8402,7 @@ VDB_API vdb_error vdb_get_vector(const vdb_database *db, size_t index, float **d
 /* --- removing --- */
 VDB_API vdb_error vdb_remove_index(vdb_database *db, uint64_t index) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   if (!error) vdb_drop_row(db, (size_t)index);
@@ -7803,7 +8414,7 @@ VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *remove
   size_t count = 0, place = 0;
   uint32_t row;
   if (!db || !id) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   size_t size = strlen(id);
   row = vdb_table_next(db, id, size, &place);
@@ -7842,6 +8453,7 @@ VDB_RARE vdb_error vdb_repack_records(vdb_database *db) {
 /* Moves live rows down over the others. `new_of_old` [slots] is filled. */
 VDB_RARE void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   size_t next = 0, old_slots = db->slots;
+  vdb_mark_all(db); /* rows have new numbers */
   for (size_t row = 0; row < old_slots; row++) {
     new_of_old[row] = VDB_NO_ROW;
     if (!vdb_is_live(db, row)) continue;
@@ -7882,7 +8494,7 @@ VDB_RARE vdb_error vdb_compact_rows(vdb_database *db) {
 
 VDB_API vdb_error vdb_compact(vdb_database *db) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_compact_rows(db);
   vdb_leave_write(&db->lock);
@@ -7893,6 +8505,7 @@ VDB_API vdb_error vdb_compact(vdb_database *db) {
 VDB_RARE void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
   vdb_records *records = &db->records;
   size_t last = db->slots - 1, kept = 0;
+  vdb_mark_all(db); /* rows have new numbers */
   for (size_t i = 0; i <= last; i++) new_of_old[i] = i == row ? VDB_NO_ROW : (uint32_t)(i - (i > row));
   for (size_t i = row; i < last; i++) {
     uint64_t bit = (uint64_t)1 << (i & 63);
@@ -7915,7 +8528,7 @@ VDB_RARE void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) 
 
 VDB_API vdb_error vdb_remove_vector(vdb_database *db, size_t index) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   size_t slots = db->slots;
@@ -8307,7 +8920,7 @@ VDB_RARE size_t vdb_drop_passing(vdb_database *db, const vdb_query_options *opti
 VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *options, size_t *removed) {
   if (!db || !options) return VDB_ERROR_NULL_POINTER;
   if (removed) *removed = 0;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!options->bitset && !options->filter && !options->where) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_query_options passing = *options;
   uint64_t *made = NULL;
@@ -8321,13 +8934,31 @@ VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *op
 }
 
 /* --- files --- */
+/* Only those that save or change the database read what is written here. */
+VDB_RARE void vdb_is_saved(const vdb_database *db, const vdb_identity *identity) {
+  vdb_database *saved = (vdb_database *)(uintptr_t)db;
+  saved->identity = *identity;
+  if (!saved->read_only) vdb_changes_begin(saved);
+}
+
 VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode) {
   vdb_identity identity;
   if (!db || !path) return VDB_ERROR_NULL_POINTER;
   if ((unsigned)mode > 2) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_enter_still(vdb_lock_of(db));
   vdb_error error = vdb_write_file(db, path, mode, &identity);
-  if (!error) ((vdb_database *)(uintptr_t)db)->identity = identity; /* only those that save read it */
+  if (!error) vdb_is_saved(db, &identity);
+  vdb_leave_still(vdb_lock_of(db));
+  return error;
+}
+
+VDB_API vdb_error vdb_save_changes(const vdb_database *db, const char *path) {
+  vdb_identity identity;
+  if (!db || !path) return VDB_ERROR_NULL_POINTER;
+  vdb_enter_still(vdb_lock_of(db));
+  vdb_error error = vdb_write_changes(db, path, &identity);
+  if (error == VDB_ERROR_READ_ONLY) error = vdb_write_file(db, path, VDB_SAVE_SAME, &identity);
+  if (!error) vdb_is_saved(db, &identity);
   vdb_leave_still(vdb_lock_of(db));
   return error;
 }

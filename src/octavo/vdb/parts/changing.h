@@ -34,6 +34,7 @@ static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, c
 
 /* A row leaves: it is not found any more, its id neither. */
 static inline void vdb_drop_row(vdb_database *db, size_t row) {
+  vdb_mark_part(db, row);
   vdb_drop_record(db, row);
   db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
   db->count--;
@@ -100,7 +101,11 @@ static inline vdb_error vdb_check_new_records(const vdb_database *db, size_t cou
 
 /* Takes rows for `count` vectors: free ones first, the last freed first, then new ones. */
 static inline void vdb_take_rows(vdb_database *db, size_t count, uint32_t *rows) {
-  for (size_t i = 0; i < count; i++) rows[i] = db->free_count ? db->free_rows[--db->free_count] : (uint32_t)db->slots++;
+  for (size_t i = 0; i < count; i++) {
+    rows[i] = db->free_count ? db->free_rows[--db->free_count] : (uint32_t)db->slots++;
+    vdb_mark_whole(db, rows[i]);
+  }
+  db->changes.free_kept = vdb_min(db->changes.free_kept, db->free_count);
 }
 
 /* As if vdb_take_rows had not been called; the rows hold nothing that is found. */
@@ -195,7 +200,7 @@ VDB_API vdb_error vdb_add_watched(vdb_database *db, const float *vectors, size_t
   vdb_watch_make(&watch, go_on, context);
   if (!db || (!vectors && count)) return VDB_ERROR_NULL_POINTER;
   if ((unsigned)mode > 2) return VDB_ERROR_INVALID_ARGUMENT;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!count) return VDB_OK;
   if (count > VDB_MAX_ROWS) return VDB_ERROR_FULL;
   if (!vdb_storable(db, vectors, count * db->dimensions)) return VDB_ERROR_NOT_FINITE;
@@ -216,7 +221,7 @@ VDB_API vdb_error vdb_add(vdb_database *db, const float *vectors, size_t count, 
 
 VDB_API vdb_error vdb_reserve(vdb_database *db, size_t count) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = count > VDB_MAX_ROWS - db->slots ? VDB_ERROR_FULL : vdb_make_room(db, db->slots + count);
   vdb_leave_write(&db->lock);
@@ -227,7 +232,7 @@ VDB_API vdb_error vdb_add_vector(vdb_database *db, const float *data, const char
   vdb_record record = {id, NULL, 0, NULL, 0};
   uint32_t row;
   if (!db || !data) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!vdb_storable(db, data, db->dimensions)) return VDB_ERROR_NOT_FINITE;
   vdb_enter_write(&db->lock);
   vdb_error error = VDB_OK;
@@ -320,13 +325,14 @@ VDB_RARE vdb_error vdb_change_metadata(vdb_database *db, size_t row, const vdb_r
   if (error && old) db->records.records[row] = old;
   if (error) return error;
   if (old) vdb_discard_record(db, old);
+  vdb_mark_whole(db, row);
   vdb_columns_touch(&db->columns, row);
   return VDB_OK;
 }
 
 VDB_API vdb_error vdb_set_metadata(vdb_database *db, uint64_t index, const vdb_record *record) {
   if (!db || !record) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!vdb_valid_metadata(record)) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? vdb_change_metadata(db, (size_t)index, record) : VDB_ERROR_INVALID_INDEX;
@@ -336,7 +342,7 @@ VDB_API vdb_error vdb_set_metadata(vdb_database *db, uint64_t index, const vdb_r
 
 VDB_API vdb_error vdb_set_metadata_of(vdb_database *db, const char *id, const vdb_record *record) {
   if (!db || !id || !record) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!vdb_valid_metadata(record)) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_enter_write(&db->lock);
   uint32_t row = vdb_lowest_row(db, id, strlen(id));
@@ -350,6 +356,7 @@ VDB_API vdb_error vdb_set_metadata_of(vdb_database *db, const char *id, const vd
 static inline float *vdb_lend_vector(const vdb_database *db, size_t row) {
   float unknown = -1.0f;
   if (vdb_element_of(db->options.storage) != VDB_F32) return NULL;
+  if (!db->read_only) __atomic_store_n(&((vdb_database *)(uintptr_t)db)->changes.lent, 1, __ATOMIC_RELAXED);
   if (!db->mapping.base)
     __atomic_store(&vdb_block_of(db, row)->norms[vdb_row_in_block(db, row)], &unknown, __ATOMIC_RELAXED);
   return (float *)(uintptr_t)vdb_vector_at(db, row);
@@ -357,11 +364,11 @@ static inline float *vdb_lend_vector(const vdb_database *db, size_t row) {
 
 VDB_API vdb_error vdb_refresh_vector(vdb_database *db, size_t index) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   if (!error && vdb_element_of(db->options.storage) == VDB_F32) {
-    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL);
+    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL), vdb_mark_whole(db, index);
     else error = VDB_ERROR_NOT_FINITE;
   }
   vdb_leave_write(&db->lock);
@@ -389,7 +396,7 @@ VDB_API vdb_error vdb_get_vector(const vdb_database *db, size_t index, float **d
 /* --- removing --- */
 VDB_API vdb_error vdb_remove_index(vdb_database *db, uint64_t index) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   if (!error) vdb_drop_row(db, (size_t)index);
@@ -401,7 +408,7 @@ VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *remove
   size_t count = 0, place = 0;
   uint32_t row;
   if (!db || !id) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   size_t size = strlen(id);
   row = vdb_table_next(db, id, size, &place);
@@ -440,6 +447,7 @@ VDB_RARE vdb_error vdb_repack_records(vdb_database *db) {
 /* Moves live rows down over the others. `new_of_old` [slots] is filled. */
 VDB_RARE void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   size_t next = 0, old_slots = db->slots;
+  vdb_mark_all(db); /* rows have new numbers */
   for (size_t row = 0; row < old_slots; row++) {
     new_of_old[row] = VDB_NO_ROW;
     if (!vdb_is_live(db, row)) continue;
@@ -480,7 +488,7 @@ VDB_RARE vdb_error vdb_compact_rows(vdb_database *db) {
 
 VDB_API vdb_error vdb_compact(vdb_database *db) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_compact_rows(db);
   vdb_leave_write(&db->lock);
@@ -491,6 +499,7 @@ VDB_API vdb_error vdb_compact(vdb_database *db) {
 VDB_RARE void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
   vdb_records *records = &db->records;
   size_t last = db->slots - 1, kept = 0;
+  vdb_mark_all(db); /* rows have new numbers */
   for (size_t i = 0; i <= last; i++) new_of_old[i] = i == row ? VDB_NO_ROW : (uint32_t)(i - (i > row));
   for (size_t i = row; i < last; i++) {
     uint64_t bit = (uint64_t)1 << (i & 63);
@@ -513,7 +522,7 @@ VDB_RARE void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) 
 
 VDB_API vdb_error vdb_remove_vector(vdb_database *db, size_t index) {
   if (!db) return VDB_ERROR_NULL_POINTER;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   size_t slots = db->slots;

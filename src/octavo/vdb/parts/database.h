@@ -28,6 +28,7 @@ VDB_RARE void vdb_release(vdb_database *db) {
   VDB_FREE(db->blocks);
   VDB_FREE(db->live);
   VDB_FREE(db->free_rows);
+  vdb_changes_release(db);
   if (db->pool) vdb_pool_stop(db->pool);
   VDB_FREE(db->pool);
   vdb_lock_destroy(&db->lock);

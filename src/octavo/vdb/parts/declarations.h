@@ -273,6 +273,11 @@ typedef enum {
 } vdb_save_mode;
 
 VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode);
+/* Saves to the file that the database was opened from or saved to last, or VDB_ERROR_CHANGED, as VDB_SAVE_SAME does; but
+ * rows that have changed since are appended to the file, in its journal, at once or not at all. A whole file is written
+ * where that is as good: once the journal is longer than an eighth of the file, after vdb_compact, vdb_remove_vector and
+ * vdb_get_vector (whoever has the pointer may write to the vector), where the file may not be written to, and on Windows. */
+VDB_API vdb_error vdb_save_changes(const vdb_database *db, const char *path);
 /* `threads` as in vdb_options. */
 VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out);
 /* As vdb_open; while a file is read into memory `go_on` is asked on the caller's thread, after about every half megabyte,

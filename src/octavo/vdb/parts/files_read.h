@@ -56,14 +56,20 @@ VDB_RARE int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t a
   return 0;
 }
 
+static inline int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity *out);
+
 VDB_RARE int vdb_identify(int file, uint64_t size, vdb_identity *out) {
-  unsigned char head[sizeof(vdb_header) - 4]; /* with its own checksum behind it, every header would have the same */
-  size_t have = size < sizeof head ? (size_t)size : sizeof head;
+  vdb_header header; /* its own checksum left out: with it, every header would have the same */
+  size_t most = sizeof header - sizeof header.crc, have = size < most ? (size_t)size : most;
   vdb_source source = {file, NULL};
-  memset(head, 0, sizeof head);
-  int failed = vdb_read_bytes(source, head, have, 0);
-  out->size = size;
-  out->crc = vdb_crc32c(0, head, have);
+  memset(&header, 0, sizeof header);
+  int failed = vdb_read_bytes(source, &header, have, 0);
+  out->size = out->base = size;
+  out->crc = out->chain = vdb_crc32c(0, &header, have);
+  if (!failed && have == most && memcmp(header.magic, VDB_MAGIC, sizeof header.magic) == 0 && header.file_size < size) {
+    out->size = out->base = header.file_size;
+    failed = vdb_identify_journal(source, size, out);
+  }
   return failed == VDB_FILE_ENDS ? 0 : failed; /* somebody is writing it: it is none that we know */
 }
 
@@ -212,23 +218,24 @@ VDB_RARE vdb_error vdb_check_header(vdb_reader *reader, const vdb_header *header
   if (header->version != 2 && header->version != 3) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "an unknown version", 8);
   if (header->header_size != sizeof *header || header->crc != vdb_crc32c(0, header, sizeof *header - 4))
     return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "the checksum differs", sizeof *header - 4);
-  if (header->file_size != reader->size)
+  if (header->file_size > reader->size)
     return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "the file is not as long as it says", 16);
   const char *wrong = vdb_wrong_setting(header);
   for (size_t i = 0; i < sizeof header->unused; i++)
     if (header->unused[i]) wrong = "unused bytes are not 0";
   if (wrong) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", wrong, 24);
   uint64_t place = sizeof *header;
+  if (header->file_size < place) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "an impossible size of the file", 16);
   for (int part = 0; part < VDB_SECTIONS; part++) {
     const vdb_section *section = &header->section[part];
-    if (section->kind != (uint32_t)part + 1 || section->offset != place || section->size > reader->size - place ||
+    if (section->kind != (uint32_t)part + 1 || section->offset != place || section->size > header->file_size - place ||
         section->size != vdb_right_size(header, part))
       return vdb_fault(reader, VDB_ERROR_CORRUPT, vdb_part_name(part), "impossible place or size",
                        80 + 24 * (uint64_t)part);
     place = vdb_next_place(place + section->size, part);
-    if (place > reader->size) return vdb_fault_inside(reader, header, part, "reaches past the end of the file", 0);
+    if (place > header->file_size) return vdb_fault_inside(reader, header, part, "reaches past the end of the file", 0);
   }
-  if (place != reader->size) return vdb_fault(reader, VDB_ERROR_CORRUPT, "file", "bytes after the end", place);
+  if (place != header->file_size) return vdb_fault(reader, VDB_ERROR_CORRUPT, "file", "bytes after the end", place);
   return VDB_OK;
 }
 
@@ -468,6 +475,8 @@ VDB_RARE vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, c
   return error;
 }
 
+static inline vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header, vdb_database *db);
+
 VDB_RARE vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
   uint64_t *offsets = NULL;
   vdb_error error = vdb_make_room(db, (size_t)header->slots);
@@ -484,6 +493,9 @@ VDB_RARE vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header,
   if (!error) error = vdb_check_contents(reader, header, db, offsets);
   if (!error && header->index == VDB_INDEX_HNSW) {
     db->graph.workshop->unchecked = header->unchecked;
+  }
+  if (!error) error = vdb_read_journal(reader, header, db);
+  if (!error && header->index == VDB_INDEX_HNSW) {
     if (vdb_make_towers(db, db->graph.workshop->rows))
       error = vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "towers", "no memory for them", 0);
   }
@@ -524,6 +536,7 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   if (!base) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
   db->mapping.base = (unsigned char *)base;
   db->mapping.size = (size_t)reader->size;
+  db->read_only = 1;
   if (!vdb_grow((void **)&db->blocks, 0, blocks + 1, sizeof(vdb_block)) ||
       !vdb_grow((void **)&db->live, 0, words + 1, sizeof(uint64_t)) ||
       !vdb_grow((void **)&db->free_rows, 0, free_bytes + 1, 1))
@@ -660,6 +673,17 @@ VDB_RARE vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, uint3
   vdb_options options = vdb_header_options(&header, threads);
   error = vdb_allocate(header.dimensions, (vdb_metric)header.metric, &options, out);
   if (error) return vdb_fault(reader, error, "file", "no memory for its rows", 0);
+  if (mode == VDB_OPEN_MAP && header.file_size < reader->size) {
+    vdb_identity identity = {0, header.file_size, 0, header.crc};
+    identity.size = identity.base;
+    error = vdb_read_fault(reader, vdb_identify_journal(reader->source, reader->size, &identity), "journal", 0);
+    if (error) return error;
+    if (identity.size > identity.base) { /* a view cannot show what the journal says: it is read, and not to be changed */
+      error = vdb_read_second(reader, &header, *out);
+      (*out)->read_only = 1;
+      return error;
+    }
+  }
   return mode == VDB_OPEN_MAP ? vdb_map_second(reader, &header, *out) : vdb_read_second(reader, &header, *out);
 }
 
@@ -678,6 +702,7 @@ VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t 
   vdb_error error = reader.buffer ? vdb_read_either(&reader, mode, threads, out)
                                   : vdb_fault(&reader, VDB_ERROR_OUT_OF_MEMORY, "file", "no memory to read it", 0);
   if (!error && vdb_identify(reader.source.file, reader.size, &(*out)->identity)) (*out)->identity.size = 0;
+  if (!error && !(*out)->read_only && (*out)->identity.base) vdb_changes_begin(*out);
   int number = errno;
   vdb_aligned_free(reader.buffer);
   vdb_sys_close(reader.source.file);

@@ -222,8 +222,8 @@ VDB_RARE void vdb_write_sections(vdb_writer *writer, const vdb_database *db) {
   }
   header.file_size = writer->position;
   header.crc = vdb_crc32c(0, &header, sizeof header - sizeof header.crc);
-  writer->identity.size = header.file_size;
-  writer->identity.crc = header.crc;
+  writer->identity.size = writer->identity.base = header.file_size;
+  writer->identity.crc = writer->identity.chain = header.crc;
   if (writer->to_memory) {
     if (!writer->failed) memcpy(writer->memory, &header, sizeof header);
     return;
@@ -234,13 +234,17 @@ VDB_RARE void vdb_write_sections(vdb_writer *writer, const vdb_database *db) {
     if (errno != EINTR) writer->failed = errno;
 }
 
+VDB_RARE int vdb_same_identity(const vdb_identity *a, const vdb_identity *b) {
+  return a->size == b->size && a->crc == b->crc && a->chain == b->chain;
+}
+
 /* The identity of an open file. 0 or errno. */
 static inline int vdb_identify(int file, uint64_t size, vdb_identity *out);
 
 /* Whether what is at the path is what `mode` wants. 0, or errno with target->error set. */
 VDB_RARE int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
   uint64_t size = 0;
-  vdb_identity identity = {0, 0};
+  vdb_identity identity = {0, 0, 0, 0};
   int failed = 0, file;
   if (mode == VDB_SAVE_ANY) return 0;
   if (mode == VDB_SAVE_NEW)
@@ -250,7 +254,7 @@ VDB_RARE int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_sa
   failed = file < 0 ? errno : vdb_identify(file, size, &identity);
   if (file >= 0) vdb_sys_close(file);
   if (failed) return vdb_target_failed(target, VDB_ERROR_IO, failed);
-  int same = db->identity.size && identity.size == db->identity.size && identity.crc == db->identity.crc;
+  int same = db->identity.size && vdb_same_identity(&identity, &db->identity);
   return same ? 0 : vdb_target_failed(target, VDB_ERROR_CHANGED, VDB_STALE);
 }
 

@@ -136,7 +136,7 @@ VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
   out->bytes = vdb_bytes_held(db);
   out->vector_bytes = db->count * db->dimensions *
                       (vdb_element_size(db->options.storage) + (db->options.storage == VDB_STORAGE_F32_I8));
-  out->read_only = db->mapping.base != NULL;
+  out->read_only = db->read_only;
   out->has_ids = db->records.table_used != 0;
   vdb_leave_read(vdb_lock_of(db));
   return VDB_OK;

@@ -142,6 +142,7 @@ static inline void vdb_link_back(const vdb_insertion *job, const uint64_t *rever
   uint32_t *links = vdb_links_of(db, target, level), some[VDB_PAD];
   size_t most = vdb_most_links(db, level), old = vdb_link_count(db, links, level), entered, room = walker->room;
   if (!links) return;
+  vdb_mark_part(db, target);
   if (old + count <= most) {
     for (size_t i = 0; i < count; i++) links[1 + old + i] = job->rows[reverse[i] & 0xfffffffu];
     links[0] = (uint32_t)(old + count);
@@ -291,9 +292,11 @@ static inline void vdb_connect(vdb_database *db) {
         while (spare < db->slots && !vdb_can_host(db, spare, walker)) spare++;
         if (spare == db->slots) break;
         host = spare;
+        vdb_mark_part(db, row);
         if (links[0] < vdb_most_links(db, 0)) links[++links[0]] = host;
       }
       uint32_t *hosts = vdb_links_at(db, host);
+      vdb_mark_part(db, host);
       hosts[++hosts[0]] = row;
       vdb_flood(db, row, queue, walker);
     }
@@ -370,13 +373,14 @@ static inline size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint3
 }
 
 /* Links a live row past its removed neighbours on one level. */
-static inline void vdb_mend_row(const vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
+static inline void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
   uint32_t dead[VDB_DEAD_WAYS], some[VDB_PAD], *links = vdb_links_of(db, row, level);
   size_t dead_count = 0, count, entered, place;
   vdb_start_walk(walker);
   walker->visited[row] = walker->epoch;
   count = vdb_look_behind(db, row, level, dead, &dead_count, 0, walker);
   if (!dead_count) return;
+  vdb_mark_part(db, row);
   for (size_t i = 0; i < dead_count; i++)
     count = vdb_look_behind(db, dead[i], level, dead, &dead_count, count, walker);
   for (int codes = vdb_has_codes(db->options.storage);; codes = 0) {
@@ -433,6 +437,7 @@ static inline vdb_error vdb_graph_sweep(vdb_database *db) {
   for (size_t i = 0; i < db->free_count; i++) walker->visited[db->free_rows[i]] = walker->epoch;
   for (size_t row = db->slots; row-- > 0;) {
     if (vdb_is_live(db, row) || walker->visited[row] == walker->epoch) continue;
+    vdb_mark_part(db, row);
     vdb_leave_tower(db, row);
     vdb_links_at(db, row)[0] = 0;
     vdb_free_row(db, row);

@@ -68,11 +68,21 @@ typedef struct {
   size_t text_size;
 } vdb_mapping;
 
-/* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest. */
+/* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest; and
+ * the same of its journal. */
 typedef struct {
-  uint64_t size; /* 0: none */
-  uint32_t crc;
+  uint64_t size, base; /* with and without the journal; size 0: none */
+  uint32_t crc, chain; /* of the header; of the journal's last end mark, or the header's again */
 } vdb_identity;
+
+/* What has changed since the file was read or written. */
+typedef struct {
+  uint64_t *whole, *part; /* [words] bits of rows: all of it; whether it is there, and its links */
+  size_t words;           /* 0 for a database without a file */
+  size_t free_kept;       /* the first free_rows that are as they were */
+  int unknown;            /* not all changes are noted: a whole file must be written; set atomically */
+  int lent;               /* the same, for ever: a vector was lent, and who has it may write to it; set atomically */
+} vdb_changes;
 
 #define VDB_KEPT_FILTERS 8
 
@@ -116,7 +126,9 @@ struct vdb_database {
   vdb_records records;
   vdb_columns columns;
   vdb_mapping mapping;
+  int read_only;         /* a view of a file, mapped or, where that has a journal, read */
   vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
+  vdb_changes changes;
   vdb_lock lock;
   vdb_pool *pool;
 };
@@ -208,6 +220,7 @@ static inline vdb_error vdb_graph_make_room(vdb_database *db, size_t rows);
 static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row);
 static inline void vdb_graph_release(vdb_database *db);
 static inline size_t vdb_graph_bytes(const vdb_database *db);
+static inline void vdb_changes_make_room(vdb_database *db);
 
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
 VDB_RARE int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
@@ -265,6 +278,7 @@ VDB_RARE vdb_error vdb_make_room(vdb_database *db, size_t rows) {
         (db->records.borrowed && !vdb_grow((void **)&db->records.borrowed, old, capacity, sizeof(void *))))
       return VDB_ERROR_OUT_OF_MEMORY;
     db->capacity = capacity;
+    vdb_changes_make_room(db);
   }
   vdb_error error = vdb_make_blocks(db, rows);
   if (!error && db->options.index == VDB_INDEX_HNSW) error = vdb_graph_make_room(db, rows);

@@ -371,7 +371,7 @@ VDB_RARE size_t vdb_drop_passing(vdb_database *db, const vdb_query_options *opti
 VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *options, size_t *removed) {
   if (!db || !options) return VDB_ERROR_NULL_POINTER;
   if (removed) *removed = 0;
-  if (db->mapping.base) return VDB_ERROR_READ_ONLY;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!options->bitset && !options->filter && !options->where) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_query_options passing = *options;
   uint64_t *made = NULL;
@@ -385,13 +385,31 @@ VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *op
 }
 
 /* --- files --- */
+/* Only those that save or change the database read what is written here. */
+VDB_RARE void vdb_is_saved(const vdb_database *db, const vdb_identity *identity) {
+  vdb_database *saved = (vdb_database *)(uintptr_t)db;
+  saved->identity = *identity;
+  if (!saved->read_only) vdb_changes_begin(saved);
+}
+
 VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save_mode mode) {
   vdb_identity identity;
   if (!db || !path) return VDB_ERROR_NULL_POINTER;
   if ((unsigned)mode > 2) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_enter_still(vdb_lock_of(db));
   vdb_error error = vdb_write_file(db, path, mode, &identity);
-  if (!error) ((vdb_database *)(uintptr_t)db)->identity = identity; /* only those that save read it */
+  if (!error) vdb_is_saved(db, &identity);
+  vdb_leave_still(vdb_lock_of(db));
+  return error;
+}
+
+VDB_API vdb_error vdb_save_changes(const vdb_database *db, const char *path) {
+  vdb_identity identity;
+  if (!db || !path) return VDB_ERROR_NULL_POINTER;
+  vdb_enter_still(vdb_lock_of(db));
+  vdb_error error = vdb_write_changes(db, path, &identity);
+  if (error == VDB_ERROR_READ_ONLY) error = vdb_write_file(db, path, VDB_SAVE_SAME, &identity);
+  if (!error) vdb_is_saved(db, &identity);
   vdb_leave_still(vdb_lock_of(db));
   return error;
 }
