@@ -706,6 +706,8 @@ typedef struct {
   void (*exact)(const float *query, const float *row, size_t dimensions, int squares, double sums[2]);
   void (*decode)(vdb_element element, const void *row, float scale, size_t dimensions, float *out);
   uint32_t (*crc32c)(uint32_t crc, const void *bytes, size_t size);
+  /* Which of 64 ints are of this tag and from low to high. */
+  uint64_t (*between)(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low, int64_t high);
 } vdb_kernel_set;
 
 VDB_INLINE float vdb_rounding(size_t dimensions) { return ((float)dimensions + 16.0f) * 6.0e-8f; }
@@ -1153,6 +1155,16 @@ static inline void vdb_exact_plain(const float *query, const float *row, size_t 
   }
 }
 
+static inline uint64_t vdb_between_plain(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low,
+                                         int64_t high) {
+  uint64_t word = 0;
+  for (unsigned i = 0; i < 64; i++) {
+    int64_t value = (int64_t)values[i];
+    word |= (uint64_t)((tags[i] == tag) & (value >= low) & (value <= high)) << i;
+  }
+  return word;
+}
+
 static inline const vdb_kernel_set *vdb_plain_set(void) {
   static const vdb_kernel_set set = {
       "plain",
@@ -1167,6 +1179,7 @@ static inline const vdb_kernel_set *vdb_plain_set(void) {
       vdb_exact_plain,
       vdb_decode_plain,
       vdb_crc32c_plain,
+      vdb_between_plain,
   };
   return &set;
 }
@@ -1549,6 +1562,19 @@ static inline void vdb_tile_avx512(vdb_element element, const vdb_panel *panel, 
   }
 }
 
+VDB_TARGET(VDB_AVX512)
+static inline uint64_t vdb_between_avx512(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low,
+                                          int64_t high) {
+  __m512i least = _mm512_set1_epi64(low), most = _mm512_set1_epi64(high);
+  uint64_t word = 0;
+  VDB_UNROLL for (int i = 0; i < 8; i++) {
+    __m512i some = _mm512_loadu_si512(values + 8 * i);
+    uint64_t passes = _mm512_mask_cmple_epi64_mask(_mm512_cmpge_epi64_mask(some, least), some, most);
+    word |= passes << (8 * i);
+  }
+  return word & _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(tags), _mm512_set1_epi8((char)tag));
+}
+
 static inline const vdb_kernel_set *vdb_avx512_set(void) {
   static const vdb_kernel_set set = {
       "avx512",
@@ -1563,6 +1589,7 @@ static inline const vdb_kernel_set *vdb_avx512_set(void) {
       vdb_exact_avx512,
       vdb_decode_avx512,
       vdb_crc32c_instruction,
+      vdb_between_avx512,
   };
   return &set;
 }
@@ -1785,6 +1812,7 @@ static inline const vdb_kernel_set *vdb_amx_set(void) {
       vdb_exact_avx512,
       vdb_decode_avx512,
       vdb_crc32c_instruction,
+      vdb_between_avx512,
   };
   return &set;
 }
@@ -2091,6 +2119,7 @@ static inline const vdb_kernel_set *vdb_avx2_set(void) {
       vdb_exact_avx2,
       vdb_decode_avx2,
       vdb_crc32c_instruction,
+      vdb_between_plain,
   };
   return &set;
 }
@@ -2178,6 +2207,7 @@ static inline const vdb_kernel_set *vdb_neon_set(void) {
       vdb_decode_plain,
 #ifdef VDB_CRC_TARGET
       vdb_crc32c_instruction,
+      vdb_between_plain,
 #else
       vdb_crc32c_plain,
 #endif
@@ -3844,10 +3874,7 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
   const uint8_t *tags = chunk->tags + first;
   uint64_t word = 0;
   if (chunk->kinds == 1u << VDB_TAG_INT && node->int_count < 2) {
-    for (unsigned i = 0; i < 64; i++) {
-      int64_t value = (int64_t)values[i];
-      word |= (uint64_t)((tags[i] == VDB_TAG_INT) & (value >= node->low) & (value <= node->high)) << i;
-    }
+    word = vdb_active()->between(values, tags, VDB_TAG_INT, node->low, node->high);
   } else if (chunk->kinds == 1u << VDB_TAG_FLOAT && node->number_count < 2) {
     for (unsigned i = 0; i < 64; i++) {
       double value;

@@ -242,10 +242,7 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
   const uint8_t *tags = chunk->tags + first;
   uint64_t word = 0;
   if (chunk->kinds == 1u << VDB_TAG_INT && node->int_count < 2) {
-    for (unsigned i = 0; i < 64; i++) {
-      int64_t value = (int64_t)values[i];
-      word |= (uint64_t)((tags[i] == VDB_TAG_INT) & (value >= node->low) & (value <= node->high)) << i;
-    }
+    word = vdb_active()->between(values, tags, VDB_TAG_INT, node->low, node->high);
   } else if (chunk->kinds == 1u << VDB_TAG_FLOAT && node->number_count < 2) {
     for (unsigned i = 0; i < 64; i++) {
       double value;
