@@ -3947,7 +3947,9 @@ static int vdb_filter_asks(uint64_t index, void *context) {
 #define VDB_FILTER_SAMPLE 128u /* rows */
 #define VDB_FILTER_LEAST 16u   /* of them must pass for rows to be asked one by one */
 
-/* Asks some rows of all. Whether enough pass. */
+#define VDB_FILTER_WALK 1024.0 /* the graph's least effort times VDB_WALK_COST: with fewer it leaves this to a scan */
+
+/* Asks some rows of all. Whether enough pass, of all and for a walk. */
 VDB_RARE int vdb_filter_sample(vdb_filtering *filtering) {
   const vdb_database *db = filtering->db;
   size_t asked = 0, passed = 0, linked = db->slots - vdb_min(db->free_count, db->slots);
@@ -3958,7 +3960,8 @@ VDB_RARE int vdb_filter_sample(vdb_filtering *filtering) {
     passed += (size_t)vdb_filter_row(db, filtering->nodes, row);
   }
   if (asked) filtering->passing = (size_t)((double)linked * (double)passed / (double)asked);
-  return passed >= VDB_FILTER_LEAST;
+  double walked = (double)filtering->passing * (double)filtering->passing / (double)vdb_max(1, linked);
+  return passed >= VDB_FILTER_LEAST && walked > VDB_FILTER_WALK;
 }
 
 #define VDB_FILTER_CHUNKS 16u /* of one task */
