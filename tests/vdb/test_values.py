@@ -242,3 +242,31 @@ def test_threads_filter_while_one_writes() -> None:
         reader.join()
     assert not wrong
     assert found(db, {"even": True, "i": {"$lt": 4}}) == [0, 3, 2000, 2002]
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"year": {"$gte": 2010}},
+        {"lang": {"$ne": "fr"}},
+        {"$or": [{"year": {"$lt": 2005}}, {"lang": {"$in": ["ru", "x" * 300]}}]},
+        {"score": {"$lte": 0.5}, "year": {"$nin": [2000, 2001.0]}},
+        {"year": {"$lt": 2001}},
+    ],
+)
+def test_a_graph_asks_the_rows_it_meets(condition: Metadata) -> None:
+    draw = np.random.default_rng(3)
+    vectors = draw.standard_normal((4000, 8), np.float32)
+    langs = ["fr", "ru", "x" * 300]
+    rows: list[Metadata] = [{"year": 2000 + i % 20, "lang": langs[i % 3], "score": (i % 7) / 7} for i in range(4000)]
+    for row in rows[::11]:
+        del row["lang"]
+    db = VectorDatabase(8, "euclidean", index="hnsw", threads=1)
+    db.add(vectors, metadata=rows)
+    db.remove(filter={"year": 2019})
+    passing = {i for i, row in enumerate(rows) if row["year"] != 2019 and passes(row, condition)}
+    queries = draw.standard_normal((20, 8), np.float32)
+    near = [set(hits.indices) for hits in db.search(queries, k=10, filter=condition)]
+    exact = [set(hits.indices) for hits in db.search(queries, k=10, filter=condition, exact=True)]
+    assert all(hits <= passing and len(hits) == 10 for hits in near + exact)
+    assert sum(len(a & b) for a, b in zip(near, exact, strict=True)) >= 0.95 * 200

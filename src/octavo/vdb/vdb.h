@@ -713,6 +713,8 @@ typedef struct {
   void (*exact)(const float *query, const float *row, size_t dimensions, int squares, double sums[2]);
   void (*decode)(vdb_element element, const void *row, float scale, size_t dimensions, float *out);
   uint32_t (*crc32c)(uint32_t crc, const void *bytes, size_t size);
+  /* Which of 64 ints are of this tag and from low to high. */
+  uint64_t (*between)(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low, int64_t high);
 } vdb_kernel_set;
 
 VDB_INLINE float vdb_rounding(size_t dimensions) { return ((float)dimensions + 16.0f) * 6.0e-8f; }
@@ -1160,6 +1162,16 @@ static inline void vdb_exact_plain(const float *query, const float *row, size_t 
   }
 }
 
+static inline uint64_t vdb_between_plain(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low,
+                                         int64_t high) {
+  uint64_t word = 0;
+  for (unsigned i = 0; i < 64; i++) {
+    int64_t value = (int64_t)values[i];
+    word |= (uint64_t)((tags[i] == tag) & (value >= low) & (value <= high)) << i;
+  }
+  return word;
+}
+
 static inline const vdb_kernel_set *vdb_plain_set(void) {
   static const vdb_kernel_set set = {
       "plain",
@@ -1174,6 +1186,7 @@ static inline const vdb_kernel_set *vdb_plain_set(void) {
       vdb_exact_plain,
       vdb_decode_plain,
       vdb_crc32c_plain,
+      vdb_between_plain,
   };
   return &set;
 }
@@ -1556,6 +1569,19 @@ static inline void vdb_tile_avx512(vdb_element element, const vdb_panel *panel, 
   }
 }
 
+VDB_TARGET(VDB_AVX512)
+static inline uint64_t vdb_between_avx512(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low,
+                                          int64_t high) {
+  __m512i least = _mm512_set1_epi64(low), most = _mm512_set1_epi64(high);
+  uint64_t word = 0;
+  VDB_UNROLL for (int i = 0; i < 8; i++) {
+    __m512i some = _mm512_loadu_si512(values + 8 * i);
+    uint64_t passes = _mm512_mask_cmple_epi64_mask(_mm512_cmpge_epi64_mask(some, least), some, most);
+    word |= passes << (8 * i);
+  }
+  return word & _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(tags), _mm512_set1_epi8((char)tag));
+}
+
 static inline const vdb_kernel_set *vdb_avx512_set(void) {
   static const vdb_kernel_set set = {
       "avx512",
@@ -1570,6 +1596,7 @@ static inline const vdb_kernel_set *vdb_avx512_set(void) {
       vdb_exact_avx512,
       vdb_decode_avx512,
       vdb_crc32c_instruction,
+      vdb_between_avx512,
   };
   return &set;
 }
@@ -1792,6 +1819,7 @@ static inline const vdb_kernel_set *vdb_amx_set(void) {
       vdb_exact_avx512,
       vdb_decode_avx512,
       vdb_crc32c_instruction,
+      vdb_between_avx512,
   };
   return &set;
 }
@@ -2098,6 +2126,7 @@ static inline const vdb_kernel_set *vdb_avx2_set(void) {
       vdb_exact_avx2,
       vdb_decode_avx2,
       vdb_crc32c_instruction,
+      vdb_between_plain,
   };
   return &set;
 }
@@ -2185,6 +2214,7 @@ static inline const vdb_kernel_set *vdb_neon_set(void) {
       vdb_decode_plain,
 #ifdef VDB_CRC_TARGET
       vdb_crc32c_instruction,
+      vdb_between_plain,
 #else
       vdb_crc32c_plain,
 #endif
@@ -2610,6 +2640,7 @@ typedef struct {
   uint64_t *touched; /* [rows / 64] rows whose record has changed since they were read */
   size_t rows;       /* columns know of the rows below */
   int any_touched;
+  size_t lent; /* searches that read columns without the mutex: none may be forgotten */
 #ifdef VDB_MULTITHREADED
   pthread_mutex_t mutex; /* of who reads and makes them, under a reader's lock */
 #endif
@@ -3676,14 +3707,15 @@ VDB_RARE vdb_error vdb_allocate(size_t dimensions, vdb_metric metric, const vdb_
 /* --- conditions ---
  *
  * A condition becomes a list of nodes, each before its parts, and that a bitset: chunk by chunk, on all threads. A chunk
- * whose statistics say none or all is not looked at.
+ * whose statistics say none or all is not looked at. A walk of the graph meets few rows: where many rows pass, those that
+ * it meets are asked one by one, and there is no bitset.
  */
 #define VDB_CONDITION_DEPTH 32
 
 typedef struct {
   const vdb_condition *asked;
   size_t size;              /* nodes of it and of its parts */
-  const vdb_column *column; /* comparisons only, from here on */
+  vdb_column column;        /* comparisons only, from here on; a copy, as others may add columns while rows are asked */
   uint32_t kinds;           /* bits of the tags that pass whatever the word */
   int negated;
   int64_t low, high;        /* ints that may pass */
@@ -3703,6 +3735,7 @@ typedef struct {
   size_t count, capacity;
   uint64_t *out; /* [words] */
   size_t words;
+  size_t passing; /* rows that pass, by a sample, where they are asked one by one */
 } vdb_filtering;
 
 /* How many nodes a condition makes; SIZE_MAX for what is no condition. */
@@ -3794,7 +3827,7 @@ VDB_RARE void vdb_node_range(vdb_node *node, vdb_operator operation, const vdb_v
 
 /* What of a column is equal to one of the values asked for. 0 for want of memory. */
 VDB_RARE int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
-  size_t count = asked->count, words = node->column->word_count / 64 + 1;
+  size_t count = asked->count, words = node->column.word_count / 64 + 1;
   node->ints = (int64_t *)VDB_MALLOC(count * sizeof(int64_t) + 8);
   node->numbers = (double *)VDB_MALLOC(count * sizeof(double) + 8);
   node->hashes = (uint64_t *)VDB_MALLOC(count * sizeof(uint64_t) + 8);
@@ -3815,7 +3848,7 @@ VDB_RARE int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
       if (vdb_is_int(value->number, &whole)) node->ints[node->int_count++] = whole;
     } else {
       uint64_t hash = vdb_hash(value->text, value->text_size);
-      uint32_t number = vdb_word_find(node->column, value->text, value->text_size, hash);
+      uint32_t number = vdb_word_find(&node->column, value->text, value->text_size, hash);
       if (number == VDB_NO_ROW) node->hashes[node->hash_count++] = hash;
       else node->codes[number >> 6] |= (uint64_t)1 << (number & 63), node->code_count++;
     }
@@ -3841,7 +3874,7 @@ VDB_RARE vdb_error vdb_condition_compile(vdb_filtering *filtering, const vdb_con
   if (asked->operation >= VDB_ALL_OF) {
     for (size_t i = 0; i < asked->count && !error; i++) error = vdb_condition_compile(filtering, &asked->parts[i]);
   } else {
-    node->column = vdb_columns_find(columns, asked->name);
+    node->column = *vdb_columns_find(columns, asked->name);
     node->negated = asked->operation == VDB_NOT_IN;
     if (asked->operation > VDB_NOT_IN) vdb_node_range(node, asked->operation, asked->values);
     else if (!vdb_node_set(node, asked)) error = VDB_ERROR_OUT_OF_MEMORY;
@@ -3854,7 +3887,7 @@ VDB_RARE vdb_error vdb_condition_compile(vdb_filtering *filtering, const vdb_con
 static inline int vdb_text_passes(const vdb_database *db, const vdb_node *node, size_t row, uint64_t hash) {
   vdb_value value;
   if (!node->hash_count || !bsearch(&hash, node->hashes, node->hash_count, sizeof hash, vdb_by_hash)) return 0;
-  if (!vdb_find_value(db, row, node->column->name, &value) || value.type != VDB_VALUE_TEXT) return 0;
+  if (!vdb_find_value(db, row, node->column.name, &value) || value.type != VDB_VALUE_TEXT) return 0;
   for (size_t i = 0; i < node->asked->count; i++) {
     const vdb_value *wanted = &node->asked->values[i];
     if (wanted->type == VDB_VALUE_TEXT && wanted->text_size == value.text_size &&
@@ -3915,10 +3948,7 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
   const uint8_t *tags = chunk->tags + first;
   uint64_t word = 0;
   if (chunk->kinds == 1u << VDB_TAG_INT && node->int_count < 2) {
-    for (unsigned i = 0; i < 64; i++) {
-      int64_t value = (int64_t)values[i];
-      word |= (uint64_t)((tags[i] == VDB_TAG_INT) & (value >= node->low) & (value <= node->high)) << i;
-    }
+    word = vdb_active()->between(values, tags, VDB_TAG_INT, node->low, node->high);
   } else if (chunk->kinds == 1u << VDB_TAG_FLOAT && node->number_count < 2) {
     for (unsigned i = 0; i < 64; i++) {
       double value;
@@ -3936,7 +3966,7 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
 }
 
 static inline void vdb_node_chunk(const vdb_database *db, const vdb_node *node, size_t chunk_number, uint64_t *out) {
-  const vdb_column *column = node->column;
+  const vdb_column *column = &node->column;
   const vdb_chunk *chunk = chunk_number < column->chunk_capacity ? column->chunks[chunk_number] : NULL;
   int says = chunk && chunk->used ? vdb_chunk_says(node, chunk) : 0;
   if (says == 1 && chunk->used < VDB_COLUMN_ROWS) says = 2;
@@ -3966,6 +3996,46 @@ static inline void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_no
     }
     if (!seen) return; /* nothing is left to be decided */
   }
+}
+
+/* Whether one row passes the nodes from `node` on. */
+static inline int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t row) {
+  if (node->asked->operation < VDB_ALL_OF) {
+    size_t number = row / VDB_COLUMN_ROWS, place = row % VDB_COLUMN_ROWS;
+    const vdb_chunk *chunk = number < node->column.chunk_capacity ? node->column.chunks[number] : NULL;
+    vdb_tag tag = chunk ? (vdb_tag)chunk->tags[place] : VDB_TAG_MISSING;
+    return (tag != VDB_TAG_MISSING && vdb_value_passes(db, node, row, tag, chunk->values[place])) != node->negated;
+  }
+  int all = node->asked->operation == VDB_ALL_OF;
+  for (size_t part = 1; part < node->size; part += node[part].size)
+    if (vdb_filter_row(db, node + part, row) != all) return !all;
+  return all;
+}
+
+/* As a filter function of a query's options. */
+static int vdb_filter_asks(uint64_t index, void *context) {
+  const vdb_filtering *filtering = (const vdb_filtering *)context;
+  return vdb_filter_row(filtering->db, filtering->nodes, (size_t)index);
+}
+
+#define VDB_FILTER_SAMPLE 128u /* rows */
+#define VDB_FILTER_LEAST 16u   /* of them must pass for rows to be asked one by one */
+
+#define VDB_FILTER_WALK 1024.0 /* the graph's least effort times VDB_WALK_COST: with fewer it leaves this to a scan */
+
+/* Asks some rows of all. Whether enough pass, of all and for a walk. */
+VDB_RARE int vdb_filter_sample(vdb_filtering *filtering) {
+  const vdb_database *db = filtering->db;
+  size_t asked = 0, passed = 0, linked = db->slots - vdb_min(db->free_count, db->slots);
+  for (uint64_t i = 1; i <= VDB_FILTER_SAMPLE && db->slots; i++) {
+    size_t row = (size_t)((i * 0x9e3779b97f4a7c15u >> 20) % db->slots);
+    if (!vdb_is_live(db, row)) continue;
+    asked++;
+    passed += (size_t)vdb_filter_row(db, filtering->nodes, row);
+  }
+  if (asked) filtering->passing = (size_t)((double)linked * (double)passed / (double)asked);
+  double walked = (double)filtering->passing * (double)filtering->passing / (double)vdb_max(1, linked);
+  return passed >= VDB_FILTER_LEAST && walked > VDB_FILTER_WALK;
 }
 
 #define VDB_FILTER_CHUNKS 16u /* of one task */
@@ -3999,6 +4069,15 @@ VDB_RARE void vdb_filtering_end(vdb_filtering *filtering) {
     VDB_FREE(filtering->nodes[i].hashes);
   }
   VDB_FREE(filtering->nodes);
+}
+
+/* When no more rows will be asked. */
+VDB_RARE void vdb_filtering_return(const vdb_database *db, vdb_filtering *filtering) {
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
+  vdb_columns_enter(columns);
+  columns->lent--;
+  vdb_columns_leave(columns);
+  vdb_filtering_end(filtering);
 }
 
 /* A condition written out, so that two may be compared. Returns its bytes; `out` may be NULL. */
@@ -4041,9 +4120,10 @@ VDB_RARE vdb_kept_filter *vdb_kept_find(vdb_columns *columns, const unsigned cha
   return oldest;
 }
 
-/* Makes a bitset, from columns that are made if need be. */
+/* Makes a bitset, from columns that are made if need be. If there is `by_row` and enough rows pass to ask them one by
+ * one, that becomes what knows of them, to be given back by vdb_filtering_return, and there is no bitset. */
 VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *condition, size_t nodes, uint64_t *out,
-                                   size_t words) {
+                                   size_t words, vdb_filtering *by_row) {
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   vdb_filtering filtering;
   memset(&filtering, 0, sizeof filtering);
@@ -4053,6 +4133,11 @@ VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *
   filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
   vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
   if (!error) error = vdb_condition_compile(&filtering, condition);
+  if (!error && by_row && vdb_filter_sample(&filtering)) {
+    columns->lent++;
+    *by_row = filtering;
+    return VDB_OK;
+  }
   size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
   if (!error) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
   vdb_filtering_end(&filtering);
@@ -4077,8 +4162,10 @@ VDB_RARE void vdb_kept_enter(vdb_kept_filter *kept, unsigned char *key, size_t k
 }
 
 /* The bitset [slots / 64, rounded up] of a condition, to be freed; bits of rows that are gone mean nothing. Under a
- * reader's lock: searches that filter by value make their bitsets one after the other, each on all threads. */
-VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *condition, uint64_t **out) {
+ * reader's lock: searches that filter by value make their bitsets one after the other, each on all threads. With `by_row`,
+ * zeroed, there may be none: then that has nodes (see vdb_filter_make). */
+VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *condition, vdb_filtering *by_row,
+                                 uint64_t **out) {
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   size_t nodes = vdb_condition_nodes(condition, 0), words = (db->slots + 63) / 64;
   *out = NULL;
@@ -4093,17 +4180,18 @@ VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *co
   }
   (void)vdb_condition_key(condition, key);
   vdb_columns_enter(columns);
-  if (columns->count > VDB_COLUMNS_MOST) vdb_columns_release(columns);
+  if (columns->count > VDB_COLUMNS_MOST && !columns->lent) vdb_columns_release(columns);
   vdb_error error = vdb_columns_refresh(db, columns);
   vdb_kept_filter *kept = vdb_kept_find(columns, key, size, words);
   int known = !error && kept->key && kept->words == words && kept->key_size == size && memcmp(kept->key, key, size) == 0;
   if (known) memcpy(bits, kept->bits, words * sizeof(uint64_t));
-  else if (!error) error = vdb_filter_make(db, condition, nodes, bits, words);
-  if (!error && !known) vdb_kept_enter(kept, key, size, bits, words);
-  if (!error) kept->asked = ++columns->searches;
+  else if (!error) error = vdb_filter_make(db, condition, nodes, bits, words, by_row);
+  int made = !error && !known && !(by_row && by_row->nodes);
+  if (made) vdb_kept_enter(kept, key, size, bits, words);
+  if (known || made) kept->asked = ++columns->searches;
   vdb_columns_leave(columns);
-  if (error || known) VDB_FREE(key);
-  if (error) VDB_FREE(bits);
+  if (!made) VDB_FREE(key);
+  if (!made && !known) VDB_FREE(bits);
   else *out = bits;
   return error;
 }
@@ -5824,8 +5912,9 @@ VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, s
 /* --- search --- */
 #define VDB_WALK_COST 16u /* rows that a scan reads while a walk deals with one candidate */
 
-/* Live rows that the bitset lets pass. */
+/* Live rows that the bitset lets pass; or about so many as a condition does. */
 static inline size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
+  if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
   if (!options->bitset) return db->count;
   size_t words = vdb_min((db->slots + 63) / 64, options->bitset_words), passing = 0;
   for (size_t i = 0; i < words; i++) passing += (size_t)__builtin_popcountll(options->bitset[i] & db->live[i]);
@@ -8711,11 +8800,18 @@ static inline char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, 
   return text;
 }
 
-/* Puts the rows that pass by their values into the options' bitset. `*made` is to be freed. */
-VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *options, uint64_t **made) {
+/* Puts the rows that pass by their values into the options' bitset. `*made` is to be freed. With `by_row` it may become
+ * the options' filter function instead. */
+VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *options, vdb_filtering *by_row,
+                                   uint64_t **made) {
   size_t words = (db->slots + 63) / 64;
-  vdb_error error = vdb_filter_by(db, options->where, made);
+  vdb_error error = vdb_filter_by(db, options->where, by_row, made);
   if (error) return error;
+  if (!*made) {
+    options->filter = vdb_filter_asks;
+    options->filter_context = by_row;
+    return VDB_OK;
+  }
   for (size_t i = 0; i < words && options->bitset; i++)
     (*made)[i] &= i < options->bitset_words ? options->bitset[i] : 0;
   options->bitset = *made;
@@ -8742,9 +8838,13 @@ static inline vdb_error vdb_query_locked(const vdb_database *db, const float *qu
   if (asked->where) {
     uint64_t *made = NULL;
     vdb_query_options filtered = *asked;
-    vdb_error error = vdb_apply_where(db, &filtered, &made);
+    vdb_filtering by_row;
+    memset(&by_row, 0, sizeof by_row);
+    int walks = db->options.index == VDB_INDEX_HNSW && !asked->exact && !asked->bitset && !asked->filter;
+    vdb_error error = vdb_apply_where(db, &filtered, walks ? &by_row : NULL, &made);
     filtered.where = NULL;
     if (!error) error = vdb_query_locked(db, queries, count, &filtered, out);
+    if (by_row.nodes) vdb_filtering_return(db, &by_row);
     VDB_FREE(made);
     return error;
   }
@@ -8811,7 +8911,7 @@ static inline vdb_error vdb_range_locked(const vdb_database *db, const float *qu
                                          const vdb_query_options *asked, vdb_answer **out) {
   vdb_query_options options = *asked;
   uint64_t *made = NULL;
-  vdb_error error = asked->where ? vdb_apply_where(db, &options, &made) : VDB_OK;
+  vdb_error error = asked->where ? vdb_apply_where(db, &options, NULL, &made) : VDB_OK;
   if (error) return error;
   vdb_ball *balls = (vdb_ball *)VDB_MALLOC((count + 1) * sizeof(vdb_ball));
   unsigned char *memory = (unsigned char *)vdb_aligned_alloc(vdb_question_bytes(db) + VDB_ALIGNMENT);
@@ -8925,7 +9025,7 @@ VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *op
   vdb_query_options passing = *options;
   uint64_t *made = NULL;
   vdb_enter_write(&db->lock);
-  vdb_error error = options->where ? vdb_apply_where(db, &passing, &made) : VDB_OK;
+  vdb_error error = options->where ? vdb_apply_where(db, &passing, NULL, &made) : VDB_OK;
   size_t count = error ? 0 : vdb_drop_passing(db, &passing);
   vdb_leave_write(&db->lock);
   VDB_FREE(made);

@@ -1,14 +1,15 @@
 /* --- conditions ---
  *
  * A condition becomes a list of nodes, each before its parts, and that a bitset: chunk by chunk, on all threads. A chunk
- * whose statistics say none or all is not looked at.
+ * whose statistics say none or all is not looked at. A walk of the graph meets few rows: where many rows pass, those that
+ * it meets are asked one by one, and there is no bitset.
  */
 #define VDB_CONDITION_DEPTH 32
 
 typedef struct {
   const vdb_condition *asked;
   size_t size;              /* nodes of it and of its parts */
-  const vdb_column *column; /* comparisons only, from here on */
+  vdb_column column;        /* comparisons only, from here on; a copy, as others may add columns while rows are asked */
   uint32_t kinds;           /* bits of the tags that pass whatever the word */
   int negated;
   int64_t low, high;        /* ints that may pass */
@@ -28,6 +29,7 @@ typedef struct {
   size_t count, capacity;
   uint64_t *out; /* [words] */
   size_t words;
+  size_t passing; /* rows that pass, by a sample, where they are asked one by one */
 } vdb_filtering;
 
 /* How many nodes a condition makes; SIZE_MAX for what is no condition. */
@@ -119,7 +121,7 @@ VDB_RARE void vdb_node_range(vdb_node *node, vdb_operator operation, const vdb_v
 
 /* What of a column is equal to one of the values asked for. 0 for want of memory. */
 VDB_RARE int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
-  size_t count = asked->count, words = node->column->word_count / 64 + 1;
+  size_t count = asked->count, words = node->column.word_count / 64 + 1;
   node->ints = (int64_t *)VDB_MALLOC(count * sizeof(int64_t) + 8);
   node->numbers = (double *)VDB_MALLOC(count * sizeof(double) + 8);
   node->hashes = (uint64_t *)VDB_MALLOC(count * sizeof(uint64_t) + 8);
@@ -140,7 +142,7 @@ VDB_RARE int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
       if (vdb_is_int(value->number, &whole)) node->ints[node->int_count++] = whole;
     } else {
       uint64_t hash = vdb_hash(value->text, value->text_size);
-      uint32_t number = vdb_word_find(node->column, value->text, value->text_size, hash);
+      uint32_t number = vdb_word_find(&node->column, value->text, value->text_size, hash);
       if (number == VDB_NO_ROW) node->hashes[node->hash_count++] = hash;
       else node->codes[number >> 6] |= (uint64_t)1 << (number & 63), node->code_count++;
     }
@@ -166,7 +168,7 @@ VDB_RARE vdb_error vdb_condition_compile(vdb_filtering *filtering, const vdb_con
   if (asked->operation >= VDB_ALL_OF) {
     for (size_t i = 0; i < asked->count && !error; i++) error = vdb_condition_compile(filtering, &asked->parts[i]);
   } else {
-    node->column = vdb_columns_find(columns, asked->name);
+    node->column = *vdb_columns_find(columns, asked->name);
     node->negated = asked->operation == VDB_NOT_IN;
     if (asked->operation > VDB_NOT_IN) vdb_node_range(node, asked->operation, asked->values);
     else if (!vdb_node_set(node, asked)) error = VDB_ERROR_OUT_OF_MEMORY;
@@ -179,7 +181,7 @@ VDB_RARE vdb_error vdb_condition_compile(vdb_filtering *filtering, const vdb_con
 static inline int vdb_text_passes(const vdb_database *db, const vdb_node *node, size_t row, uint64_t hash) {
   vdb_value value;
   if (!node->hash_count || !bsearch(&hash, node->hashes, node->hash_count, sizeof hash, vdb_by_hash)) return 0;
-  if (!vdb_find_value(db, row, node->column->name, &value) || value.type != VDB_VALUE_TEXT) return 0;
+  if (!vdb_find_value(db, row, node->column.name, &value) || value.type != VDB_VALUE_TEXT) return 0;
   for (size_t i = 0; i < node->asked->count; i++) {
     const vdb_value *wanted = &node->asked->values[i];
     if (wanted->type == VDB_VALUE_TEXT && wanted->text_size == value.text_size &&
@@ -240,10 +242,7 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
   const uint8_t *tags = chunk->tags + first;
   uint64_t word = 0;
   if (chunk->kinds == 1u << VDB_TAG_INT && node->int_count < 2) {
-    for (unsigned i = 0; i < 64; i++) {
-      int64_t value = (int64_t)values[i];
-      word |= (uint64_t)((tags[i] == VDB_TAG_INT) & (value >= node->low) & (value <= node->high)) << i;
-    }
+    word = vdb_active()->between(values, tags, VDB_TAG_INT, node->low, node->high);
   } else if (chunk->kinds == 1u << VDB_TAG_FLOAT && node->number_count < 2) {
     for (unsigned i = 0; i < 64; i++) {
       double value;
@@ -261,7 +260,7 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
 }
 
 static inline void vdb_node_chunk(const vdb_database *db, const vdb_node *node, size_t chunk_number, uint64_t *out) {
-  const vdb_column *column = node->column;
+  const vdb_column *column = &node->column;
   const vdb_chunk *chunk = chunk_number < column->chunk_capacity ? column->chunks[chunk_number] : NULL;
   int says = chunk && chunk->used ? vdb_chunk_says(node, chunk) : 0;
   if (says == 1 && chunk->used < VDB_COLUMN_ROWS) says = 2;
@@ -291,6 +290,46 @@ static inline void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_no
     }
     if (!seen) return; /* nothing is left to be decided */
   }
+}
+
+/* Whether one row passes the nodes from `node` on. */
+static inline int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t row) {
+  if (node->asked->operation < VDB_ALL_OF) {
+    size_t number = row / VDB_COLUMN_ROWS, place = row % VDB_COLUMN_ROWS;
+    const vdb_chunk *chunk = number < node->column.chunk_capacity ? node->column.chunks[number] : NULL;
+    vdb_tag tag = chunk ? (vdb_tag)chunk->tags[place] : VDB_TAG_MISSING;
+    return (tag != VDB_TAG_MISSING && vdb_value_passes(db, node, row, tag, chunk->values[place])) != node->negated;
+  }
+  int all = node->asked->operation == VDB_ALL_OF;
+  for (size_t part = 1; part < node->size; part += node[part].size)
+    if (vdb_filter_row(db, node + part, row) != all) return !all;
+  return all;
+}
+
+/* As a filter function of a query's options. */
+static int vdb_filter_asks(uint64_t index, void *context) {
+  const vdb_filtering *filtering = (const vdb_filtering *)context;
+  return vdb_filter_row(filtering->db, filtering->nodes, (size_t)index);
+}
+
+#define VDB_FILTER_SAMPLE 128u /* rows */
+#define VDB_FILTER_LEAST 16u   /* of them must pass for rows to be asked one by one */
+
+#define VDB_FILTER_WALK 1024.0 /* the graph's least effort times VDB_WALK_COST: with fewer it leaves this to a scan */
+
+/* Asks some rows of all. Whether enough pass, of all and for a walk. */
+VDB_RARE int vdb_filter_sample(vdb_filtering *filtering) {
+  const vdb_database *db = filtering->db;
+  size_t asked = 0, passed = 0, linked = db->slots - vdb_min(db->free_count, db->slots);
+  for (uint64_t i = 1; i <= VDB_FILTER_SAMPLE && db->slots; i++) {
+    size_t row = (size_t)((i * 0x9e3779b97f4a7c15u >> 20) % db->slots);
+    if (!vdb_is_live(db, row)) continue;
+    asked++;
+    passed += (size_t)vdb_filter_row(db, filtering->nodes, row);
+  }
+  if (asked) filtering->passing = (size_t)((double)linked * (double)passed / (double)asked);
+  double walked = (double)filtering->passing * (double)filtering->passing / (double)vdb_max(1, linked);
+  return passed >= VDB_FILTER_LEAST && walked > VDB_FILTER_WALK;
 }
 
 #define VDB_FILTER_CHUNKS 16u /* of one task */
@@ -324,6 +363,15 @@ VDB_RARE void vdb_filtering_end(vdb_filtering *filtering) {
     VDB_FREE(filtering->nodes[i].hashes);
   }
   VDB_FREE(filtering->nodes);
+}
+
+/* When no more rows will be asked. */
+VDB_RARE void vdb_filtering_return(const vdb_database *db, vdb_filtering *filtering) {
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
+  vdb_columns_enter(columns);
+  columns->lent--;
+  vdb_columns_leave(columns);
+  vdb_filtering_end(filtering);
 }
 
 /* A condition written out, so that two may be compared. Returns its bytes; `out` may be NULL. */
@@ -366,9 +414,10 @@ VDB_RARE vdb_kept_filter *vdb_kept_find(vdb_columns *columns, const unsigned cha
   return oldest;
 }
 
-/* Makes a bitset, from columns that are made if need be. */
+/* Makes a bitset, from columns that are made if need be. If there is `by_row` and enough rows pass to ask them one by
+ * one, that becomes what knows of them, to be given back by vdb_filtering_return, and there is no bitset. */
 VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *condition, size_t nodes, uint64_t *out,
-                                   size_t words) {
+                                   size_t words, vdb_filtering *by_row) {
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   vdb_filtering filtering;
   memset(&filtering, 0, sizeof filtering);
@@ -378,6 +427,11 @@ VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *
   filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
   vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
   if (!error) error = vdb_condition_compile(&filtering, condition);
+  if (!error && by_row && vdb_filter_sample(&filtering)) {
+    columns->lent++;
+    *by_row = filtering;
+    return VDB_OK;
+  }
   size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
   if (!error) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
   vdb_filtering_end(&filtering);
@@ -402,8 +456,10 @@ VDB_RARE void vdb_kept_enter(vdb_kept_filter *kept, unsigned char *key, size_t k
 }
 
 /* The bitset [slots / 64, rounded up] of a condition, to be freed; bits of rows that are gone mean nothing. Under a
- * reader's lock: searches that filter by value make their bitsets one after the other, each on all threads. */
-VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *condition, uint64_t **out) {
+ * reader's lock: searches that filter by value make their bitsets one after the other, each on all threads. With `by_row`,
+ * zeroed, there may be none: then that has nodes (see vdb_filter_make). */
+VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *condition, vdb_filtering *by_row,
+                                 uint64_t **out) {
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   size_t nodes = vdb_condition_nodes(condition, 0), words = (db->slots + 63) / 64;
   *out = NULL;
@@ -418,17 +474,18 @@ VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *co
   }
   (void)vdb_condition_key(condition, key);
   vdb_columns_enter(columns);
-  if (columns->count > VDB_COLUMNS_MOST) vdb_columns_release(columns);
+  if (columns->count > VDB_COLUMNS_MOST && !columns->lent) vdb_columns_release(columns);
   vdb_error error = vdb_columns_refresh(db, columns);
   vdb_kept_filter *kept = vdb_kept_find(columns, key, size, words);
   int known = !error && kept->key && kept->words == words && kept->key_size == size && memcmp(kept->key, key, size) == 0;
   if (known) memcpy(bits, kept->bits, words * sizeof(uint64_t));
-  else if (!error) error = vdb_filter_make(db, condition, nodes, bits, words);
-  if (!error && !known) vdb_kept_enter(kept, key, size, bits, words);
-  if (!error) kept->asked = ++columns->searches;
+  else if (!error) error = vdb_filter_make(db, condition, nodes, bits, words, by_row);
+  int made = !error && !known && !(by_row && by_row->nodes);
+  if (made) vdb_kept_enter(kept, key, size, bits, words);
+  if (known || made) kept->asked = ++columns->searches;
   vdb_columns_leave(columns);
-  if (error || known) VDB_FREE(key);
-  if (error) VDB_FREE(bits);
+  if (!made) VDB_FREE(key);
+  if (!made && !known) VDB_FREE(bits);
   else *out = bits;
   return error;
 }

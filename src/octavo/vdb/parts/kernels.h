@@ -75,6 +75,8 @@ typedef struct {
   void (*exact)(const float *query, const float *row, size_t dimensions, int squares, double sums[2]);
   void (*decode)(vdb_element element, const void *row, float scale, size_t dimensions, float *out);
   uint32_t (*crc32c)(uint32_t crc, const void *bytes, size_t size);
+  /* Which of 64 ints are of this tag and from low to high. */
+  uint64_t (*between)(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low, int64_t high);
 } vdb_kernel_set;
 
 VDB_INLINE float vdb_rounding(size_t dimensions) { return ((float)dimensions + 16.0f) * 6.0e-8f; }

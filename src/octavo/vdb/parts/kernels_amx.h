@@ -216,6 +216,7 @@ static inline const vdb_kernel_set *vdb_amx_set(void) {
       vdb_exact_avx512,
       vdb_decode_avx512,
       vdb_crc32c_instruction,
+      vdb_between_avx512,
   };
   return &set;
 }

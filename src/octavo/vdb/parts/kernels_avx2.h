@@ -300,6 +300,7 @@ static inline const vdb_kernel_set *vdb_avx2_set(void) {
       vdb_exact_avx2,
       vdb_decode_avx2,
       vdb_crc32c_instruction,
+      vdb_between_plain,
   };
   return &set;
 }

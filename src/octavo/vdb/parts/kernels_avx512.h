@@ -369,6 +369,19 @@ static inline void vdb_tile_avx512(vdb_element element, const vdb_panel *panel, 
   }
 }
 
+VDB_TARGET(VDB_AVX512)
+static inline uint64_t vdb_between_avx512(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low,
+                                          int64_t high) {
+  __m512i least = _mm512_set1_epi64(low), most = _mm512_set1_epi64(high);
+  uint64_t word = 0;
+  VDB_UNROLL for (int i = 0; i < 8; i++) {
+    __m512i some = _mm512_loadu_si512(values + 8 * i);
+    uint64_t passes = _mm512_mask_cmple_epi64_mask(_mm512_cmpge_epi64_mask(some, least), some, most);
+    word |= passes << (8 * i);
+  }
+  return word & _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(tags), _mm512_set1_epi8((char)tag));
+}
+
 static inline const vdb_kernel_set *vdb_avx512_set(void) {
   static const vdb_kernel_set set = {
       "avx512",
@@ -383,6 +396,7 @@ static inline const vdb_kernel_set *vdb_avx512_set(void) {
       vdb_exact_avx512,
       vdb_decode_avx512,
       vdb_crc32c_instruction,
+      vdb_between_avx512,
   };
   return &set;
 }

@@ -240,6 +240,16 @@ static inline void vdb_exact_plain(const float *query, const float *row, size_t 
   }
 }
 
+static inline uint64_t vdb_between_plain(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low,
+                                         int64_t high) {
+  uint64_t word = 0;
+  for (unsigned i = 0; i < 64; i++) {
+    int64_t value = (int64_t)values[i];
+    word |= (uint64_t)((tags[i] == tag) & (value >= low) & (value <= high)) << i;
+  }
+  return word;
+}
+
 static inline const vdb_kernel_set *vdb_plain_set(void) {
   static const vdb_kernel_set set = {
       "plain",
@@ -254,6 +264,7 @@ static inline const vdb_kernel_set *vdb_plain_set(void) {
       vdb_exact_plain,
       vdb_decode_plain,
       vdb_crc32c_plain,
+      vdb_between_plain,
   };
   return &set;
 }

@@ -104,6 +104,7 @@ typedef struct {
   uint64_t *touched; /* [rows / 64] rows whose record has changed since they were read */
   size_t rows;       /* columns know of the rows below */
   int any_touched;
+  size_t lent; /* searches that read columns without the mutex: none may be forgotten */
 #ifdef VDB_MULTITHREADED
   pthread_mutex_t mutex; /* of who reads and makes them, under a reader's lock */
 #endif

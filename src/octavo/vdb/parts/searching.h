@@ -162,11 +162,18 @@ static inline char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, 
   return text;
 }
 
-/* Puts the rows that pass by their values into the options' bitset. `*made` is to be freed. */
-VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *options, uint64_t **made) {
+/* Puts the rows that pass by their values into the options' bitset. `*made` is to be freed. With `by_row` it may become
+ * the options' filter function instead. */
+VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *options, vdb_filtering *by_row,
+                                   uint64_t **made) {
   size_t words = (db->slots + 63) / 64;
-  vdb_error error = vdb_filter_by(db, options->where, made);
+  vdb_error error = vdb_filter_by(db, options->where, by_row, made);
   if (error) return error;
+  if (!*made) {
+    options->filter = vdb_filter_asks;
+    options->filter_context = by_row;
+    return VDB_OK;
+  }
   for (size_t i = 0; i < words && options->bitset; i++)
     (*made)[i] &= i < options->bitset_words ? options->bitset[i] : 0;
   options->bitset = *made;
@@ -193,9 +200,13 @@ static inline vdb_error vdb_query_locked(const vdb_database *db, const float *qu
   if (asked->where) {
     uint64_t *made = NULL;
     vdb_query_options filtered = *asked;
-    vdb_error error = vdb_apply_where(db, &filtered, &made);
+    vdb_filtering by_row;
+    memset(&by_row, 0, sizeof by_row);
+    int walks = db->options.index == VDB_INDEX_HNSW && !asked->exact && !asked->bitset && !asked->filter;
+    vdb_error error = vdb_apply_where(db, &filtered, walks ? &by_row : NULL, &made);
     filtered.where = NULL;
     if (!error) error = vdb_query_locked(db, queries, count, &filtered, out);
+    if (by_row.nodes) vdb_filtering_return(db, &by_row);
     VDB_FREE(made);
     return error;
   }
@@ -262,7 +273,7 @@ static inline vdb_error vdb_range_locked(const vdb_database *db, const float *qu
                                          const vdb_query_options *asked, vdb_answer **out) {
   vdb_query_options options = *asked;
   uint64_t *made = NULL;
-  vdb_error error = asked->where ? vdb_apply_where(db, &options, &made) : VDB_OK;
+  vdb_error error = asked->where ? vdb_apply_where(db, &options, NULL, &made) : VDB_OK;
   if (error) return error;
   vdb_ball *balls = (vdb_ball *)VDB_MALLOC((count + 1) * sizeof(vdb_ball));
   unsigned char *memory = (unsigned char *)vdb_aligned_alloc(vdb_question_bytes(db) + VDB_ALIGNMENT);
@@ -376,7 +387,7 @@ VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *op
   vdb_query_options passing = *options;
   uint64_t *made = NULL;
   vdb_enter_write(&db->lock);
-  vdb_error error = options->where ? vdb_apply_where(db, &passing, &made) : VDB_OK;
+  vdb_error error = options->where ? vdb_apply_where(db, &passing, NULL, &made) : VDB_OK;
   size_t count = error ? 0 : vdb_drop_passing(db, &passing);
   vdb_leave_write(&db->lock);
   VDB_FREE(made);
