@@ -96,12 +96,17 @@ class KVCache(PagedCache):
             raise CacheStateError(f"a snapshot cannot hold this cache: {_MOVED}")
         return self.snapshot_under(self.identity(), boundaries, sequence, tokens)
 
-    def identity(self) -> dict[str, Any]:
-        """What the keys in this cache depend on beside the tokens (`octavo.attachment.identity`)."""
+    @property
+    def attachment(self) -> "Attachment":
+        """What joined its model. Raises CacheStateError where that is gone."""
         attachment = self._attachment()
         if attachment is None:
             raise CacheStateError("the model that this KVCache was made for is gone")
-        return identity(attachment, self.shape, self.swiftkv_on)
+        return attachment
+
+    def identity(self) -> dict[str, Any]:
+        """What the keys in this cache depend on beside the tokens (`octavo.attachment.identity`)."""
+        return identity(self.attachment, self.shape, self.swiftkv_on)
 
     def take_mode(self, attachment: "Attachment", mode: bool | None) -> None:
         """Make an empty cache one of the mode that a forward asks for, and of the memory that the model has now.

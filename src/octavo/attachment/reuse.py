@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from octavo.attachment.cache import KVCache
+from octavo.attachment.similar import begin_similar
 from octavo.errors import CacheBudgetError
 from octavo.kv import PagedCache
 
@@ -93,6 +94,13 @@ def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -
     """`open` a prompt for an empty cache; None where pages have no room or, with a warning, where the store fails."""
     if torch.is_autocast_enabled(cache.shape.device.type):
         return None  # keys are rounded as nothing in an identity tells
+    try:
+        if options.get("restore", True) and (similar := begin_similar(store, cache, tokens)) is not None:
+            return similar  # type: ignore[no-any-return]
+    except CacheBudgetError:
+        pass
+    except Exception as e:
+        _warn("could not use similar prompts", e)
     try:
         return store.open(cache, cache.identity(), tokens, **options)
     except CacheBudgetError:

@@ -6,7 +6,8 @@ budgets, `shelving`, `disk` and `files` are the disk tier, `admin` what users as
 """
 
 from octavo.reuse.reading import Reading
+from octavo.reuse.similar import SimilarSettings
 from octavo.reuse.stats import Explanation, Listed, Stats
 from octavo.reuse.store import ReuseStore
 
-__all__ = ["Explanation", "Listed", "Reading", "ReuseStore", "Stats"]
+__all__ = ["Explanation", "Listed", "Reading", "ReuseStore", "SimilarSettings", "Stats"]
