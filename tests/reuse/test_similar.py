@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo import KVCache, ReuseStore, SimilarSettings, attach
+from octavo import LLM, KVCache, ReuseStore, SamplingParams, SimilarSettings, attach
 from octavo.attachment.attachment import require_attachment
+from octavo.attachment.reuse import begin, store_in
 from octavo.attachment.similar import fill_between, rotated, turn, turns
 from octavo.errors import ConfigError
 from octavo.kv.capture import layout_of
@@ -134,6 +135,53 @@ def test_an_audit_above_the_limit_turns_the_mode_off():
     ask(model, third)
     assert store.stats().similar_hits == 1
     assert any(len(second[0]) < each.tokens for each in store.list()) is False, "what was approximate is not stored"
+
+
+def test_the_turns_after_an_approximate_one_are_not_stored_either():
+    store = store_of()
+    model = model_of(store)
+    first, second = moved()
+    ask(model, first)
+    before = len(store.list())
+    cache = KVCache(model)
+    reading = begin(store, cache, second[0].tolist())
+    assert (reading.boundary, cache.approximate) == (second.shape[1] - 1, True)
+    more = torch.cat([second, tokens(1, 20, seed=40)], 1)[0].tolist()
+    with torch.no_grad():
+        model(torch.tensor([more[reading.boundary :]]), past_key_values=cache)
+    turn_after = begin(store, KVCache(model), more, restore=False, wait=False)
+    store_in(turn_after, cache, 0, more)
+    turn_after.close()
+    assert len(store.list()) == before
+    cache.reset()
+    assert not cache.approximate
+
+
+def test_the_engine_uses_similar_prompts():
+    store = store_of()
+    model = model_of(store)
+    first, second = moved()
+    ask(model, first)
+    (out,) = LLM(model).generate([second[0].tolist()], SamplingParams(temperature=0.0, max_tokens=4))
+    assert store.stats().similar_hits == 1
+    assert len(store.list()) == 2, "the prompt and its answer of before"
+    assert out.tokens == ask(model, second)[0, second.shape[1] :].tolist()
+
+
+def test_deviating_tokens_are_computed_too():
+    far = []
+    for share in (0.0, 0.3, 0.9):
+        store = store_of(deviating=share, audit=1.0, limit=100.0)
+        model = model_of(store)
+        first, second = moved()
+        ask(model, first)
+        ask(model, second)
+        stats = store.stats()
+        far.append((stats.similar_tokens, stats.similar_kl))
+    saved, kl = zip(*far, strict=True)
+    assert saved[0] == 96
+    assert saved[1] == 96 - int(0.3 * 96)
+    assert kl[2] < kl[0]
 
 
 def test_tenants_never_mix():

@@ -34,6 +34,8 @@ class KVCache(PagedCache):
     a budget and the model has moved to another dtype or device while caches of the one before hold tokens.
     """
 
+    approximate = False  # whether it was put together from similar prompts; then nothing of it is ever stored
+
     def __init__(self, model: PreTrainedModel, *, budget: int | None = None, swiftkv: bool | None = None) -> None:
         attachment: Attachment | None = model.__dict__.get("_octavo")
         if attachment is None:
@@ -172,6 +174,7 @@ class KVCache(PagedCache):
         """Forget everything and give the memory back."""
         super().reset()
         self._set_moved(None)
+        self.approximate = False
 
     # Copies
 

@@ -112,7 +112,9 @@ def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -
 
 
 def store_in(reading: Reading, cache: KVCache, which: int = 0, tokens: Any = None) -> None:
-    """Store what a sequence has read; a store that fails costs a warning."""
+    """Store what a sequence has read, unless it is approximate; a store that fails costs a warning."""
+    if cache.approximate:
+        return
     try:
         reading.insert(cache, which, tokens)
     except Exception as e:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.attachment.blend import deviating, without
 from octavo.attachment.cache import KVCache
 from octavo.attachment.compiled import ROTARY
 from octavo.attachment.forward import Forward
@@ -41,15 +42,22 @@ def begin_similar(store: Any, cache: KVCache, tokens: Sequence[int]) -> Any:
     taken = None if draft is None else similar.take(draft)
     if draft is None or taken is None:
         return None
+    computed = draft.computed.tolist()
+    if similar.settings.deviating and layout.window is None:
+        more = deviating(attachment, draft.tokens[:-1], taken, similar.settings.deviating)
+        taken, computed = without(taken, more), sorted([*computed, *more])
+    if not taken:
+        return None
     try:
-        fill_between(attachment, cache, draft.tokens, taken, draft.computed)
+        fill_between(attachment, cache, draft.tokens, taken, computed)
         if similar.due():
             similar.audited(audit(attachment, cache, tokens))
     except BaseException:
         cache.abandon()
         cache.reset()
         raise
-    similar.count(len(tokens), draft.reused)
+    cache.approximate = True
+    similar.count(len(tokens), len(tokens) - 1 - len(computed))
     return similar.reading(identity, len(tokens) - 1)
 
 

@@ -2,7 +2,8 @@
 
 `store` is what users make, `reading` one request's way through it. `record` is a stored stretch, `tree` finds records
 by tokens, `cover` says which boundary can be gone on from, `wanted` which boundaries are kept, `index` and `shelf` hold
-budgets, `shelving`, `disk` and `files` are the disk tier, `admin` what users ask beside.
+budgets, `shelving`, `disk` and `files` are the disk tier, `admin` what users ask
+beside. `similar` is for prompts whose text was computed elsewhere, `align` finds it.
 """
 
 from octavo.reuse.reading import Reading

@@ -74,14 +74,15 @@ class SimilarSettings:
 
 
 class Taken(NamedTuple):
-    """Slots of positions `first` up to `last` of an extent, `by` positions further on in the new prompt; `marked`: the
-    marked ones too."""
+    """Slots of positions `first` up to `last` of an extent, `by` positions further on in the new prompt. `marked`: the
+    marked ones too; `exact`: they stand after the same tokens as before."""
 
     extent: Extent
     first: int
     last: int
     by: int
     marked: bool
+    exact: bool
 
 
 class Lent(NamedTuple):
@@ -92,6 +93,7 @@ class Lent(NamedTuple):
     last: int
     by: int
     marked: bool
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,8 @@ def put_together(ids: Tokens, runs: Sequence[Run], held: Sequence[Coverage], win
     lent: list[Lent] = []
     for p in np.flatnonzero(source >= 0).tolist():
         coverage, first = held[source[p]], int(place[p])
-        piece = Lent(coverage.records[coverage.owner[first]], first, first + 1, p - first, bool(seen[p] and window))
+        marked, exact = bool(seen[p] and window), p < fixed
+        piece = Lent(coverage.records[coverage.owner[first]], first, first + 1, p - first, marked, exact)
         if lent and lent[-1]._replace(first=first, last=first + 1) == piece and lent[-1].last == first:
             lent[-1] = lent[-1]._replace(last=first + 1)
         else:
