@@ -124,7 +124,8 @@ def turn(attachment: "Attachment", key: Tensor, by: int) -> Tensor:
     position = torch.tensor([[by]], device=attachment.model.device)
     cos, sin = (t.to(key) for t in rotary(torch.zeros(1, 1, 1, dtype=key.dtype, device=position.device), position))
     scale = float(getattr(rotary, "attention_scaling", 1.0))
-    return rotated(attachment)(key[None, None], key[None, None], cos / scale, sin / scale)[1][0, 0]
+    moved: Tensor = rotated(attachment)(key[None, None], key[None, None], cos / scale, sin / scale)[1][0, 0]
+    return moved
 
 
 def rotated(attachment: "Attachment") -> Any:

@@ -201,11 +201,11 @@ class Similar:
                     record.users -= 1
                     store.index.used(record)
         out = []
-        for record, *rest in lent:
-            extent = extents[record]
+        for piece in lent:
+            extent = extents[piece.record]
             if extent is None:
                 return None
-            out.append(Taken(extent, *rest))
+            out.append(Taken(extent, piece.first, piece.last, piece.by, piece.marked, piece.exact))
         return out
 
     def reading(self, identity: Mapping[str, Any], boundary: int) -> SimilarReading:

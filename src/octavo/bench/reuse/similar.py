@@ -65,7 +65,7 @@ def alike(
 @torch.no_grad()
 def _compared(model: PreTrainedModel, change: str, before: list[int], prompt: list[int], answer: int) -> Alike:
     settings = octavo.SimilarSettings(audit=0.0)
-    store = octavo.ReuseStore("4GiB", similar=settings)
+    store = octavo.ReuseStore("4GiB", every=512, similar=settings)
     with_store(model, store)
     timed(model, before)
     run: Any = model
@@ -91,7 +91,7 @@ def _compared(model: PreTrainedModel, change: str, before: list[int], prompt: li
 
 def _mean(found: Sequence[Alike]) -> Alike:
     def of(name: str) -> float:
-        return sum(getattr(each, name) for each in found) / len(found)
+        return float(sum(getattr(each, name) for each in found) / len(found))
 
     numbers = [of(name) for name in ("computed", "kl", "first_kl", "top1", "similar_s", "full_s")]
     return Alike(found[0].change, found[0].tokens, all(each.used for each in found), *numbers)
