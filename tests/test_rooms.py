@@ -18,7 +18,7 @@ ARROWS = {  # a room and those that it imports, the lowest first: an arrow point
     "attachment": {"attention", "dms", "kv", "swiftkv"},
     "models": {"attachment", "dms", "swiftkv"},
     "retrofit": {"attachment", "dms", "swiftkv"},
-    "reuse": {"kv"},
+    "reuse": {"kv", "vdb"},
     "engine": {"attachment", "kv", "models"},
     "__init__": {"attachment", "dms", "engine", "models", "retrofit", "reuse", "swiftkv"},
     "bench": {"attachment", "reuse", "vdb"},

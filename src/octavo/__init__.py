@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from octavo.engine import LLM, SamplingParams
     from octavo.models import load, save_published
     from octavo.retrofit.evaluate import evaluate
-    from octavo.reuse import ReuseStore
+    from octavo.reuse import ReuseStore, SimilarSettings
     from octavo.swiftkv.adapter import SwiftKVAdapter, save_swiftkv_adapter
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "KVCache",
     "ReuseStore",
     "SamplingParams",
+    "SimilarSettings",
     "Snapshot",
     "SwiftKVAdapter",
     "attach",
@@ -43,6 +44,7 @@ _HOMES = {
     "LLM": "octavo.engine",
     "ReuseStore": "octavo.reuse",
     "SamplingParams": "octavo.engine",
+    "SimilarSettings": "octavo.reuse",
     "Snapshot": "octavo.attachment",
     "SwiftKVAdapter": "octavo.swiftkv.adapter",
     "attach": "octavo.attachment.attach",

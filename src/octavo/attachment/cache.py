@@ -34,6 +34,8 @@ class KVCache(PagedCache):
     a budget and the model has moved to another dtype or device while caches of the one before hold tokens.
     """
 
+    approximate = False  # whether it was put together from similar prompts; then nothing of it is ever stored
+
     def __init__(self, model: PreTrainedModel, *, budget: int | None = None, swiftkv: bool | None = None) -> None:
         attachment: Attachment | None = model.__dict__.get("_octavo")
         if attachment is None:
@@ -96,12 +98,17 @@ class KVCache(PagedCache):
             raise CacheStateError(f"a snapshot cannot hold this cache: {_MOVED}")
         return self.snapshot_under(self.identity(), boundaries, sequence, tokens)
 
-    def identity(self) -> dict[str, Any]:
-        """What the keys in this cache depend on beside the tokens (`octavo.attachment.identity`)."""
+    @property
+    def attachment(self) -> "Attachment":
+        """What joined its model. Raises CacheStateError where that is gone."""
         attachment = self._attachment()
         if attachment is None:
             raise CacheStateError("the model that this KVCache was made for is gone")
-        return identity(attachment, self.shape, self.swiftkv_on)
+        return attachment
+
+    def identity(self) -> dict[str, Any]:
+        """What the keys in this cache depend on beside the tokens (`octavo.attachment.identity`)."""
+        return identity(self.attachment, self.shape, self.swiftkv_on)
 
     def take_mode(self, attachment: "Attachment", mode: bool | None) -> None:
         """Make an empty cache one of the mode that a forward asks for, and of the memory that the model has now.
@@ -167,6 +174,7 @@ class KVCache(PagedCache):
         """Forget everything and give the memory back."""
         super().reset()
         self._set_moved(None)
+        self.approximate = False
 
     # Copies
 

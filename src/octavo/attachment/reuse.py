@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from octavo.attachment.cache import KVCache
+from octavo.attachment.similar import begin_similar
 from octavo.errors import CacheBudgetError
 from octavo.kv import PagedCache
 
@@ -94,6 +95,13 @@ def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -
     if torch.is_autocast_enabled(cache.shape.device.type):
         return None  # keys are rounded as nothing in an identity tells
     try:
+        if options.get("restore", True) and (similar := begin_similar(store, cache, tokens)) is not None:
+            return similar  # type: ignore[no-any-return]
+    except CacheBudgetError:
+        pass
+    except Exception as e:
+        _warn("could not use similar prompts", e)
+    try:
         return store.open(cache, cache.identity(), tokens, **options)
     except CacheBudgetError:
         return None
@@ -104,7 +112,9 @@ def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -
 
 
 def store_in(reading: Reading, cache: KVCache, which: int = 0, tokens: Any = None) -> None:
-    """Store what a sequence has read; a store that fails costs a warning."""
+    """Store what a sequence has read, unless it is approximate; a store that fails costs a warning."""
+    if cache.approximate:
+        return
     try:
         reading.insert(cache, which, tokens)
     except Exception as e:

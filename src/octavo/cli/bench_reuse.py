@@ -13,7 +13,7 @@ from rich.table import Table
 from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of
 from octavo.errors import ConfigError
 
-PARTS = ("first", "bytes", "traces", "policies")
+PARTS = ("first", "bytes", "traces", "similar", "policies")
 
 
 def reuse(
@@ -28,7 +28,8 @@ def reuse(
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
-    """First tokens of prompts seen before, what a miss costs, bytes, traces with and without a store, policies."""
+    """First tokens of prompts seen before, what a miss costs, bytes, traces with and without a store, similar prompts,
+    policies."""
     parts = part.split(",")
     if not set(parts) <= set(PARTS):
         raise ConfigError(f"--part takes {', '.join(PARTS)}, separated by commas, not {part!r}")
@@ -81,6 +82,10 @@ def _with_model(
             for trace in traces(ids, min(document, 3000), questions)
             for store in (None, octavo.ReuseStore("4GiB"))
         ]
+    if "similar" in parts:
+        from octavo.bench.reuse.similar import alike
+
+        found["similar"] = [asdict(each) for each in alike(model, tokenizer, cuts, min(document, 3000), rounds)]
     return found
 
 
@@ -106,6 +111,14 @@ def _show(found: dict[str, Any]) -> None:
             table.add_row(
                 row["trace"], "yes" if row["store"] else "no", f"{row['prompt_tokens']:,}", f"{row['computed']:,}",
                 f"{row['hit_rate']:.1%}", f"{row['first_s']:.2f}", f"{row['nbytes']:,}",
+            )  # fmt: skip
+        console.print(table)
+    if "similar" in found:
+        table = Table("changed", "tokens", "computed", "mean KL", "same top token", "seconds", "in full")
+        for row in found["similar"]:
+            table.add_row(
+                row["change"], f"{row['tokens']:,}", f"{row['computed']:.1%}" if row["used"] else "all",
+                f"{row['kl']:.5f}", f"{row['top1']:.0%}", f"{row['similar_s']:.2f}", f"{row['full_s']:.2f}",
             )  # fmt: skip
         console.print(table)
     if "policies" in found:

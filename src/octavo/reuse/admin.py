@@ -21,6 +21,7 @@ def stats(store: "ReuseStore") -> Stats:
     index = store.index
     return Stats(
         **store.counts,
+        similar_kl=0.0 if store.similar is None else store.similar.mean_kl,
         memory_nbytes=index.memory_nbytes,
         memory_records=sum(record.extent is not None for record in index.records.values()),
         disk_nbytes=index.disk.nbytes,
@@ -64,6 +65,8 @@ def explain(store: "ReuseStore", tokens: Tokens, tenant: str) -> list[Explanatio
         matched, found = index.find(space, tokens, layout)
         boundary = longest(found, layout, len(tokens) - 1)
         reason = _reason(store, space, tokens, matched, boundary)
+        if store.similar is not None and (saved := store.similar.helps(space, tokens, layout, boundary)):
+            reason += f"; similar prompts, whose keys are approximate here, would save {saved} tokens"
         made.append(Explanation(space, len(tokens), matched, boundary, reason))
     return sorted(made, key=lambda e: (-e.boundary, -e.matched))
 

@@ -10,7 +10,9 @@ class Stats:
     `requests` were looked up, `hits` went on from something; `asked` and `reused` are their prompts' tokens. `waited`:
     requests that waited for another one's computation. `inserted`, `evicted` and `refused` (did not fit, or everything
     was pinned) are records; `damaged` files were dropped; `errors` are failures to read or write. `passed_over`:
-    requests for which reading from disk would have taken longer than computing. Bytes count all bookkeeping.
+    requests for which reading from disk would have taken longer than computing. `similar_hits`:
+    requests that similar prompts helped with, `similar_tokens` of which were not computed; of `similar_audits` of them
+    the mean KL was `similar_kl` nats. Bytes count all bookkeeping.
     """
 
     requests: int = 0
@@ -24,6 +26,10 @@ class Stats:
     damaged: int = 0
     errors: int = 0
     passed_over: int = 0
+    similar_hits: int = 0
+    similar_tokens: int = 0
+    similar_audits: int = 0
+    similar_kl: float = 0.0
     memory_nbytes: int = 0
     memory_records: int = 0
     disk_nbytes: int = 0

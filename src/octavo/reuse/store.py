@@ -30,6 +30,7 @@ from octavo.reuse.reading import Reading
 from octavo.reuse.record import Record, Space, Tokens, token_array
 from octavo.reuse.shelf import Rules
 from octavo.reuse.shelving import Shelving
+from octavo.reuse.similar import SimilarSettings, made
 from octavo.reuse.stats import Explanation, Listed, Stats
 from octavo.reuse.terms import Terms, at_least_one, seconds
 from octavo.reuse.wanted import Keeping, intervals
@@ -43,8 +44,8 @@ class ReuseStore:
     `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. `disk`:
     a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files. `policy`:
     "slru" or "lru" (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`:
-    bytes on each tier by tenant. `back`, `every`, `shortest`: see `octavo.reuse.wanted.Keeping`. `clock`: seconds since
-    the epoch, for tests.
+    bytes on each tier by tenant. `back`, `every`, `shortest`: see `octavo.reuse.wanted.Keeping`. `similar`: whether
+    and how similar prompts help, which is approximate (`octavo.reuse.similar`). `clock`: epoch seconds, for tests.
 
     For several threads at once. What fails here (a full disk, a damaged file) costs a warning and a hit, never an
     answer. Raises ConfigError for impossible settings, OutputFileError where the folder cannot be made.
@@ -62,13 +63,14 @@ class ReuseStore:
         back: int = 128,
         every: int | None = None,
         shortest: int = 64,
+        similar: bool | SimilarSettings = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if memory is None and disk is None:
             raise ConfigError("a store needs a tier: give memory, disk or both")
         self._settings = {
             "memory": memory, "disk": disk, "disk_budget": disk_budget, "policy": policy, "ttl": ttl, "quotas": quotas,
-            "back": back, "every": every, "shortest": shortest,
+            "back": back, "every": every, "shortest": shortest, "similar": similar,
         }  # fmt: skip
         self.keeping = Keeping(back, every, shortest)
         bounds = {tenant: at_least_one(size, f"quota of {tenant!r}") for tenant, size in (quotas or {}).items()}
@@ -84,6 +86,7 @@ class ReuseStore:
         usual = Terms(ttl=seconds(ttl))
         self._terms = ContextVar("terms", default=usual)
         self.shelving = Shelving(self, None if disk is None else Path(disk).expanduser())
+        self.similar = made(self, similar)
         self.shelving.refresh()
 
     @contextmanager
