@@ -13,7 +13,8 @@ from octavo.attachment.forward import NAME
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse
 from octavo.attachment.settings import cache_settings
-from octavo.attachment.supported import check_supported, fingerprint
+from octavo.attachment.supported import check_supported, fingerprint, lifetimes, scores_alone
+from octavo.config import CacheSettings
 from octavo.dms import Adapter
 from octavo.errors import AdapterMismatchError, UnsupportedModelError
 from octavo.swiftkv import SwiftKVAdapter, check_pair, spec_for
@@ -64,6 +65,7 @@ def attach(
     chunk = default_chunk(model.device) if chunk is None else chunk
     settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile)
     gates, swiftkv = _checked(model, resolve(adapter))
+    check_windows(model, gates, swiftkv, settings, reuse)
     joined = Attachment(model, gates, swiftkv, settings, reuse)
     before = attachment_of(model)
     if before is not None:
@@ -101,6 +103,28 @@ def set_swiftkv(model: Model, on: bool) -> Model:
     """
     require_attachment(model).switch(on)
     return model
+
+
+def check_windows(
+    model: PreTrainedModel, gates: Adapter | None, swiftkv: SwiftKVAdapter | None, settings: CacheSettings,
+    reuse: Reuse | None,
+) -> None:  # fmt: skip
+    """Raise UnsupportedModelError for what is asked of a model with windows, softcapping or sinks and is not made."""
+    name, scored = type(model).__name__, not scores_alone(model)
+    windowed = any(life is not None for life in lifetimes(model))
+    if swiftkv is not None and (windowed or scored):
+        raise UnsupportedModelError(f"{name} has windows, softcapping or sinks, with which SwiftKV is not supported")
+    if settings.cuda_graphs and (windowed or scored):
+        raise UnsupportedModelError(
+            f"{name} has windows, softcapping or sinks, which steps in CUDA graphs do not know; attach it without "
+            "cuda_graphs"
+        )
+    if windowed and reuse is not None:
+        raise UnsupportedModelError(f"{name} has windows, whose tokens a ReuseStore cannot keep; attach it without")
+    if windowed and gates is not None and gates.gates.spec.eviction.shift:
+        raise UnsupportedModelError(
+            f"{name} has windows, with which gates whose marks are read one token later (shift 1) are not supported"
+        )
 
 
 def _checked(

@@ -25,7 +25,7 @@ from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import attention_modules, rope_sees_length
+from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -75,7 +75,7 @@ class Attachment:
         self.model, self.reuse = model, reuse
         self.modes = Modes(model, adapter, swiftkv)
         self.settings = settings
-        self.attention = attention_modules(model)
+        self.attention, self.lifetimes = attention_modules(model), lifetimes(model)
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         base: Any = model.base_model
         self.original: Callable[..., Any] = base.forward
@@ -257,7 +257,7 @@ class Attachment:
         base: Any = self.model.base_model
         rotary = base.rotary_emb(residual, position_ids=positions)
         packed = None if document is None else Packed(document)
-        forward = Forward(self.attention, policy=policy, transform=transform, packed=packed)
+        forward = Forward(self.attention, self.lifetimes, policy=policy, transform=transform, packed=packed)
         streams = []
         for layer in base.layers[first:last]:
             residual = layer(

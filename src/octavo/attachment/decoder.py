@@ -58,7 +58,7 @@ def _uncached(attachment: "Attachment", kwargs: dict[str, Any], tokens: Tensor, 
     if valid is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = positions.of_tokens(valid)
     policy, transform = attachment.running() if mode is None else attachment.oracle(mode)
-    forward = Forward(attachment.attention, policy=policy, valid=valid, transform=transform)
+    forward = Forward(attachment.attention, attachment.lifetimes, policy=policy, valid=valid, transform=transform)
     return attachment.original(**kwargs, octavo_forward=forward)
 
 
@@ -135,7 +135,7 @@ def _step(
         moved = cache.moved if given is None else cache.moved_by(given)
         if given is None and (counted := positions.next_in(cache, valid)) is not None:
             kwargs = {**kwargs, "position_ids": counted}
-        forward = Forward(attachment.attention, cache, gates, keep=keep, transform=transform)
+        forward = Forward(attachment.attention, attachment.lifetimes, cache, gates, keep=keep, transform=transform)
         out = attachment.original(**kwargs, octavo_forward=forward)
         forward.commit()
         cache.moved = moved

@@ -147,7 +147,7 @@ class Graphs:
         transform = attachment.modes.transform() if cache.swiftkv_on else None
         try:
             step = cache.begin_capture(rows, search)
-            forward = Forward(attachment.attention, cache, gates, keep=1, transform=transform)
+            forward = Forward(attachment.attention, attachment.lifetimes, cache, gates, keep=1, transform=transform)
             out = attachment.original(
                 input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
                 octavo_forward=forward,
