@@ -10,7 +10,6 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
-    Llama4TextConfig,
     MistralConfig,
     MixtralConfig,
     Olmo3Config,
@@ -40,14 +39,6 @@ WINDOWED = {
     "olmo3": lambda: Olmo3Config(**MIXED),
     "exaone4": lambda: Exaone4Config(**MIXED),
     "gpt-oss": lambda: GptOssConfig(**MIXED, **EXPERTS),
-    "llama4": lambda: Llama4TextConfig(
-        **SHAPE,
-        **EXPERTS,
-        head_dim=16,
-        attention_chunk_size=WINDOW,
-        intermediate_size_mlp=64,
-        layer_types=["chunked_attention", "full_attention", "chunked_attention"],
-    ),
 }
 
 

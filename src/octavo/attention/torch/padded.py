@@ -42,7 +42,7 @@ def attend(
         expiry = torch.cat([expiry, chunk.expiry], 2)
     expiry = expiry.masked_fill(position < 0, -2)  # nobody sees padding
     rows = query.reshape(B * H, Hq // H, n, D)
-    wide = [t.flatten(0, 1)[:, None].expand(-1, Hq // H, -1, -1) for t in (k, v)]
+    k_rows, v_rows = (t.flatten(0, 1)[:, None].expand(-1, Hq // H, -1, -1) for t in (k, v))
     block = max(1, MASK // (B * H * k.shape[2]))
     parts = []
     for start in range(0, n, block):
@@ -54,9 +54,8 @@ def attend(
             parts.append(scored.attend(query[:, :, start : start + block], k, v, seen, scale, scoring))
             continue
         mask = seen.flatten(0, 1)[:, None]
-        parts.append(
-            F.scaled_dot_product_attention(rows[:, :, start : start + block], *wide, attn_mask=mask, scale=scale)
-        )
+        some = rows[:, :, start : start + block]
+        parts.append(F.scaled_dot_product_attention(some, k_rows, v_rows, attn_mask=mask, scale=scale))
     out = (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).reshape(B, Hq, n, D).transpose(1, 2)
     return out.masked_fill((at < 0)[:, :, None, None], 0.0)
 

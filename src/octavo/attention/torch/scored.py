@@ -16,7 +16,7 @@ def attend(
 ) -> Tensor:  # [..., Hq, n, D]
     """Attention of query heads to their groups' keys, in float32 but for the products. Gradients reach all tensors."""
     Hq, H = query.shape[-3], key.shape[-3]
-    grouped = query.unflatten(-3, (H, Hq // H))  # [..., H, G, n, D]
+    grouped = query.reshape(*query.shape[:-3], H, Hq // H, *query.shape[-2:])  # [..., H, G, n, D]
     scores = scoring.capped((grouped @ key.unsqueeze(-3).mT).float() * scale)
     mask = mask.unsqueeze(-3)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
