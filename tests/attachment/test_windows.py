@@ -85,7 +85,6 @@ def test_a_window_that_never_ends_is_full_attention():
     ("reason", "family", "more"),
     [
         ("a ReuseStore cannot keep", "gemma3", {"reuse": object()}),
-        ("CUDA graphs do not know", "gpt-oss", {"cuda_graphs": True}),
         ("shift 1", "qwen3", {"shift": 1}),
     ],
 )

@@ -25,7 +25,7 @@ from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length
+from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length, scores_alone
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -90,7 +90,8 @@ class Attachment:
         """What no copy shares: a copy's weights may change, so it must refuse the caches of the original."""
         self.key = uuid.uuid4().hex  # what caches remember of it; never used again
         self._memory: Memory | None = None
-        self.graphs = Graphs(self) if self.settings.cuda_graphs else None
+        plain = not any(self.lifetimes) and scores_alone(self.model)  # what the kernels of a captured step know
+        self.graphs = Graphs(self) if self.settings.cuda_graphs and plain else None
         self._lock = threading.Lock()  # two threads may make a model's first caches
 
     def __getstate__(self) -> dict[str, Any]:
