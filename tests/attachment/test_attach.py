@@ -8,14 +8,12 @@ from transformers import (
     BartForConditionalGeneration,
     DeepseekV3Config,
     DynamicCache,
-    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
-    MistralConfig,
     Olmo2Config,
     Phi3Config,
-    Qwen2Config,
     StaticCache,
     pipeline,
 )
@@ -233,9 +231,7 @@ def deepseek():
 REFUSED = {
     "encoder-decoder": bart,
     "latent attention": deepseek,
-    "sliding window of 8": lambda: small(MistralConfig, sliding_window=8),
-    "sliding_attention": lambda: small(Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    "attn_logit_softcapping|sliding_attention": lambda: small(Gemma2Config, head_dim=16),
+    "both directions": lambda: small(Gemma3TextConfig, head_dim=16, use_bidirectional_attention=True),
     "self_attn": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)),
 }  # fmt: skip
 

@@ -6,18 +6,22 @@ pool's counts are what the tables say.
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.config import NEVER, CacheSettings, Eviction
+from octavo.config import NEVER, CacheSettings, Eviction, Lifetime
 from octavo.errors import CacheStateError
 from octavo.kv import CacheShape, Memory, PagedCache
 
 L, H, G, D = 2, 2, 2, 4
 SHAPE = CacheShape(L, L, H, D, torch.float32, torch.device("cpu"))
+
+
+WINDOWS = [(Lifetime(6), None), (Lifetime(7, chunked=True), Lifetime(30))]  # of the layers, as models have them
 
 
 def new_memory(page_size=4, budget=None):
@@ -91,14 +95,20 @@ def forward(plain, columns, pads, seed, fail_at=None):
 
 def fill(plain, tokens, valid, key, value, marked):
     """Append the new tokens to the plain model and let its gates decide."""
-    eviction = plain.eviction
+    eviction, lifetimes = plain.eviction, plain.cache.shape.lifetimes
     for b, row in enumerate(tokens):
         for column in valid[b].nonzero()[:, 0].tolist():
             row.append(Token(len(row), key[:, b, :, column], value[:, b, :, column]))
+            for layer, life in enumerate(lifetimes):
+                at = row[-1].position
+                if life is not None:
+                    first = at - at % life.length if life.chunked else at
+                    row[-1].expiry[layer] = first + life.length - 1
             about = len(row) - 1 - (eviction.shift if eviction else 0)
             if eviction is not None and about >= 0:
                 token = row[about]
-                token.expiry = torch.where(marked[:, b, :, column], token.position + eviction.window, NEVER)
+                gated = torch.where(marked[:, b, :, column], token.position + eviction.window, NEVER)
+                token.expiry = torch.minimum(token.expiry, gated)
 
 
 def attention(row, at, layer, query):
@@ -173,12 +183,24 @@ def held(pool, ids, used, now):
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 3, 4, 16]))
 def test_any_history_is_the_visibility_rule(eviction, seed, page_size):
+    any_history(SHAPE, eviction, seed, page_size)
+
+
+@pytest.mark.parametrize("eviction", [None, Eviction(5), Eviction(40)])
+@pytest.mark.parametrize("lifetimes", WINDOWS)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 4]))
+def test_and_so_it_is_where_layers_have_windows(lifetimes, eviction, seed, page_size):
+    any_history(replace(SHAPE, lifetimes=lifetimes), eviction, seed, page_size)
+
+
+def any_history(shape, eviction, seed, page_size):
     dice, memory = random.Random(seed), new_memory(page_size)
     sequences = []
     for _ in range(dice.randint(6, 14)):
         choice = dice.random()
         if not sequences or (choice < 0.12 and len(sequences) < 4):
-            sequences.append(Sequences(PagedCache(SHAPE, eviction, memory), dice.randint(1, 3)))
+            sequences.append(Sequences(PagedCache(shape, eviction, memory), dice.randint(1, 3)))
         plain = dice.choice(sequences)
         if choice < 0.72 or not plain.tokens[0]:
             pads = [dice.choice([0, 0, 0, 2, 30]) for _ in plain.tokens] if dice.random() < 0.4 else [0] * 9

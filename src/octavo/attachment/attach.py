@@ -14,7 +14,7 @@ from octavo.attachment.forward import NAME
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse
 from octavo.attachment.settings import cache_settings
-from octavo.attachment.supported import check_supported, fingerprint
+from octavo.attachment.supported import check_supported, fingerprint, lifetimes, scores_alone
 from octavo.dms import Adapter
 from octavo.dms.checkpoint import MODEL_TYPES
 from octavo.errors import AdapterMismatchError, UnsupportedModelError
@@ -44,7 +44,8 @@ def attach(
     ones in another dtype or on another device. `kv_dtype`: "int8" or "fp8" stores keys and values
     as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype.
     `cuda_graphs`: on CUDA, steps of one token per sequence run from CUDA graphs, which spares the host nearly all of
-    their work; the model's modules must not change then (see `octavo.attachment.graphs`). `compile`: norms, MLPs and
+    their work; the model's modules must not change then (see `octavo.attachment.graphs`). Steps of models with windows,
+    softcapping or sinks run without. `compile`: norms, MLPs and
     rotary embeddings in these graphs are those of `torch.compile`, which takes a minute at the first steps and rounds
     bfloat16 less often (see `octavo.attachment.compiled`).
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
@@ -66,6 +67,7 @@ def attach(
     chunk = default_chunk(model.device) if chunk is None else chunk
     settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile)
     gates, swiftkv = _checked(model, resolve(adapter))
+    _check_windows(model, gates, swiftkv, reuse)
     joined = Attachment(model, gates, swiftkv, settings, reuse)
     before = attachment_of(model)
     if before is not None:
@@ -103,6 +105,22 @@ def set_swiftkv(model: Model, on: bool) -> Model:
     """
     require_attachment(model).switch(on)
     return model
+
+
+def _check_windows(
+    model: PreTrainedModel, gates: Adapter | None, swiftkv: SwiftKVAdapter | None, reuse: Reuse | None
+) -> None:
+    """Raise UnsupportedModelError for what is asked of a model with windows, softcapping or sinks and is not made."""
+    name, scored = type(model).__name__, not scores_alone(model)
+    windowed = any(life is not None for life in lifetimes(model))
+    if swiftkv is not None and (windowed or scored):
+        raise UnsupportedModelError(f"{name} has windows, softcapping or sinks, with which SwiftKV is not supported")
+    if windowed and reuse is not None:
+        raise UnsupportedModelError(f"{name} has windows, whose tokens a ReuseStore cannot keep; attach it without")
+    if windowed and gates is not None and gates.gates.spec.eviction.shift:
+        raise UnsupportedModelError(
+            f"{name} has windows, with which gates whose marks are read one token later (shift 1) are not supported"
+        )
 
 
 def _checked(

@@ -26,7 +26,7 @@ from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import attention_modules, rope_sees_length
+from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length, scores_alone
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -76,7 +76,7 @@ class Attachment:
         self.model, self.reuse = model, reuse
         self.modes = Modes(model, adapter, swiftkv)
         self.settings = settings
-        self.attention = attention_modules(model)
+        self.attention, self.lifetimes = attention_modules(model), lifetimes(model)
         self.borrowed = lends_channel(model.config)
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         base: Any = model.base_model
@@ -92,7 +92,8 @@ class Attachment:
         """What no copy shares: a copy's weights may change, so it must refuse the caches of the original."""
         self.key = uuid.uuid4().hex  # what caches remember of it; never used again
         self._memory: Memory | None = None
-        self.graphs = Graphs(self) if self.settings.cuda_graphs else None
+        plain = not any(self.lifetimes) and scores_alone(self.model)  # what the kernels of a captured step know
+        self.graphs = Graphs(self) if self.settings.cuda_graphs and plain else None
         self._lock = threading.Lock()  # two threads may make a model's first caches
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,7 +260,9 @@ class Attachment:
         base: Any = self.model.base_model
         rotary = base.rotary_emb(residual, position_ids=positions)
         packed = None if document is None else Packed(document)
-        forward = Forward(self.attention, policy=policy, transform=transform, packed=packed, borrowed=self.borrowed)
+        forward = Forward(
+            self.attention, self.lifetimes, policy=policy, transform=transform, packed=packed, borrowed=self.borrowed
+        )
         streams = []
         for layer in base.layers[first:last]:
             residual = layer(

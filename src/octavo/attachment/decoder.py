@@ -59,7 +59,12 @@ def _uncached(attachment: "Attachment", kwargs: dict[str, Any], tokens: Tensor, 
         kwargs["position_ids"] = positions.of_tokens(valid)
     policy, transform = attachment.running() if mode is None else attachment.oracle(mode)
     forward = Forward(
-        attachment.attention, policy=policy, valid=valid, transform=transform, borrowed=attachment.borrowed
+        attachment.attention,
+        attachment.lifetimes,
+        policy=policy,
+        valid=valid,
+        transform=transform,
+        borrowed=attachment.borrowed,
     )
     return attachment.original(**kwargs, octavo_forward=forward)
 
@@ -138,7 +143,13 @@ def _step(
         if given is None and (counted := positions.next_in(cache, valid)) is not None:
             kwargs = {**kwargs, "position_ids": counted}
         forward = Forward(
-            attachment.attention, cache, gates, keep=keep, transform=transform, borrowed=attachment.borrowed
+            attachment.attention,
+            attachment.lifetimes,
+            cache,
+            gates,
+            keep=keep,
+            transform=transform,
+            borrowed=attachment.borrowed,
         )
         out = attachment.original(**kwargs, octavo_forward=forward)
         forward.commit()

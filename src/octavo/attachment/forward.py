@@ -3,6 +3,7 @@
 Nothing is global: all that they need travels down with the call, as the keyword argument `octavo_forward`.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from octavo.attachment.borrowed import take_channel
-from octavo.attention import Packed, dense_attention
+from octavo.attention import Packed, Scoring, dense_attention
+from octavo.config import Lifetime
 from octavo.dms import FoldedGates, Policy
 from octavo.errors import NotAttachedError, UnsupportedModelError
 from octavo.kv import PagedCache
@@ -31,6 +33,7 @@ class Forward:
     """
 
     attention: list[nn.Module]  # the model's attention modules
+    lifetimes: Sequence[Lifetime | None]  # of each of them: its window
     cache: PagedCache | None = None  # on which a step has begun
     gates: FoldedGates | None = None
     policy: Policy | None = None
@@ -82,10 +85,12 @@ class Forward:
         """What the gates forget of KV layers `first`...: marks [l, B, H, N] bool; None: they forget nothing."""
         return None if self.gates is None else self.gates.marked(first, hidden)
 
-    def attend(self, layer: int, query: Tensor, scale: float, last_reader: bool) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, scale: float, last_reader: bool, scoring: Scoring | None = None
+    ) -> Tensor:
         """Attention over one KV layer of the cache, [B, n, Hq, D]; after its last reader nothing of it is held back."""
         assert self.cache is not None
-        out = self.cache.step.attend(layer, query, scale)
+        out = self.cache.step.attend(layer, query, scale, scoring)
         if last_reader:
             self.cache.step.settle(layer)
         return out
@@ -112,10 +117,14 @@ class Forward:
             for layer in upper:
                 self.cache.step.settle(layer)
 
-    def masked(self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float) -> Tensor:
+    def masked(
+        self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float,
+        lifetime: Lifetime | None = None, scoring: Scoring | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of a forward without a cache, [B, N, Hq, D]."""
         window = self.policy.window if self.policy else 0
-        return dense_attention(query, key, value, log_keep, window, scale, self.valid, self.packed)
+        special = lifetime, scoring
+        return dense_attention(query, key, value, log_keep, window, scale, self.valid, self.packed, *special)
 
 
 def asked_for(name: str, kwargs: dict[str, Any], config: Any, default: bool = False) -> bool:
@@ -199,6 +208,8 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     octavo_forward: Forward | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: [B, N, Hq, D]."""
@@ -220,28 +231,37 @@ def _attention(
         assert forward.rotary is not None
         query, channel = take_channel(query, key.shape[1], forward.rotary)
         hidden = channel if forward.reads_channel else hidden
+    scoring = None if softcap is None and s_aux is None else Scoring(softcap, s_aux)
     if forward.cache is not None:
         forward.store(layer, [hidden], [key], [value])
-        return forward.attend(layer, query, scale, last_reader=True), None
+        return forward.attend(layer, query, scale, True, scoring), None
     log_keep = forward.policy.log_keep(layer, hidden, key) if forward.policy else None
-    return forward.masked(query, key, value, log_keep, scale), None
+    return forward.masked(query, key, value, log_keep, scale, forward.lifetimes[layer], scoring), None
 
 
 def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise UnsupportedModelError for what Octavo's attention does not compute."""
     if attention_mask is not None:
         raise UnsupportedModelError("custom 4-D attention masks are not supported; pass a 2-D padding mask")
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} asks for {name}, which Octavo does not compute")
     if dropout:
         raise UnsupportedModelError("attention dropout is not supported; call model.eval()")
 
 
 def _mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> None:
-    """Padding travels with the forward, and causality is the visibility rule; anything else is refused."""
-    if mask_function is not causal_mask_function:
+    """Padding travels with the forward, and causality and windows are the visibility rule; the rest is refused."""
+    if not _expressed(mask_function):
         raise UnsupportedModelError("packed sequences and mask overlays are not supported; pad instead")
+
+
+def _expressed(mask_function: Any) -> bool:
+    """Whether this is causality or a window, alone or together: transformers composes masks of closures."""
+    if mask_function is causal_mask_function:
+        return True
+    maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
+    if maker in ("sliding_window_overlay", "chunked_overlay"):
+        return True
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions") if maker == "and_masks" else None
+    return bool(parts) and all(map(_expressed, parts))
 
 
 AttentionInterface.register(NAME, _attention)

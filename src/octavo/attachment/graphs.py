@@ -148,7 +148,13 @@ class Graphs:
         try:
             step = cache.begin_capture(rows, search)
             forward = Forward(
-                attachment.attention, cache, gates, keep=1, transform=transform, borrowed=attachment.borrowed
+                attachment.attention,
+                attachment.lifetimes,
+                cache,
+                gates,
+                keep=1,
+                transform=transform,
+                borrowed=attachment.borrowed,
             )
             out = attachment.original(
                 input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from octavo.attachment.supported import head_dim
+from octavo.attachment.supported import head_dim, lifetimes, scores_alone
 from octavo.config import Eviction
 from octavo.dms import Adapter, FoldedGates, HardGates, Policy
 from octavo.kv import CacheShape
@@ -38,7 +38,9 @@ class Modes:
         layers = config.num_hidden_layers  # fewer than the model has while generation drafts with an early exit
         cached = self.swiftkv.transform.spec.kv_layer_of(layers - 1) + 1 if self.swiftkv and skips else layers
         heads = config.num_key_value_heads
-        return CacheShape(layers, cached, heads, head_dim(config), self.model.dtype, self.model.device)
+        where = self.model.dtype, self.model.device
+        lives = lifetimes(self.model)[:cached]
+        return CacheShape(layers, cached, heads, head_dim(config), *where, lives, not scores_alone(self.model))
 
     def oracle(self, skips: bool) -> tuple[Policy | None, SwiftKV | None]:
         """What a forward without a cache must run under to equal one with a cache of this mode."""

@@ -86,7 +86,15 @@ def fill_between(attachment: "Attachment", cache: KVCache, tokens: Any, taken: S
         part = position[first : first + chunk]
         after = int(position[first + chunk]) if first + chunk < len(position) else limit
         begin_between(cache, part, after)
-        forward = Forward(attachment.attention, cache, gates, keep=0, transform=transform)
+        forward = Forward(
+            attachment.attention,
+            attachment.lifetimes,
+            cache,
+            gates,
+            keep=0,
+            transform=transform,
+            borrowed=attachment.borrowed,
+        )
         attachment.original(
             input_ids=ids[None, first : first + chunk],
             position_ids=part[None].long().to(device),

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from octavo.config import NEVER, Lifetime
 from octavo.errors import UnsupportedModelError
 
 NORM_SAMPLE = 64  # values of the final norm's weight kept in a fingerprint
+_WINDOWS = {  # by kind of layer: the setting that says how long its tokens are visible, None: they always are
+    "full_attention": None, "sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size",
+}  # fmt: skip
 _LATENT = ("kv_lora_rank", "q_lora_rank")
 
 
 def check_supported(model: object) -> None:
-    """Raise UnsupportedModelError unless `model` is a decoder with full attention over RoPE'd keys.
+    """Raise UnsupportedModelError unless `model` is a decoder whose layers attend to keys by position alone.
 
-    Llama, Mistral, Qwen2 and Qwen3 are tested, and so is what shares their attention interface.
+    Windows, logit softcapping and sinks are part of it. README says which models are tested; what shares their
+    attention interface runs as they do.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"expected a transformers model, not {type(model).__name__}")
@@ -26,19 +31,10 @@ def check_supported(model: object) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; its cross-attention cache is not supported")
     if any(getattr(config, key, None) for key in _LATENT):
         raise UnsupportedModelError(f"{name} uses latent attention; its cache holds no keys to evict")
-    kinds = sorted({str(k) for k in getattr(config, "layer_types", None) or ()} - {"full_attention"})
-    if kinds:
-        raise UnsupportedModelError(f"{name} has {', '.join(kinds)} layers; only full attention is supported")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise UnsupportedModelError(
-            f"{name} uses a sliding window of {config.sliding_window}; only full attention is supported"
-        )
-    for key in ("attn_logit_softcapping", "attention_chunk_size"):
-        if getattr(config, key, None):
-            raise UnsupportedModelError(f"{name} sets {key}, which Octavo's attention does not compute")
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+        raise UnsupportedModelError(f"{name} attends in both directions; only causal attention is supported")
+    lifetimes(model)
     for module in attention_modules(model):
-        if getattr(module, "sinks", None) is not None:
-            raise UnsupportedModelError(f"{name} has attention sinks, which Octavo's attention does not compute")
         if hasattr(module, "lambda_init"):
             raise UnsupportedModelError(
                 f"{name} has differential attention, which attends twice in a layer; Octavo's attention does so once"
@@ -107,6 +103,36 @@ def _check_passes_on(model: PreTrainedModel) -> None:
             f"{type(layer).__name__} does not pass keyword arguments on to its attention, by which Octavo tells it "
             "what to attend to"
         )
+
+
+def lifetimes(model: PreTrainedModel) -> tuple[Lifetime | None, ...]:
+    """How long the tokens of each layer are visible, None where it attends to everything.
+
+    A window at or past the model's positions is none. Raises UnsupportedModelError for layers of another kind.
+    """
+    config: Any = model.config
+    name, most = type(model).__name__, getattr(config, "max_position_embeddings", None) or NEVER
+    kinds, count = getattr(config, "layer_types", None), len(attention_modules(model))
+    if not kinds:
+        slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * count
+    if len(kinds) < count or (others := sorted({str(k) for k in kinds} - set(_WINDOWS))):
+        what = ", ".join(others) if len(kinds) >= count else f"only {len(kinds)}"
+        raise UnsupportedModelError(f"{name} has {what} layer types; {', '.join(_WINDOWS)} are supported")
+    out: list[Lifetime | None] = []
+    for kind in kinds[:count]:
+        setting = _WINDOWS[kind]
+        length = getattr(config, setting, None) if setting else None
+        if setting and not length:
+            raise UnsupportedModelError(f"{name} has layers of {kind} and sets no {setting}")
+        out.append(Lifetime(int(length), kind == "chunked_attention") if length and length < most else None)
+    return tuple(out)
+
+
+def scores_alone(model: PreTrainedModel) -> bool:
+    """Whether scores are products of queries and keys and nothing more: no softcapping, no sinks."""
+    sinks = any(getattr(module, "sinks", None) is not None for module in attention_modules(model))
+    return not sinks and not getattr(model.config, "attn_logit_softcapping", None)
 
 
 def rope_sees_length(config: Any) -> bool:

@@ -7,7 +7,7 @@ the device at hand: kernels in C (`cpu`), in Triton (`cuda`) or plain torch (`to
 
 from octavo.attention import cuda
 from octavo.attention.dense import Packed, dense_attention
-from octavo.attention.pages import Chunk, PageLayout, Pages, put, slots, write
+from octavo.attention.pages import Chunk, PageLayout, Pages, Scoring, put, slots, write
 from octavo.attention.select import FEW, attend
 from octavo.attention.torch import causal
 
@@ -17,6 +17,7 @@ __all__ = [
     "Packed",
     "PageLayout",
     "Pages",
+    "Scoring",
     "attend",
     "causal",
     "cuda",

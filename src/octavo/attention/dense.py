@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.attention.pages import Scoring
+from octavo.attention.torch import scored
+from octavo.config import Lifetime
+
 BLOCK = 512  # queries whose mask is made at once
 COMPILATIONS = 64  # of FlexAttention that are kept: one per sequence length, batch and gradient mode
 
@@ -46,8 +50,10 @@ def dense_attention(
     scale: float,
     valid: Tensor | None = None,  # [B, T] bool, False is padding
     packed: Packed | None = None,  # rows of several documents: a token sees its own only
+    lifetime: Lifetime | None = None,  # None: the layer attends to everything
+    scoring: Scoring | None = None,
 ) -> Tensor:  # [B, T, Hq, D]
-    """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere.
+    """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere and for windows.
 
     `window` and ages are in tokens. With padding, positions are counted over the valid tokens, as the cache counts
     them, and what a padded query gets has no meaning. Packed rows take no `valid`: together they raise ValueError.
@@ -57,14 +63,30 @@ def dense_attention(
     if valid is not None and packed is not None:
         raise ValueError("attention: packed rows are padded by their documents (-1), they take no `valid`")
     grouped = query.shape[1] != key.shape[1]
-    if log_keep is None and valid is None and packed is None:
+    if lifetime is not None and not lifetime.chunked and lifetime.length >= query.shape[2]:
+        lifetime = None
+    special = lifetime is not None or scoring is not None
+    if log_keep is None and valid is None and packed is None and not special:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
-    if query.is_cuda and valid is None:
+    if query.is_cuda and valid is None and not special:
         return _flex(query, key, value, log_keep, window, scale, packed)
     length = query.shape[2]
     parts = [
-        _rows(query, key, value, log_keep, window, scale, valid, packed, first, min(first + BLOCK, length))
+        _rows(
+            query,
+            key,
+            value,
+            log_keep,
+            window,
+            scale,
+            valid,
+            packed,
+            lifetime,
+            scoring,
+            first,
+            min(first + BLOCK, length),
+        )
         for first in range(0, length, BLOCK)
     ]
     return torch.cat(parts, 2).transpose(1, 2)
@@ -79,12 +101,16 @@ def _rows(
     scale: float,
     valid: Tensor | None,
     packed: Packed | None,
+    lifetime: Lifetime | None,
+    scoring: Scoring | None,
     first: int,
     last: int,
 ) -> Tensor:  # [B, Hq, last - first, D]
     """Queries first..last on the keys before `last`, under a mask of their own."""
     group = query.shape[1] // key.shape[1]
-    mask = _mask(log_keep, window, valid, packed, query, first, last)  # [B, 1 or H, last - first, last]
+    mask = _mask(log_keep, window, valid, packed, lifetime, query, first, last)  # [B, 1 or H, last - first, last]
+    if scoring is not None:
+        return scored.attend(query[:, :, first:last], key[:, :, :last], value[:, :, :last], mask, scale, scoring)
     mask = mask.repeat_interleave(group, 1) if mask.shape[1] > 1 else mask
     return F.scaled_dot_product_attention(
         query[:, :, first:last],
@@ -101,6 +127,7 @@ def _mask(
     window: int,
     valid: Tensor | None,
     packed: Packed | None,
+    lifetime: Lifetime | None,
     query: Tensor,
     first: int,
     last: int,
@@ -113,6 +140,11 @@ def _mask(
     columns = torch.arange(last, device=query.device)
     rows = columns[first:, None]
     seen = (columns <= rows) & ones[:, None, :]  # [B, N, last]
+    if lifetime is not None and lifetime.chunked:
+        chunk = position // lifetime.length
+        seen &= chunk[:, first:, None] == chunk[:, None, :]
+    elif lifetime is not None:
+        seen &= age < lifetime.length
     seen |= (columns == rows) & ~seen.any(-1, keepdim=True)  # a query before all tokens must see something: itself
     if packed is not None:
         seen &= packed.document[:, first:last, None] == packed.document[:, None, :last]

@@ -39,6 +39,21 @@ class Chunk(NamedTuple):
     expiry: Tensor  # [B, H, N] int32
 
 
+class Scoring(NamedTuple):
+    """What scores are beside products of queries and keys.
+
+    `softcap`: a score s becomes softcap * tanh(s / softcap) (Gemma 2). `sinks` [Hq]: a score of each query head that
+    joins its softmax and has no value (gpt-oss).
+    """
+
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores as they go into the softmax, before anything is masked."""
+        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """The bytes of a page of `page_size` slots.

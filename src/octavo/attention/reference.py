@@ -12,7 +12,7 @@ marks padding: such a token is seen by nobody and attends to nothing (its output
 import torch
 from torch import Tensor
 
-from octavo.attention.pages import Chunk, Pages, read
+from octavo.attention.pages import Chunk, Pages, Scoring, read
 
 
 def attend(
@@ -23,12 +23,14 @@ def attend(
     length: Tensor,  # [B, H]     int32, slots in use of each row
     scale: float,
     chunk: Chunk | None = None,  # [B, H, N] new tokens
+    scoring: Scoring | None = None,
 ) -> Tensor:  # [B, n, Hq, D], dtype of `query`
     """Exact attention of n queries over the slots of their rows and a chunk, one row at a time.
 
     Query head j reads KV head j // (Hq // H), so Hq is a multiple of H. Scores are multiplied by `scale`. Scores,
     softmax and sums are computed in float64 when the queries are float64, in float32 otherwise. A query that sees
-    nothing gets zeros. Page ids and lengths are trusted: ceil(length / page_size) columns of the table are read.
+    nothing gets zeros. A sink takes its part of every softmax and gives nothing. Page ids and lengths are trusted:
+    ceil(length / page_size) columns of the table are read.
     """
     B, Hq, n, D = query.shape
     H, S = table.shape[1], pages.key.shape[1]
@@ -49,7 +51,13 @@ def attend(
             q_at = at[b, :, None]  # [n, 1]
             visible = (position >= 0) & (position <= q_at) & (q_at <= expiry)  # [n, U+N]
             q = query[b, h * group : (h + 1) * group].to(wide)  # [G, n, D]
-            scores = (q @ k.T * scale).masked_fill(~visible, float("-inf"))
-            weights = scores.softmax(-1).nan_to_num(0.0)  # a padded query sees nothing
+            scores = q @ k.T * scale  # [G, n, U+N]
+            if scoring is not None:
+                scores = scoring.capped(scores)
+            scores = scores.masked_fill(~visible, float("-inf"))
+            if scoring is not None and scoring.sinks is not None:
+                sink = scoring.sinks[h * group : (h + 1) * group].to(wide)[:, None, None].expand(-1, n, 1)
+                scores = torch.cat([scores, sink], -1)
+            weights = scores.softmax(-1)[..., : len(k)].nan_to_num(0.0)  # a padded query sees nothing
             out[b, :, h * group : (h + 1) * group] = (weights @ v).transpose(0, 1).to(out.dtype)
     return out

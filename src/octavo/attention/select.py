@@ -5,7 +5,7 @@ from torch import Tensor
 
 from octavo.attention import cuda
 from octavo.attention.cpu import kernels
-from octavo.attention.pages import Chunk, Pages
+from octavo.attention.pages import Chunk, Pages, Scoring
 from octavo.attention.torch import padded, ragged
 
 FEW = 16  # queries up to which the streaming kernel is faster than matrix products
@@ -19,6 +19,7 @@ def attend(
     length: Tensor,  # [B, H]     int32
     scale: float,
     chunk: Chunk | None = None,
+    scoring: Scoring | None = None,
 ) -> Tensor:  # [B, n, Hq, D]
     """Attention of n queries over the slots of their rows and a chunk; see `reference.attend`.
 
@@ -29,8 +30,8 @@ def attend(
     n = query.shape[2]
     new = () if chunk is None else (chunk.key, chunk.value)
     trains = torch.is_grad_enabled() and (query.requires_grad or any(t.requires_grad for t in new))
-    # The kernels in C know no gradients and, unlike autocast, one dtype.
-    if not trains and all(t.dtype == query.dtype for t in new):
+    # The kernels know products alone as scores; those in C no gradients and, unlike autocast, one dtype.
+    if scoring is None and not trains and all(t.dtype == query.dtype for t in new):
         if n <= FEW and kernels.has_decode(query, pages):
             return kernels.decode(query, at, pages, table, length, scale, chunk)
         if kernels.has_prefill(query, pages):
@@ -40,5 +41,5 @@ def attend(
 
             return decode.attend(query, at, pages, table, length, scale)
     if query.is_cuda:
-        return padded.attend(query, at, pages, table, length, scale, chunk)
-    return ragged.attend(query, at, pages, table, length, scale, chunk)
+        return padded.attend(query, at, pages, table, length, scale, chunk, scoring)
+    return ragged.attend(query, at, pages, table, length, scale, chunk, scoring)

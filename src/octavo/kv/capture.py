@@ -22,8 +22,8 @@ AT_ONCE = 2**24  # slots that are searched in one operation, for each of which i
 class Tail(NamedTuple):
     """One row's tail at a boundary, K places for each head: what is not `some` means nothing.
 
-    On CUDA K is as much as there can be, window + 1, since only the device knows how much there is; elsewhere it is
-    what the fullest head needs.
+    On CUDA K is as much as there can be (`Tables.expiring`), since only the device knows how much there is; elsewhere
+    it is what the fullest head needs.
     """
 
     position: Tensor  # [] int32, the boundary
@@ -110,7 +110,7 @@ def capture(tables: Tables, index: Index, shift: int) -> list[Tail]:
 def _searched(tables: Tables, index: Index, layers: slice, now: Tensor, shift: int) -> tuple[Tensor, list[Tensor]]:
     """(`some`, `content`) of the tails of some layers, each with a leading dimension of rows."""
     pool, table, length = tables.pool, tables.table[index][:, layers], tables.length[index][:, layers]
-    if tables.window is None:  # nothing is ever marked, so nothing needs to be searched
+    if not tables.expiring:  # so nothing needs to be searched
         table = table[..., :1]
     expiry = pool.pages.expiry[table].flatten(-2)  # [B, l, H, W]
     spots = torch.arange(expiry.shape[-1], device=expiry.device)
@@ -118,7 +118,7 @@ def _searched(tables: Tables, index: Index, layers: slice, now: Tensor, shift: i
     if shift:
         wanted |= spots == tables.newest[index][:, layers, :, None]
     wanted &= spots < length[..., None]
-    most = 0 if tables.window is None else min(tables.window + 1, expiry.shape[-1])
+    most = min(tables.expiring, expiry.shape[-1])
     order = wanted.cumsum(-1, dtype=torch.int32)
     slot = ranked(wanted, order, most)[..., :most]
     some = torch.arange(most, device=expiry.device) < order[..., -1:]
@@ -136,7 +136,7 @@ def snapshot_of(
 ) -> Snapshot:
     """A row's snapshot at `boundaries`, by default at all that have a tail and at its end; on the device of its pages.
 
-    Without a window every position is a boundary; with one, `tails` must be known, but for the end. Raises
+    Where nothing expires every position is a boundary; elsewhere `tails` must be known, but for the end. Raises
     CacheStateError where a boundary is not, or where nothing has been read.
     """
     pool = tables.pool
@@ -148,7 +148,7 @@ def snapshot_of(
         known[end] = capture(tables, slice(row, row + 1), shift)[0]
         chosen = tuple(sorted(known if boundaries is None else set(boundaries)))
         for p in chosen:
-            if not 0 < p <= end or (tables.window is not None and p not in known):
+            if not 0 < p <= end or (tables.expiring and p not in known):
                 raise CacheStateError(
                     f"boundary {p} was not kept; name it with `keep` before its tokens are read, or ask for one of "
                     f"{', '.join(map(str, sorted(known)))}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.attention import Chunk, attend, causal, cuda, slots, write
+from octavo.attention import Chunk, Scoring, attend, causal, cuda, slots, write
 from octavo.config import NEVER
 from octavo.kv.plan import append, extended, found, grown, owned_many, place, ranked
 from octavo.kv.pool import pages_for
@@ -70,12 +70,13 @@ class ChunkStep:
         self.filled = 0
         self.left: Tensor | None = None
         self.new = counted(tables.position[batch.index].clone(), columns, valid)
-        # Nothing is cached, nothing is padded, and nothing of it can expire for any of its queries.
+        # Nothing is cached and nothing is padded; where nothing can expire for any query, attention is causal.
         first = batch.longest == 0 and valid is None
-        self._plain = first and (batch.eviction is None or columns <= batch.window + 1)
-        fits = cuda.available(tables.pool.device) and not trains and not self._plain
+        self._plain = [first and batch.sees_all(layer, columns) for layer in range(tables.length.shape[1])]
+        fits = cuda.available(tables.pool.device) and not trains and batch.lifetimes is None and not all(self._plain)
         self._span = spans(self.new, columns, valid) if fits else None  # where a kernel for the GPU finds its tokens
-        self._expired = batch.expired or bool(batch.eviction and columns > batch.window)
+        windowed = batch.lifetimes is not None
+        self._expired = batch.expired or windowed or bool(batch.eviction and columns > batch.window)
         self.lost = tables.lost[batch.index].clone()  # [B, L, H], what it must be after `rewind`
         self._held: dict[int, _Held] = {}
         self._held_most = HELD_ON_CUDA if tables.pool.device.type == "cuda" else HELD
@@ -91,28 +92,26 @@ class ChunkStep:
             marked = self._settle_newest(layer, marked)
         self._held[layer] = _Held(key, value, marked)
 
-    def _expiry(self, key: Tensor, marked: Tensor | None) -> Tensor:
-        """When tokens with these keys [B, ..., H, N, D] and marks [B, ..., H, N] expire, [B, ..., H, N] int32."""
-        if marked is None:
-            return torch.full(key.shape[:-1], NEVER, dtype=torch.int32, device=key.device)
-        position = self.new.position.view(len(key), *(1,) * (key.ndim - 3), -1)
-        return torch.where(marked, position + self.batch.window, NEVER).int().contiguous()
+    def _expiry(self, layers: slice, key: Tensor, marked: Tensor | None) -> Tensor:
+        """When tokens with these keys [B, l, H, N, D] and marks [B, l, H, N] expire, [B, l, H, N] int32."""
+        return self.batch.expiry(self.new.position, marked, layers).expand(key.shape[:-1]).contiguous()
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scale: float, scoring: Scoring | None = None) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
         held, batch = self._held[layer], self.batch
-        if self._plain:
+        if self._plain[layer] and scoring is None:
             return causal.attend(query, held.key, held.value, scale)
         tables, at = batch.tables, self.new.at[:, -query.shape[2] :]
         table, length = tables.table[batch.index, layer], tables.length[batch.index, layer]
         past = tables.pool.pages, table[..., : batch.columns], length
-        if self._span is not None:
+        if self._span is not None and scoring is None:
             from octavo.attention.cuda.chunk import attend as kernel
 
             given = query, held.key, held.value, self._span, scale, held.marked, batch.window
             return kernel(*given, *past) if batch.longest else kernel(*given)
-        chunk = Chunk(held.key, held.value, self.new.position, self._expiry(held.key, held.marked))
-        return attend(query, at, *past, scale, chunk)
+        marked = None if held.marked is None else held.marked[:, None]
+        expiry = self._expiry(slice(layer, layer + 1), held.key[:, None], marked)[:, 0]
+        return attend(query, at, *past, scale, Chunk(held.key, held.value, self.new.position, expiry), scoring)
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""
@@ -140,7 +139,7 @@ class ChunkStep:
             layers = slice(run[0], run[-1] + 1)
             key, value = (torch.stack([getattr(h, name).detach() for h in held], 1) for name in ("key", "value"))
             marks = [h.marked for h in held if h.marked is not None]  # of all layers or of none
-            expiry = self._expiry(key, torch.stack(marks, 1) if marks else None)
+            expiry = self._expiry(layers, key, torch.stack(marks, 1) if marks else None)
             with self.batch.tables.pool.lock, self.batch.tables.pool.changing():
                 self._store(_Layers(layers, key, value, expiry))
 
@@ -198,15 +197,16 @@ class ChunkStep:
         tables.note_marks(rows, position, recent, slot, marked)
 
     def _remember(self, layers: slice, old: Tensor, length: Tensor, table: Tensor) -> None:
-        """Keep what `rewind` needs: slots that expire within this chunk, of which each row has a window at most."""
+        """Keep what `rewind` needs: slots that expire within this chunk, of which each row has a gate's window at most,
+        or as many as have come to the end of theirs."""
         batch, new, pool = self.batch, self.new, self.batch.tables.pool
         within = torch.arange(old.shape[-1], device=old.device) < length[..., None]
         start, after = (t[:, None, None, None] for t in (new.start, new.after))
         dead = torch.where(within & (old < start), old, -1).amax(-1)
         self.lost[:, layers] = torch.maximum(self.lost[:, layers], dead)  # overwritten for good
         dying = within & (old >= start) & (old < after)
-        most = min(batch.window + 1, old.shape[-1])
         order = dying.cumsum(-1, dtype=torch.int32)
+        most = min(batch.window + 1, old.shape[-1]) if batch.lifetimes is None else int(order[..., -1].amax())
         slot = ranked(dying, order, most)[..., :most]
         some = torch.arange(most, device=old.device) < order[..., -1:]
         where = found(table, slot, some, pool.layout.page_size)

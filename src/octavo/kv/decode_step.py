@@ -7,8 +7,7 @@ anything, so a CUDA graph can hold it.
 import torch
 from torch import Tensor
 
-from octavo.attention import attend, cuda, write
-from octavo.config import NEVER
+from octavo.attention import Scoring, attend, cuda, write
 from octavo.kv.plan import Placed, append, copies, extended, found, grown, owned, place, take_over
 from octavo.kv.pool import WASTE, pages_for
 from octavo.kv.step import Batch, Later, counted, newest_slot
@@ -68,11 +67,15 @@ class DecodeStep:
         self._newest = found(table, newest.clamp(min=0), newest >= 0, S) if batch.shift else None
         self._into = list(zip(self.page.unbind(1), self.inside.unbind(1), strict=True))
         pool.pages.position[self.page, self.inside] = new.position[:, None, None].expand(*rows, -1)
-        pool.pages.expiry[self.page, self.inside] = torch.full_like(self.page, NEVER, dtype=torch.int32)
+        pool.pages.expiry[self.page, self.inside] = self._expiry(new.position, None)
         # Only now, so that every slot inside a row's length has been written, wherever an interrupt falls.
         tables.table[batch.index, :, :, : batch.columns] = table
         tables.length[batch.index] = placed.length
         pool.post()
+
+    def _expiry(self, position: Tensor, marked: Tensor | None) -> Tensor:
+        """When new tokens at `position` [B, N] with these marks [B, L, H, N] expire, [B, L, H, N] int32."""
+        return self.batch.expiry(position, marked, slice(None)).expand(self.page.shape)
 
     def _placed(self, table: Tensor, before: Tensor, stored: Tensor) -> Placed:
         """Where the new tokens go: into slots that are free, as far as there are any."""
@@ -92,12 +95,12 @@ class DecodeStep:
         self.filled += 1
         write(self.batch.tables.pool.pages, *self._into[layer], key, value)
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scale: float, scoring: Scoring | None = None) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
         pages, at, n = self.batch.tables.pool.pages, self.new.at, query.shape[2]
         at, where = at if n == at.shape[1] else at[:, -n:], self._over[layer]
-        if self._begins is None:
-            return attend(query, at, pages, *where, scale)
+        if self._begins is None or scoring is not None:
+            return attend(query, at, pages, *where, scale, scoring=scoring)
         from octavo.attention.cuda import decode
 
         return decode.attend(query, at, pages, *where, scale, self._begins[layer])
@@ -109,7 +112,7 @@ class DecodeStep:
         """Write when the new tokens expire (`marked` [L, B, H, N] bool, None: never) and move on."""
         tables, batch, new = self.batch.tables, self.batch, self.new
         with tables.pool.lock:
-            if tables.window is not None:
+            if batch.eviction is not None:
                 self._decide(marked)
             if batch.shift:
                 tables.newest[batch.index] = newest_slot(self.slot, new.position, tables.newest[batch.index])
@@ -117,7 +120,7 @@ class DecodeStep:
 
     def _decide(self, marked: Tensor | None) -> None:
         tables, batch = self.batch.tables, self.batch
-        page, inside, slot, position = self.page, self.inside, self.slot, self.new.position[:, None, None]
+        page, inside, slot, position = self.page, self.inside, self.slot, self.new.position
         real = position >= 0
         if batch.shift:
             # Each decision is about the token before; the newest token's own comes with the next step.
@@ -125,8 +128,9 @@ class DecodeStep:
             position = position - 1
             real = real & (position >= 0)
         decided = torch.zeros_like(slot, dtype=torch.bool) if marked is None else marked.transpose(0, 1)
-        tables.pool.pages.expiry[page, inside] = torch.where(decided, position + batch.window, NEVER).int()
-        tables.note_marks(batch.index, position, real, slot, decided)
+        tables.pool.pages.expiry[page, inside] = self._expiry(position, decided)
+        if tables.window is not None:
+            tables.note_marks(batch.index, position[:, None, None], real[:, None, None], slot, decided)
 
     def _one_before(self) -> tuple[Tensor, Tensor, Tensor]:
         """(page, place inside it, slot), each [B, L, H, N], of the real token before each new one.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from octavo.attention import write
+from octavo.attention import Scoring, write
 from octavo.kv.plan import found, named_elsewhere
 from octavo.kv.step import Batch, Later, New
 
@@ -57,8 +57,9 @@ class FusedStep:
         self.filled += 1
         self._new[layer] = key, value
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """Attention of the new tokens, [B, 1, Hq, D]; `query` [B, Hq, 1, D]."""
+    def attend(self, layer: int, query: Tensor, scale: float, scoring: Scoring | None = None) -> Tensor:
+        """Attention of the new tokens, [B, 1, Hq, D]; `query` [B, Hq, 1, D]. Its kernel knows no `scoring`."""
+        assert scoring is None
         new, table, length, slot, begin = None, *self._layers[layer]
         if layer in self._new:
             new = self._decode.Written(*self._new.pop(layer), slot, self.new.position)

@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo.config import Eviction
 from octavo.kv.answers import Answers
 from octavo.kv.capture import Boundaries
+from octavo.kv.lifetimes import Lifetimes
 from octavo.kv.memory import Memory
 from octavo.kv.quota import Quota
 from octavo.kv.shape import CacheShape
@@ -26,7 +27,9 @@ class Held:
 
     def __init__(self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None) -> None:
         self.shape, self.eviction, self.memory = shape, eviction, memory
-        self.tables = memory.tables(shape.cached_layers, eviction.window if eviction else None)
+        self.lifetimes = Lifetimes(shape.lifetimes, shape.device) if shape.windowed else None
+        longest = self.lifetimes.longest if self.lifetimes else 0
+        self.tables = memory.tables(shape.cached_layers, eviction.window if eviction else None, longest)
         self._holding = Holding()
         self.quota = Quota(budget, self.tables, self._holding)
         self._answers = Answers(shape.device)

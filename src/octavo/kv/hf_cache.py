@@ -341,9 +341,9 @@ class PagedCache(Cache):  # type: ignore[misc]
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can always undo; with eviction it only sometimes can."""
-        return self.eviction is None
+        return self.eviction is None and not self.shape.windowed
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer slides."""
+        """No layer, as transformers sees it: all columns count, and windows are expiries."""
         return [False] * self.shape.layers

@@ -32,7 +32,7 @@ class Memory:
         self.device = device
         self.budget = budget
         self.pool = PagePool(layout, device, budget)
-        self._tables: dict[tuple[int, int | None], Tables] = {}
+        self._tables: dict[tuple[int, int | None, int], Tables] = {}
         self._ended: list[tuple[Tables, Holder]] = []  # what caches had that nobody has any more
 
     @property
@@ -48,12 +48,15 @@ class Memory:
         return sum(tables.taken for tables in self._tables.values())
 
     @bookkeeping
-    def tables(self, layers: int, window: int | None) -> Tables:
-        """The tables of sequences with this many KV layers; a marked token stays for `window` more."""
-        mode = layers, window
+    def tables(self, layers: int, window: int | None, longest: int = 0) -> Tables:
+        """The tables of sequences with this many KV layers; a marked token stays for `window` more.
+
+        `longest`: tokens that the longest window of a layer shows; 0: no layer has one.
+        """
+        mode = layers, window, longest
         with self.pool.lock:
             if mode not in self._tables:
-                self._tables[mode] = Tables(self.pool, layers, self.kv_heads, window)
+                self._tables[mode] = Tables(self.pool, layers, self.kv_heads, window, longest)
             return self._tables[mode]
 
     def give_back_with(self, owner: object, tables: Tables, holder: Holder) -> None:

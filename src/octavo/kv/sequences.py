@@ -63,12 +63,14 @@ class Sequences(Held):
         few = columns <= FEW and (window is None or columns <= window) and not trains
         state, back = self._open(batch, columns, captured)
         longest = promise.slots if promise else state.longest if few else back.longest
-        expired = state.cropped or (window is not None and (captured or state.seen + columns > window))
+        windowed = self.lifetimes is not None
+        expired = state.cropped or windowed or (window is not None and (captured or state.seen + columns > window))
         given = Batch(
-            self.tables, self.index, self.eviction, longest, expired, state.scattered, state.shared, self.quota
-        )
+            self.tables, self.index, self.eviction, longest, expired, state.scattered or windowed, state.shared,
+            self.quota, lifetimes=self.lifetimes,
+        )  # fmt: skip
         self._valid, self._columns = valid, columns
-        if few and columns == 1 and cuda.available(self.shape.device):
+        if few and columns == 1 and cuda.available(self.shape.device) and not (windowed or self.shape.scored):
             self.step = FusedStep(given, self._running(valid), self.tables.flags[int(state.scattered)])
         elif few:
             self.step = DecodeStep(given, columns, valid)

@@ -5,14 +5,18 @@ from dataclasses import dataclass
 import torch
 
 from octavo.attention import PageLayout
-from octavo.config import CacheSettings
+from octavo.config import CacheSettings, Lifetime
 
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what `CacheSettings.kv_dtype` may name
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a cache must know of a model. `dtype` is what the model computes in; `layers` may share `cached_layers`."""
+    """What a cache must know of a model. `dtype` is what the model computes in; `layers` may share `cached_layers`.
+
+    `lifetimes`: of each KV layer, None where it attends to everything; empty where all do. `scored`: scores are more
+    than products (`octavo.attention.Scoring`).
+    """
 
     layers: int
     cached_layers: int  # KV layers: sets of keys and values, one per layer or per group of layers that share one
@@ -20,6 +24,13 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    lifetimes: tuple[Lifetime | None, ...] = ()
+    scored: bool = False
+
+    @property
+    def windowed(self) -> bool:
+        """Whether tokens of any layer expire by themselves."""
+        return any(life is not None for life in self.lifetimes)
 
     def layout(self, settings: CacheSettings) -> PageLayout:
         """The pages of such a cache."""

@@ -51,7 +51,8 @@ class Ragged(NamedTuple):
 class SnapshotLayout:
     """What a cache must look like to hold a snapshot: `layers` are KV layers, `dtype` is how slots are stored.
 
-    `window` and `shift` are those of `octavo.config.Eviction`; None and 0 where nothing is evicted.
+    `window` and `shift` are those of `octavo.config.Eviction`; None and 0 where nothing is evicted. `window` is also
+    None where layers have windows of their own, each token then having an expiry of its own.
     """
 
     layers: int
@@ -269,7 +270,8 @@ def _check_slots(prefix: str, part: dict[str, Tensor], boundaries: tuple[int, ..
         return
     expiry, newest = part["expiry"].long(), position == end - 1
     marked = expiry < NEVER if shift == 0 else ~newest
-    if bool((expiry < end).any()) or bool((expiry != position + (layout.window or 0))[marked].any()):
+    off = expiry != position + layout.window if layout.window is not None else expiry < position
+    if bool((expiry < end).any()) or bool(off[marked].any()):
         raise ValueError(f"{prefix} must hold marked tokens that expire a window after their position, from {end} on")
     if bool((~marked & ((expiry != NEVER) | (shift == 0))).any()) or (shift and int(newest.sum()) != len(counts)):
         raise ValueError(f"{prefix} must hold the newest token of every head where its mark is open, and no other")

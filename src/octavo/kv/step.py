@@ -7,8 +7,9 @@ from typing import NamedTuple, SupportsInt
 import torch
 from torch import Tensor
 
-from octavo.config import Eviction
+from octavo.config import NEVER, Eviction
 from octavo.kv.late import capturing
+from octavo.kv.lifetimes import Lifetimes
 from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
 from octavo.kv.tables import Index, Tables
@@ -27,6 +28,7 @@ class Batch:
     shared: bool  # see `State`
     quota: Quota
     claims: bool = True  # whether the step's pages are still to be reserved
+    lifetimes: Lifetimes | None = None  # None: no token expires that no gate has marked
 
     @property
     def window(self) -> int:
@@ -37,6 +39,21 @@ class Batch:
     def shift(self) -> int:
         """See `Eviction`."""
         return self.eviction.shift if self.eviction else 0
+
+    def sees_all(self, layer: int, tokens: int) -> bool:
+        """Whether so many first tokens of a sequence all see those before them, whatever gates say."""
+        life = self.lifetimes.each[layer] if self.lifetimes else None
+        gated = self.eviction is None or tokens <= self.window + 1
+        return gated and (life is None or tokens <= life.length)
+
+    def expiry(self, position: Tensor, marked: Tensor | None, layers: slice) -> Tensor:
+        """When tokens of some layers at `position` [B, N] expire, int32 [B, l, H or 1, N]: by their mark ([B, l, H, N]
+        bool, None: none is marked) or by their layer's window, whichever comes first."""
+        own = None if self.lifetimes is None else self.lifetimes.expiry(position, layers)
+        if marked is None:
+            return torch.full_like(position, NEVER)[:, None, None] if own is None else own
+        gated = torch.where(marked, position[:, None, None] + self.window, NEVER).int()
+        return gated if own is None else torch.minimum(gated, own)
 
     @property
     def columns(self) -> int:

@@ -37,15 +37,18 @@ class Tables:
     `marks` [R, L, H, window + 2] int32, where there is a `window`: at place p % (window + 1) the slot of the marked
     token at position p, -1 where it is not marked. A marked token of position p is visible up to p + window, so the
     query at q = p + window + 1 finds the slot that has just become free at place q % (window + 1), without a search.
-    The last place takes what nobody reads.
+    The last place takes what nobody reads. Where layers have windows of their own (`longest` tokens), too many tokens
+    expire for that: `window` is None, there are no marks, and steps search. `expiring`: slots of a row that can expire
+    at most.
 
     `holders`: who has rows, and whether its owner is still there. Rows that nobody has are vacant as soon as somebody
     looks (`vacate`), so an interrupted operation cannot lose any.
     """
 
-    def __init__(self, pool: PagePool, layers: int, kv_heads: int, window: int | None) -> None:
+    def __init__(self, pool: PagePool, layers: int, kv_heads: int, window: int | None, longest: int = 0) -> None:
         self.pool = pool
-        self.window = window
+        self.expiring = max(longest, 0 if window is None else window + 1)
+        self.window = window = None if longest else window
         self.generation = 0
         self.holders: dict[int, tuple[weakref.ref[object], Holder]] = {}  # by id of the holder
         self._vacant: list[int] = []

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.attention.pages import Chunk, Pages
+from octavo.attention.pages import Chunk, Pages, Scoring
 from octavo.attention.pages import rows as rows_of
+from octavo.attention.torch import scored
 
 MASK = 2**27  # elements of a mask that is made at once; longer chunks go in blocks of queries
 
@@ -22,6 +23,7 @@ def attend(
     length: Tensor,  # [B, H]     int32
     scale: float,
     chunk: Chunk | None = None,
+    scoring: Scoring | None = None,
 ) -> Tensor:  # [B, n, Hq, D]
     """`reference.attend`; pages must be finite also where nothing is stored.
 
@@ -40,17 +42,20 @@ def attend(
         expiry = torch.cat([expiry, chunk.expiry], 2)
     expiry = expiry.masked_fill(position < 0, -2)  # nobody sees padding
     rows = query.reshape(B * H, Hq // H, n, D)
-    k, v = (t.flatten(0, 1)[:, None].expand(-1, Hq // H, -1, -1) for t in (k, v))
+    k_rows, v_rows = (t.flatten(0, 1)[:, None].expand(-1, Hq // H, -1, -1) for t in (k, v))
     block = max(1, MASK // (B * H * k.shape[2]))
     parts = []
     for start in range(0, n, block):
         q_at = at[:, None, start : start + block, None]  # [B, 1, m, 1]
         seen = (position[:, :, None] <= q_at) & (q_at <= expiry[:, :, None])  # [B, H, m, U + N]
         # A query that sees nothing looks at all that there is, so that no softmax is empty; its output is cleared.
-        seen = (seen | ~seen.any(-1, keepdim=True)).flatten(0, 1)[:, None]
-        parts.append(
-            F.scaled_dot_product_attention(rows[:, :, start : start + block], k, v, attn_mask=seen, scale=scale)
-        )
+        seen = seen | ~seen.any(-1, keepdim=True)
+        if scoring is not None:
+            parts.append(scored.attend(query[:, :, start : start + block], k, v, seen, scale, scoring))
+            continue
+        mask = seen.flatten(0, 1)[:, None]
+        some = rows[:, :, start : start + block]
+        parts.append(F.scaled_dot_product_attention(some, k_rows, v_rows, attn_mask=mask, scale=scale))
     out = (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).reshape(B, Hq, n, D).transpose(1, 2)
     return out.masked_fill((at < 0)[:, :, None, None], 0.0)
 

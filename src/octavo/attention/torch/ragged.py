@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.attention.pages import Chunk, Pages, read
+from octavo.attention.pages import Chunk, Pages, Scoring, read
+from octavo.attention.torch import scored
 
 
 def attend(
@@ -19,6 +20,7 @@ def attend(
     length: Tensor,  # [B, H]     int32
     scale: float,
     chunk: Chunk | None = None,
+    scoring: Scoring | None = None,
 ) -> Tensor:  # [B, n, Hq, D]
     """`reference.attend`; it reads lengths on the host. Gradients reach queries and chunk, pages are constants.
 
@@ -50,11 +52,17 @@ def attend(
                 chunk_expiry = chunk.expiry[b, h].masked_fill(chunk.position[b] < 0, -2)
                 hidden.append(_hidden(chunk.position[b], chunk_expiry, q_at))
             heads = slice(h * group, (h + 1) * group)
-            out[b, heads] = _row(query[b, heads], k, v, free, torch.cat(hidden, 1), scale)
+            scores = scoring
+            if scoring is not None and scoring.sinks is not None:
+                scores = scoring._replace(sinks=scoring.sinks[heads])
+            out[b, heads] = _row(query[b, heads], k, v, free, torch.cat(hidden, 1), scale, scores)
     return out.transpose(1, 2).masked_fill((at < 0)[:, :, None, None], 0.0)
 
 
-def _row(query: Tensor, key: Tensor, value: Tensor, free: int, hidden: Tensor, scale: float) -> Tensor:
+def _row(
+    query: Tensor, key: Tensor, value: Tensor, free: int, hidden: Tensor, scale: float,
+    scoring: Scoring | None = None,
+) -> Tensor:  # fmt: skip
     """Attention [G, n, D] of a row's queries to keys and values [U, D]: all see the first `free`, the others who may.
 
     `hidden` [n, U - free] bool: who may not.
@@ -68,6 +76,9 @@ def _row(query: Tensor, key: Tensor, value: Tensor, free: int, hidden: Tensor, s
     blind = hidden.all(1, keepdim=True) if free == 0 else None
     if blind is not None:
         mask.masked_fill_(blind, 0.0)
+    if scoring is not None:
+        out = scored.attend(query, key[None], value[None], mask[None], scale, scoring)
+        return out if blind is None else out.masked_fill(blind, 0.0)
     out = F.scaled_dot_product_attention(
         query[None],  # a batch of one: CPUs have no fast form without
         key.expand(1, G, U, D),

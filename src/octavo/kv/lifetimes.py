@@ -1,0 +1,30 @@
+"""When tokens expire by their layer's own window: sliding, chunked and full layers of one model side by side."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.config import NEVER, Lifetime
+
+
+class Lifetimes:
+    """Those of all KV layers, None where a layer attends to everything, as tensors on one device."""
+
+    def __init__(self, each: Sequence[Lifetime | None], device: torch.device) -> None:
+        self.each = tuple(each)
+        length = [1 if life is None else life.length for life in each]
+        self._length = torch.tensor(length, dtype=torch.int32, device=device)[:, None]  # [L, 1]
+        self._full = torch.tensor([life is None for life in each], device=device)[:, None]
+        self._chunked = torch.tensor([life is not None and life.chunked for life in each], device=device)[:, None]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a window shows at most."""
+        return max(life.length for life in self.each if life is not None)
+
+    def expiry(self, position: Tensor, layers: slice = slice(None)) -> Tensor:
+        """Until when tokens at `position` [B, N] int32 are visible in some layers, int32 [B, l, 1, N]."""
+        length, at = self._length[layers], position[:, None]
+        first = torch.where(self._chunked[layers], at // length * length, at)
+        return torch.where(self._full[layers], NEVER, first + length - 1).int()[:, :, None]
