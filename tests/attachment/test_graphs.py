@@ -49,7 +49,9 @@ class ByHand:
             for module in (octavo.kv.sequences, octavo.kv.pool):
                 patch.setattr(module, "capturing", lambda device: True)
             captured = self.cache.begin_capture(rows, search)
-            forward = Forward(attachment.attention, self.cache, attachment.modes.folded(mode), keep=1)
+            forward = Forward(
+                attachment.attention, attachment.lifetimes, self.cache, attachment.modes.folded(mode), keep=1
+            )
             out = attachment.original(
                 input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True,
                 octavo_forward=forward,

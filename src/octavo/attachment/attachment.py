@@ -78,6 +78,8 @@ class Attachment:
         self.settings = settings
         self.attention, self.lifetimes = attention_modules(model), lifetimes(model)
         self.borrowed = lends_channel(model.config)
+        plain = not any(self.lifetimes) and scores_alone(model)  # what the kernels of a captured step know
+        self.captures = settings.cuda_graphs and plain
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         base: Any = model.base_model
         self.original: Callable[..., Any] = base.forward
@@ -92,8 +94,7 @@ class Attachment:
         """What no copy shares: a copy's weights may change, so it must refuse the caches of the original."""
         self.key = uuid.uuid4().hex  # what caches remember of it; never used again
         self._memory: Memory | None = None
-        plain = not any(self.lifetimes) and scores_alone(self.model)  # what the kernels of a captured step know
-        self.graphs = Graphs(self) if self.settings.cuda_graphs and plain else None
+        self.graphs = Graphs(self) if self.captures else None
         self._lock = threading.Lock()  # two threads may make a model's first caches
 
     def __getstate__(self) -> dict[str, Any]:

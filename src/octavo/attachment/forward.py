@@ -261,7 +261,7 @@ def _expressed(mask_function: Any) -> bool:
     if maker in ("sliding_window_overlay", "chunked_overlay"):
         return True
     parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions") if maker == "and_masks" else None
-    return bool(parts) and all(map(_expressed, parts))
+    return bool(parts) and all(_expressed(part) for part in parts or ())
 
 
 AttentionInterface.register(NAME, _attention)

@@ -147,9 +147,7 @@ class ReuseStore:
         ids, terms = token_array(tokens), self._terms.get()
         space, layout = Space(identity, terms.tenant), layout_of(cache.tables, cache.sequences.shift)
         while True:
-            opened: list[
-                Reading
-            ] = []  # filled by `_begin` itself, so that an interrupt at its return leaves nothing open
+            opened: list[Reading] = []  # `_begin` fills it, so that an interrupt at its return leaves nothing open
             try:
                 with self.lock:
                     self._look()
