@@ -30,18 +30,18 @@ class _Values(Forward):
 
     values: list[Tensor] = field(default_factory=list)  # [1, H, N, D] each
 
-    def masked(self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float) -> Tensor:
+    def masked(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         self.values.append(value)
         if len(self.values) > LAYER:
             raise _EnoughError
-        return super().masked(query, key, value, log_keep, scale)
+        return super().masked(query, key, value, *rest)
 
 
 @torch.no_grad()
 def deviating(attachment: "Attachment", tokens: Any, taken: Sequence[Any], share: float) -> list[int]:
     """The positions of that share of the tokens of moved text whose stored values are most off, in order."""
     ids = torch.as_tensor(tokens, dtype=torch.int64)[None].to(attachment.model.device)
-    forward, found = _Values(attachment.attention), []
+    forward, found = _Values(attachment.attention, attachment.lifetimes), []
     try:
         attachment.original(input_ids=ids, use_cache=False, octavo_forward=forward)
         return []  # a model of one layer

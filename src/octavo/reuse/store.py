@@ -68,7 +68,7 @@ class ReuseStore:
     ) -> None:
         if memory is None and disk is None:
             raise ConfigError("a store needs a tier: give memory, disk or both")
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "memory": memory, "disk": disk, "disk_budget": disk_budget, "policy": policy, "ttl": ttl, "quotas": quotas,
             "back": back, "every": every, "shortest": shortest, "similar": similar,
         }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 import octavo
 from octavo.bench.reuse.traces import ANSWER, Cuts, Trace
