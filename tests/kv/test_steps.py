@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.config import NEVER, CacheSettings, Eviction, Lifetime
+from octavo.attention import Lifetime
+from octavo.config import NEVER, CacheSettings, Eviction
 from octavo.errors import CacheStateError
 from octavo.kv import CacheShape, Memory, PagedCache
 

@@ -13,8 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from octavo.attachment.borrowed import take_channel
-from octavo.attention import Packed, Scoring, dense_attention
-from octavo.config import Lifetime
+from octavo.attention import Lifetime, Packed, Scoring, dense_attention
 from octavo.dms import FoldedGates, Policy
 from octavo.errors import NotAttachedError, UnsupportedModelError
 from octavo.kv import PagedCache

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from octavo.config import NEVER, Lifetime
+from octavo.attention import Lifetime
+from octavo.config import NEVER
 from octavo.errors import UnsupportedModelError
 
 NORM_SAMPLE = 64  # values of the final norm's weight kept in a fingerprint

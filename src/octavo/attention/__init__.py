@@ -7,6 +7,7 @@ the device at hand: kernels in C (`cpu`), in Triton (`cuda`) or plain torch (`to
 
 from octavo.attention import cuda
 from octavo.attention.dense import Packed, dense_attention
+from octavo.attention.lifetime import Lifetime
 from octavo.attention.pages import Chunk, PageLayout, Pages, Scoring, put, slots, write
 from octavo.attention.select import FEW, attend
 from octavo.attention.torch import causal
@@ -14,6 +15,7 @@ from octavo.attention.torch import causal
 __all__ = [
     "FEW",
     "Chunk",
+    "Lifetime",
     "Packed",
     "PageLayout",
     "Pages",

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.attention.lifetime import Lifetime
 from octavo.attention.pages import Scoring
 from octavo.attention.torch import scored
-from octavo.config import Lifetime
 
 BLOCK = 512  # queries whose mask is made at once
 COMPILATIONS = 64  # of FlexAttention that are kept: one per sequence length, batch and gradient mode

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from octavo.config import NEVER, Lifetime
+from octavo.attention import Lifetime
+from octavo.config import NEVER
 
 
 class Lifetimes:

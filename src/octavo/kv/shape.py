@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.attention import PageLayout
-from octavo.config import CacheSettings, Lifetime
+from octavo.attention import Lifetime, PageLayout
+from octavo.config import CacheSettings
 
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what `CacheSettings.kv_dtype` may name
 
