@@ -92,7 +92,7 @@ def test_shipped_adapters_are_whole_and_gates_are_small():
 
 
 def test_adapters_that_do_not_exist_or_fit_are_refused():
-    with pytest.raises(AdapterFileError, match="dms-16x, dms-8x"):
+    with pytest.raises(AdapterFileError, match="dms-16x, dms-16x-v2, dms-8x"):
         load_adapter("dms-99x")
     model = tiny_model()
     with pytest.raises(AdapterMismatchError):
