@@ -41,7 +41,7 @@ class Sequences:
     """The plain model of one cache."""
 
     def __init__(self, cache, batch):
-        self.cache, self.eviction = cache, cache.eviction
+        self.cache, self.eviction, self.lifetimes = cache, cache.eviction, cache.shape.lifetimes
         self.tokens = [[] for _ in range(batch)]
         self.columns = []  # per column which sequences have a token there
 
@@ -96,7 +96,7 @@ def forward(plain, columns, pads, seed, fail_at=None):
 
 def fill(plain, tokens, valid, key, value, marked):
     """Append the new tokens to the plain model and let its gates decide."""
-    eviction, lifetimes = plain.eviction, plain.cache.shape.lifetimes
+    eviction, lifetimes = plain.eviction, plain.lifetimes
     for b, row in enumerate(tokens):
         for column in valid[b].nonzero()[:, 0].tolist():
             row.append(Token(len(row), key[:, b, :, column], value[:, b, :, column]))
