@@ -48,10 +48,10 @@ static inline const vdb_kernel_set *vdb_neon_set(void) {
       vdb_decode_plain,
 #ifdef VDB_CRC_TARGET
       vdb_crc32c_instruction,
-      vdb_between_plain,
 #else
       vdb_crc32c_plain,
 #endif
+      vdb_between_plain,
   };
   return &set;
 }
