@@ -40,16 +40,20 @@ def write_adapter(folder: str | Path, settings: dict[str, Any], tensors: dict[st
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """The JSON of an adapter folder, unchecked beyond being an object. Raises AdapterFileError."""
-    path = Path(folder) / SETTINGS
+    return read_object(Path(folder) / SETTINGS, f"adapter {folder}")
+
+
+def read_object(path: Path, named: str) -> dict[str, Any]:
+    """The JSON object in a file that errors call `named` where it cannot be read. Raises AdapterFileError."""
     try:
-        settings = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except OSError as e:
-        raise AdapterFileError(f"cannot read adapter {folder}: {e.strerror or e}") from e
+        raise AdapterFileError(f"cannot read {named}: {e.strerror or e}") from e
     except ValueError as e:
         raise AdapterFileError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(settings, dict):
+    if not isinstance(found, dict):
         raise AdapterFileError(f"{path} is not a JSON object")
-    return settings
+    return found
 
 
 def read_adapter(folder: str | Path, kind: str, formats: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:

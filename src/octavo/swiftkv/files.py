@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from octavo.adapter_file import read_object
 from octavo.errors import AdapterFileError, OutputFileError, UnsupportedModelError
 
 CONFIG = "config.json"
@@ -29,15 +30,7 @@ _NOT_WRITTEN = (
 def read_config(folder: str | Path) -> dict[str, Any]:
     """A checkpoint's config.json, unchecked beyond being an object. Raises AdapterFileError."""
     path = Path(folder) / CONFIG
-    try:
-        settings = json.loads(path.read_bytes())
-    except OSError as e:
-        raise AdapterFileError(f"cannot read {path}: {e.strerror or e}") from e
-    except ValueError as e:
-        raise AdapterFileError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(settings, dict):
-        raise AdapterFileError(f"{path} is not a JSON object")
-    return settings
+    return read_object(path, str(path))
 
 
 def config_of(model_type: str, fields: dict[str, Any], source: str | Path) -> PreTrainedConfig:
