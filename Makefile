@@ -15,8 +15,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/octavo demo
 
+# Two processes, each with a thread of its own: the tests' models are so small that threads mostly wait for each other.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff format --check src tests bench setup.py
