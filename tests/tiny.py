@@ -30,9 +30,10 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny_model(family: Any = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of a family, by its name in FAMILIES or what makes its configuration."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = FAMILIES[family]() if isinstance(family, str) else family()
     for key, value in changes.items():
         setattr(config, key, value)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

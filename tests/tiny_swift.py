@@ -1,18 +1,30 @@
 """Tiny models of six layers with random SwiftKV transforms, and gates for them."""
 
 import torch
+from transformers import GraniteConfig, Phi3Config, Qwen3MoeConfig, SmolLM3Config
 
 from octavo.attachment.supported import fingerprint
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
 from octavo.swiftkv import SwiftKVAdapter, initial
-from tiny import tiny_model
+from tiny import FAMILIES, SHAPE, tiny_model
 
 LAYERS = 6
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 24}
+SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3, "logits_scaling": 2.0}
+SWIFT_FAMILIES = {  # every model type that SwiftKV is made for, each in what is particular to it
+    **FAMILIES,
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS),
+    "phi3": lambda: Phi3Config(**SHAPE, partial_rotary_factor=0.5),  # one product for queries, keys and values
+    "granite": lambda: GraniteConfig(**SHAPE, **SCALES),
+    "smollm3": lambda: SmolLM3Config(**{**SHAPE, "num_hidden_layers": LAYERS}, no_rope_layers=[1, 1, 1, 1, 0, 0]),
+}
 
 
 def model_of(family="llama", **changes):
-    return tiny_model(family, num_hidden_layers=LAYERS, layer_types=["full_attention"] * LAYERS, **changes)
+    return tiny_model(
+        SWIFT_FAMILIES[family], num_hidden_layers=LAYERS, layer_types=["full_attention"] * LAYERS, **changes
+    )
 
 
 def swiftkv_for(model, kv_layers=2, group=1, name="swift", seed=11):

@@ -21,6 +21,7 @@ from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettin
 from octavo.retrofit.trainer import Retrofit
 from octavo.swiftkv import SwiftKVAdapter, initial, load_swiftkv_adapter
 from tiny import tiny_adapter, tiny_model
+from tiny_swift import SWIFT_FAMILIES
 
 SWIFT = SwiftSettings(2, lr=3e-3)
 GATES = GateSettings(target=3, window=8, lr=1e-3)
@@ -29,7 +30,7 @@ JOINT = replace(SETTINGS, gates=GATES)
 
 
 def four_layers(family: str = "llama"):
-    return tiny_model(family, num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    return tiny_model(SWIFT_FAMILIES[family], num_hidden_layers=4, layer_types=["full_attention"] * 4)
 
 
 @pytest.fixture
@@ -55,8 +56,19 @@ def losses(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "group"),
+    [
+        ("llama", 1),
+        ("llama", 2),
+        ("qwen2", 2),
+        ("qwen3", 1),
+        ("qwen3_moe", 2),
+        ("phi3", 1),
+        ("granite", 2),
+        ("smollm3", 1),
+    ],
+)
 def test_training_lowers_the_loss_and_leaves_the_model_alone(family, group, sources, tmp_path):
     model = four_layers(family)
     before = [p.clone() for p in model.parameters()]
@@ -74,8 +86,10 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(family, group, sour
     assert adapter.card["settings"]["swiftkv"]["group"] == group
 
 
-def test_a_student_that_is_the_teacher_loses_nothing(model, sources, tmp_path):
+@pytest.mark.parametrize("family", SWIFT_FAMILIES)
+def test_a_student_that_is_the_teacher_loses_nothing(family, sources, tmp_path):
     """Group 1 and K = the last layer: that layer's keys already come from its own residual stream."""
+    model = four_layers(family)
     settings = replace(SETTINGS, swiftkv=replace(SWIFT, kv_layers=3), steps=1)
     run(model, sources, tmp_path, settings)
     (line,) = losses(tmp_path)

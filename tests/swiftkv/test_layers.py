@@ -5,16 +5,20 @@ import torch
 
 from octavo import attach
 from octavo.attachment import require_attachment
+from octavo.attachment.supported import fingerprint
 from octavo.dms import HardGates
-from tiny import FAMILIES, tokens
-from tiny_swift import LAYERS, full, gates_for, model_of, swiftkv_for
+from octavo.retrofit.lesson import embedded_tokens
+from octavo.retrofit.readout import readout
+from octavo.swiftkv import SwiftKVAdapter, initial
+from tiny import tokens
+from tiny_swift import LAYERS, SWIFT_FAMILIES, full, gates_for, model_of, swiftkv_for
 
 
 def logits_of(model, streams):
-    return model.lm_head(model.model.norm(streams[-1]))
+    return readout(model)(model.model.norm(streams[-1]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIFT_FAMILIES)
 @pytest.mark.parametrize("evict", [False, True])
 def test_layers_one_by_one_are_the_forward(family, evict):
     model, ids = model_of(family), tokens(2, 90)
@@ -26,12 +30,21 @@ def test_layers_one_by_one_are_the_forward(family, evict):
     attachment = require_attachment(model)
     options = {"transform": swift.transform, "policy": HardGates(gates.gates) if evict else None}
     with torch.no_grad():
-        streams = attachment.run_layers(model.model.embed_tokens(ids), 0, LAYERS, positions, **options)
+        streams = attachment.run_layers(embedded_tokens(model.model, ids), 0, LAYERS, positions, **options)
         assert len(streams) == LAYERS
         torch.testing.assert_close(logits_of(model, streams), expected, rtol=0, atol=1e-5)
         if not evict:
             upper = attachment.run_layers(streams[1], 2, LAYERS, positions, transform=swift.transform)
             torch.testing.assert_close(logits_of(model, upper), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SWIFT_FAMILIES)
+def test_a_transform_of_the_last_layer_starts_as_the_base_model(family):
+    """Training starts from the layers' own projections, and the last one's input is what they were made for."""
+    model, ids = model_of(family), tokens(2, 40)
+    expected = full(model, ids)
+    attach(model, SwiftKVAdapter("start", initial(model, LAYERS - 1), fingerprint(model)))
+    torch.testing.assert_close(full(model, ids), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("transform", "evict"), [(False, False), (True, False), (True, True)])

@@ -10,8 +10,8 @@ from octavo import KVCache, attach, detach, set_swiftkv
 from octavo.attachment import attachment_of, fill
 from octavo.errors import AdapterMismatchError, CacheStateError, ConfigError, NotAttachedError
 from octavo.swiftkv import initial
-from tiny import FAMILIES, tiny_adapter, tiny_model, tokens
-from tiny_swift import LAYERS, full, gates_for, model_of, pair, swiftkv_for
+from tiny import tiny_adapter, tiny_model, tokens
+from tiny_swift import LAYERS, SWIFT_FAMILIES, full, gates_for, model_of, pair, swiftkv_for
 
 
 @pytest.mark.parametrize("evict", [False, True])
@@ -36,7 +36,7 @@ def test_skipping_prefill_and_decode_equal_the_full_forward(chunk, group, evict)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIFT_FAMILIES)
 def test_every_family_skips_exactly(family, shift):
     model, ids = model_of(family), tokens(1, 150)
     attach(model, pair(model, 2, True, shift=shift), chunk=32)
@@ -150,7 +150,7 @@ def test_layers_of_a_group_share_their_bytes(group):
     assert held[1] == held[group] * group
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SWIFT_FAMILIES)
 def test_switched_off_is_the_base_model_to_the_bit(family):
     model, ids = model_of(family), tokens(2, 130)
     expected = full(model, ids)
@@ -254,6 +254,8 @@ def test_what_cannot_be_joined_is_refused_and_nothing_changes():
         initial(model, 0)
     with pytest.raises(ConfigError, match="divide"):
         initial(model, 3, group=2)
+    with pytest.raises(ConfigError, match="layers 2 to 5 would share keys"):
+        initial(model_of("smollm3"), 2, group=4)
     assert attachment_of(model) is mine
     detach(model)
     with pytest.raises(NotAttachedError):

@@ -25,6 +25,7 @@ from octavo.dms import HardGates
 from octavo.errors import ConfigError, TextFileError
 from octavo.retrofit.data import encode, numbered_lines
 from octavo.retrofit.entries import DENSE, Entry, Parts, attach_parts, parts_of
+from octavo.retrofit.readout import readout
 
 # A minus after a digit or a bracket subtracts.
 NUMBER = re.compile(r"(?:(?<![0-9)])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
@@ -166,7 +167,7 @@ def _agreed(
 
     One forward without a cache per batch: the same function as the cache's, where all logits are at hand.
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = readout(model)
     hits = total = 0
     for indices in _batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], batch):
         rows = [prompts[i] + answers[i] for i in indices]

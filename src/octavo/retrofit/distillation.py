@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ELEMENTS = 2**27  # logits in one chunk
-Chunk = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Chunk = Callable[[Tensor, Tensor, float, float | None], tuple[Tensor, Tensor]]
 
 
 def distillation_loss(
@@ -23,6 +23,8 @@ def distillation_loss(
     weight: Tensor,  # [...] of each token, 0 for those that do not count
     temperature: float = 1.0,
     chunk: int | None = None,
+    bias: Tensor | None = None,  # [vocab] of the logits, frozen
+    cap: float | None = None,  # logits are cap * tanh(product / cap)
 ) -> Tensor:
     """Sum over tokens of weight * T^2 * KL(teacher || student) at temperature T, a float32 scalar.
 
@@ -31,7 +33,7 @@ def distillation_loss(
     """
     rows = chunk or max(256, ELEMENTS // len(head) // 256 * 256)
     loss: Tensor = _Distillation.apply(  # type: ignore[no-untyped-call]
-        student.flatten(0, -2), teacher.flatten(0, -2), head, weight.flatten(), temperature, rows
+        student.flatten(0, -2), teacher.flatten(0, -2), head, bias, weight.flatten(), temperature, cap, rows
     )
     return loss
 
@@ -53,8 +55,9 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor, temperature: float, rows: int
-    ) -> Tensor:
+        ctx: Any, student: Tensor, teacher: Tensor, head: Tensor, bias: Tensor | None, weight: Tensor,
+        temperature: float, cap: float | None, rows: int,
+    ) -> Tensor:  # fmt: skip
         made = _compiled() if student.is_cuda else _chunk
         gradient = torch.empty_like(student)
         total = weight.new_zeros((), dtype=_wide(student.dtype))
@@ -64,7 +67,7 @@ class _Distillation(torch.autograd.Function):
             n = len(s)
             if student.is_cuda and n < rows:  # one shape, one compilation
                 s, t = F.pad(s, (0, 0, 0, rows - n)), F.pad(t, (0, 0, 0, rows - n))
-            kl, difference = made(s @ head.T, t @ head.T, temperature)
+            kl, difference = made(F.linear(s, head, bias), F.linear(t, head, bias), temperature, cap)
             total += (kl[:n] * weight[part]).sum() * temperature**2
             # The weight comes after the product: in half precision its small values would be lost.
             gradient[part] = ((difference @ head)[:n] * (temperature * w)).to(gradient.dtype)
@@ -74,16 +77,26 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None, None, None
+        return gradient * outputs[0].to(gradient.dtype), *[None] * 7
 
 
-def _chunk(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """From logits [n, vocab]: KL(teacher || student) of each row [n], and p_student - p_teacher in their dtype."""
+def _chunk(student: Tensor, teacher: Tensor, temperature: float, cap: float | None) -> tuple[Tensor, Tensor]:
+    """From products [n, vocab]: KL(teacher || student) of each row [n], and what its gradient has of the student's.
+
+    That is p_student - p_teacher in their dtype, times the slope of the cap.
+    """
     wide = _wide(student.dtype)
+    slope = None
+    if cap is not None:
+        student, teacher = cap * torch.tanh(student / cap), cap * torch.tanh(teacher / cap)
+        slope = 1 - (student.to(wide) / cap).square()
     log_s = (student.to(wide) / temperature).log_softmax(-1)
     log_t = (teacher.to(wide) / temperature).log_softmax(-1)
     p_t = log_t.exp()
-    return (p_t * (log_t - log_s)).sum(-1), (log_s.exp() - p_t).to(student.dtype)
+    difference = log_s.exp() - p_t
+    if slope is not None:
+        difference = difference * slope
+    return (p_t * (log_t - log_s)).sum(-1), difference.to(student.dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

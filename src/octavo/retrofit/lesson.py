@@ -10,6 +10,7 @@ from octavo.attachment import Attachment
 from octavo.dms import SoftGates
 from octavo.retrofit.distillation import distillation_loss, hidden_error
 from octavo.retrofit.packing import Rows
+from octavo.retrofit.readout import Readout
 from octavo.swiftkv import SwiftKV
 
 
@@ -28,23 +29,23 @@ def teach(
     temperature: float,
     gates: SoftGates | None,
     transform: SwiftKV | None,
+    head: Readout,
 ) -> Lesson:
     """Run both and compare them; gradients reach the gates and the SwiftKV weights.
 
-    `rows` hold tokens [B, T]; the model is attached. `transform` None trains gates alone.
+    `rows` hold tokens [B, T]; the model is attached. `transform` None trains gates alone; `head` reads its logits.
     """
-    head: Tensor = attachment.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     if transform is None:
         with attachment.using(None), torch.no_grad():
             teacher = _last_hidden(attachment, rows)
         with attachment.using(gates):
             student = _last_hidden(attachment, rows)
-        return Lesson(distillation_loss(student, teacher, head, weight, temperature), weight.new_zeros(()))
+        return Lesson(_kl(student, teacher, head, weight, temperature), weight.new_zeros(()))
 
     base: Any = attachment.model.base_model
     first, last = transform.spec.kv_layers, transform.spec.layers - 1
     with torch.no_grad():  # in three parts, so that only the streams in between are held
-        embedded: Tensor = base.embed_tokens(rows.tokens)
+        embedded = embedded_tokens(base, rows.tokens)
         at_first = _through(attachment, embedded, 0, first, rows)
         at_last = _through(attachment, at_first, first, last, rows)
         teacher = base.norm(_through(attachment, at_last, last, last + 1, rows))
@@ -53,8 +54,20 @@ def teach(
     streams = attachment.run_layers(
         stream, begin, last + 1, rows.positions, policy=gates, transform=transform, document=rows.document
     )
-    kl = distillation_loss(base.norm(streams[-1]), teacher, head, weight, temperature)
+    kl = _kl(base.norm(streams[-1]), teacher, head, weight, temperature)
     return Lesson(kl, hidden_error([stream, *streams][-2], at_last, weight))
+
+
+def embedded_tokens(base: Any, tokens: Tensor) -> Tensor:
+    """The residual stream that enters a decoder's first layer, [B, T, hidden]; Granite scales its embeddings."""
+    out: Tensor = base.embed_tokens(tokens)
+    return out * getattr(base, "embedding_multiplier", 1.0)
+
+
+def _kl(student: Tensor, teacher: Tensor, head: Readout, weight: Tensor, temperature: float) -> Tensor:
+    student, teacher = student * head.scale, teacher * head.scale
+    bias = None if head.bias is None else head.bias * head.scale
+    return distillation_loss(student, teacher, head.weight, weight, temperature, bias=bias, cap=head.cap)
 
 
 def _last_hidden(attachment: Attachment, rows: Rows) -> Tensor:

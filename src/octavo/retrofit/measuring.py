@@ -21,6 +21,7 @@ from octavo.attachment.attach import attach
 from octavo.dms import HardGates, Policy
 from octavo.retrofit.entries import Parts, attach_parts
 from octavo.retrofit.needles import needle_cases
+from octavo.retrofit.readout import readout
 from octavo.retrofit.results import EvaluationSettings, Row
 from octavo.swiftkv import SwiftKV
 
@@ -84,6 +85,7 @@ class Bench:
     ) -> None:
         s = settings
         self.model, self.tokens, self.settings = model, tokens, settings
+        self.head: Callable[[Tensor], Tensor] = readout(model)
         self.lengths = sorted({*s.lengths, s.nll_length})
         rng = np.random.default_rng(s.seed)
         starts = np.linspace(0, len(tokens) - s.nll_length, s.texts).astype(int)
@@ -133,22 +135,22 @@ class Bench:
     @torch.no_grad()
     def nll(self, read: Read) -> float:
         """Mean negative log-likelihood of the texts past `nll_from`, in nats per token."""
-        head, start, total = self.model.get_output_embeddings(), self.settings.nll_from, 0.0  # type: ignore[no-untyped-call]
+        start, total = self.settings.nll_from, 0.0
         for ids in self.texts.split(self.settings.batch):  # type: ignore[no-untyped-call]
             for hidden, row in zip(read(ids)[:, start - 1 : -1], ids[:, start:], strict=True):
                 for part, gold in zip(hidden.split(1024), row.to(hidden.device).split(1024), strict=True):
-                    total += F.cross_entropy(head(part).float(), gold, reduction="sum").item()
+                    total += F.cross_entropy(self.head(part).float(), gold, reduction="sum").item()
         return total / (len(self.texts) * (self.texts.shape[1] - start))
 
     @torch.no_grad()
     def found(self, read: Read, length: int) -> list[bool]:
         """For each needle case of this length whether the greedy answer is exactly the needle."""
         cases, answers = self.needles[length]
-        head, hits = self.model.get_output_embeddings(), []  # type: ignore[no-untyped-call]
+        hits = []
         for ids, sizes in zip(cases.split(self.settings.batch), self._batches(answers), strict=True):  # type: ignore[no-untyped-call]
             for row, gold, n in zip(read(ids), ids, sizes, strict=True):
                 # Greedy decoding gives the answer iff every answer token is the likeliest after those before it.
-                best = head(row[-n - 1 : -1]).argmax(-1).cpu()
+                best = self.head(row[-n - 1 : -1]).argmax(-1).cpu()
                 hits.append(bool((best == gold[-n:]).all()))
         return hits
 

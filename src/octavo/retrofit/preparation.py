@@ -9,6 +9,7 @@ from torch import Tensor
 from octavo.attachment import Attachment
 from octavo.attachment.supported import attention_modules
 from octavo.dms import Gates
+from octavo.retrofit.lesson import embedded_tokens
 from octavo.retrofit.packing import Rows
 from octavo.swiftkv import SwiftKV
 
@@ -47,7 +48,7 @@ def _mean_squares(attachment: Attachment, transform: SwiftKV | None, rows: Rows)
             with attachment.using(None):
                 base(input_ids=rows.tokens, use_cache=False)
         else:
-            spec, stream = transform.spec, base.embed_tokens(rows.tokens)
+            spec, stream = transform.spec, embedded_tokens(base, rows.tokens)
             stream = attachment.run_layers(stream, 0, spec.kv_layers, rows.positions, document=rows.document)[-1]
             squares += [transform.normalised(stream).float().square().mean()] * spec.groups
     finally:

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.attachment import Attachment
 from octavo.dms import Gates
+from octavo.retrofit.lesson import embedded_tokens
 from octavo.retrofit.packing import Rows
 from octavo.swiftkv import SwiftKV
+from octavo.swiftkv.initial import projections
 
 CERTAIN = 3.0  # gate logits are clamped to this: past it the decision is the same, and the fit would spend itself there
 Total = Callable[[Tensor], Tensor]
@@ -114,7 +117,7 @@ class _Fit:
 def _streams(attachment: Attachment, transform: SwiftKV, rows: Rows) -> tuple[Tensor, list[Tensor]]:
     """n [B, T, hidden], and the residual streams that enter the base model's layers from K on."""
     spec, base = transform.spec, attachment.model.base_model
-    embedded: Tensor = base.embed_tokens(rows.tokens)  # type: ignore[operator]
+    embedded = embedded_tokens(base, rows.tokens)
     before = attachment.run_layers(embedded, 0, spec.kv_layers, rows.positions, document=rows.document)[-1]
     streams = [before]
     if spec.upper > 1:
@@ -128,14 +131,11 @@ def _projected(attachment: Attachment, transform: SwiftKV, streams: list[Tensor]
     spec = transform.spec
     layers: Any = attachment.model.base_model.layers
     wanted: list[Tensor] = []
-    for name in ("k_proj", "v_proj"):
+    upper = layers[spec.kv_layers :]
+    made_by = [projections(layer.self_attn)[1:] for layer in upper]
+    for which in (0, 1):  # keys, then values
         for group in range(spec.groups):
             members = range(group * spec.group, (group + 1) * spec.group)
-            made = [
-                getattr(layers[spec.kv_layers + i].self_attn, name)(
-                    layers[spec.kv_layers + i].input_layernorm(streams[i])
-                )
-                for i in members
-            ]
+            made = [F.linear(upper[i].input_layernorm(streams[i]), *made_by[i][which]) for i in members]
             wanted.append(torch.stack(made).float().mean(0))
     return torch.cat(wanted, -1)

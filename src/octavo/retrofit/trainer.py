@@ -42,6 +42,7 @@ from octavo.retrofit.fusing import fused
 from octavo.retrofit.lesson import teach
 from octavo.retrofit.packing import Packer, Rows, unbroken
 from octavo.retrofit.preparation import scale_inputs
+from octavo.retrofit.readout import readout
 from octavo.retrofit.recall import recall_sequence
 from octavo.retrofit.regression import fit_gates, fit_keys_values
 from octavo.retrofit.settings import RetrofitSettings
@@ -90,6 +91,7 @@ class Retrofit:
     ) -> None:
         check_supported(model)
         check_sources(model, sources, settings.length)
+        self.head = readout(model)
         self.model, self.tokenizer, self.sources, self.settings = model, tokenizer, sources, settings
         self.folder = Path(folder)
         self.accelerator = Accelerator(cpu=model.device.type == "cpu")
@@ -212,7 +214,7 @@ class Retrofit:
             noise = torch.Generator(device=device).manual_seed(seed) if self.noise else None
             soft = SoftGates(self.gates, self.settings.gates.temperature, noise)
         attachment = require_attachment(self.model)
-        lesson = teach(attachment, rows, weight, self.settings.temperature, soft, self.transform)
+        lesson = teach(attachment, rows, weight, self.settings.temperature, soft, self.transform, self.head)
         missing = evicted = torch.zeros_like(lesson.kl)
         if soft is not None and target is not None:
             share = len(rows.tokens) / self.settings.batch

@@ -130,8 +130,11 @@ class SwiftKV(nn.Module):
         readers: list[Any] = [attention[spec.first_reader(spec.kv_layers + g)] for g in range(spec.groups)]
         if hasattr(readers[0], "k_norm"):
             key = torch.stack([module.k_norm(key[:, :, g]) for g, module in enumerate(readers)], 2)
-        key = rotated(readers[0], key.flatten(2, 3).transpose(1, 2), rotary)  # [B, groups * kv_heads, N, D]
-        return key.view(B, spec.groups, spec.kv_heads, N, spec.head_dim).transpose(0, 1), value
+        if all(map(has_rotary, readers)):
+            key = rotated(readers[0], key.flatten(2, 3).transpose(1, 2), rotary)  # [B, groups * kv_heads, N, D]
+            return key.view(B, spec.groups, spec.kv_heads, N, spec.head_dim).transpose(0, 1), value
+        each = zip(readers, key.unbind(2), strict=True)
+        return torch.stack([rotated(module, k.transpose(1, 2), rotary) for module, k in each]), value
 
     def query(self, layer: int, hidden: Tensor, module: nn.Module, rotary: Rotary) -> Tensor:
         """Queries after RoPE of one layer from K on, [B, heads, N, head_dim], from its input [B, N, hidden]."""
@@ -145,8 +148,15 @@ class SwiftKV(nn.Module):
         return rotated(module, query.transpose(1, 2), rotary)
 
 
+def has_rotary(module: nn.Module) -> bool:
+    """Whether a layer's attention turns queries and keys by their positions; in SmolLM3 every fourth one does not."""
+    return bool(getattr(module, "use_rope", True))
+
+
 def rotated(module: nn.Module, x: Tensor, rotary: Rotary) -> Tensor:
-    """RoPE [B, heads, N, D] by the function that the attention module's own model defines."""
+    """RoPE [B, heads, N, D] by the function that the attention module's own model defines, where the layer has it."""
+    if not has_rotary(module):
+        return x
     apply = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     out: Tensor = apply(x, x[:, :0], *rotary)[0]
     return out

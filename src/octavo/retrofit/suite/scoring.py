@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from octavo.dms import HardGates, Policy
 from octavo.retrofit.measuring import at_once
+from octavo.retrofit.readout import Readout, readout
 from octavo.retrofit.suite.cases import CaseSet
 from octavo.swiftkv import SwiftKV
 
@@ -35,7 +36,7 @@ def score(
 ) -> Scores:
     """All cases of a set. All batches have one shape, since kernels are compiled for shapes; the last is filled up."""
     read = at_once(model, policy, transform)
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = readout(model)
     out = Scores([], [], [], [], None)
     held: list[Tensor] = []
     total = len(cases.ids)
@@ -55,7 +56,7 @@ def score(
     return Scores(out.nll, out.exact, out.likeliest, out.counted, kept)
 
 
-def _score_case(head: torch.nn.Module, hidden: Tensor, ids: Tensor, spans: list[tuple[int, int]], out: Scores) -> None:
+def _score_case(head: Readout, hidden: Tensor, ids: Tensor, spans: list[tuple[int, int]], out: Scores) -> None:
     """Add one case's scores: hidden [T, hidden], ids [T]."""
     at = torch.cat([torch.arange(a, b) for a, b in spans])
     gold = ids[at].to(hidden.device)
