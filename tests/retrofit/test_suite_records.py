@@ -75,6 +75,17 @@ def test_joining_refuses_other_cases(other):
         merged([record(), other])
 
 
+def test_joining_what_is_common_leaves_the_other_sets_out():
+    press = record(gates("press"))
+    theirs = replace(press, policies=[replace(row, sets=row.sets[1:]) for row in press.policies])
+    both = merged([record(gates("a")), theirs], common=True)
+    assert [row.policy for row in both.policies] == ["dense", "a", "press"]
+    assert all([each.name for each in row.sets] == ["facts"] for row in both.policies)
+    other = replace(record(), policies=[replace(DENSE, sets=[replace(EXACT, length=4096)])])
+    with pytest.raises(ConfigError, match="no set of cases in common"):
+        merged([record(), other], common=True)
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{}", "null", json.dumps({**record().to_json(), "policies": [1]}),

@@ -24,6 +24,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="JSON file for all of them together.")] = None,
     png: Annotated[Path | None, typer.Option(help="Plot of quality against bytes.")] = None,
     table: Annotated[Path | None, typer.Option(help="The table as Markdown.")] = None,
+    common: Annotated[bool, typer.Option("--common", help="Only rows that all records have.")] = False,
 ) -> None:
     """Show what was measured earlier, of one run or of several on the same cases, as one table and plot."""
     from octavo.retrofit.suite.results import merged
@@ -31,8 +32,9 @@ def compare(
     for path in (out, png, table):
         if path is not None:
             check_writable(path)
-    show(merged([read_record(path) for path in records]), console)
-    write(merged([read_record(path) for path in records]), out, png, table)
+    together = merged([read_record(path) for path in records], common)
+    show(together, console)
+    write(together, out, png, table)
 
 
 def read_record(path: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -100,12 +100,13 @@ class LongEvaluation:
         return result
 
 
-def merged(results: Sequence[LongEvaluation]) -> LongEvaluation:
+def merged(results: Sequence[LongEvaluation], common: bool = False) -> LongEvaluation:
     """Several evaluations on the same cases as one; a policy measured twice counts once.
 
-    Raises ConfigError where models, settings or cases differ.
+    `common`: of the sets that all of them have, the others are left out. Raises ConfigError where models, settings or
+    cases differ, and where there is no common set.
     """
-    first, *rest = results
+    first, *rest = [_with_common(each, results) for each in results] if common else results
     policies = {row.policy: row for row in first.policies}
     notes = dict.fromkeys(first.notes)
     dense = first.policies[0]
@@ -119,6 +120,17 @@ def merged(results: Sequence[LongEvaluation]) -> LongEvaluation:
     ordered = [row for result in results for row in result.policies]
     names = list(dict.fromkeys(row.policy for row in ordered))
     return LongEvaluation(first.model, first.settings, list(notes), [policies[name] for name in names])
+
+
+def _with_common(result: LongEvaluation, results: Sequence[LongEvaluation]) -> LongEvaluation:
+    names = [[(s.name, s.length, s.cases) for s in each.policies[0].sets] for each in results]
+    shared = set(names[0]).intersection(*names[1:])
+    if not shared:
+        raise ConfigError("these records have no set of cases in common")
+    kept = [
+        replace(row, sets=[s for s in row.sets if (s.name, s.length, s.cases) in shared]) for row in result.policies
+    ]
+    return replace(result, policies=kept)
 
 
 def _kind(result: LongEvaluation) -> Mapping[str, Any]:

@@ -159,7 +159,7 @@ class _Bench:
     ) -> SetResult:
         self.say(f"{name}: {cases.name} {cases.length:,}")
         scores = score(self.model, policy, parts.transform, cases, self.settings.batch_tokens)
-        return _summed(cases, scores, scores.kept if kept is None else kept)
+        return summed(cases, scores, scores.kept if kept is None else kept)
 
     @torch.no_grad()
     def _held(self, parts: Parts) -> Held:
@@ -171,7 +171,7 @@ class _Bench:
         return Held.by(cache)
 
 
-def _summed(cases: CaseSet, scores: Scores, kept: float | None) -> SetResult:
+def summed(cases: CaseSet, scores: Scores, kept: float | None) -> SetResult:
     counted = sum(scores.counted)
     nll = sum(a * n for a, n in zip(scores.nll, scores.counted, strict=True)) / counted
     hits = [sum(case) for case in scores.exact]

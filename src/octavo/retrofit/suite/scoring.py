@@ -47,7 +47,7 @@ def score(
         ids = cases.ids[rows]
         hidden = read(ids)
         for row in range(real):
-            _score_case(head, hidden[row], ids[row], cases.spans[first + row], out)
+            score_case(head, hidden[row], ids[row], cases.spans[first + row], out)
         if isinstance(policy, HardGates):
             marked = torch.stack(policy.marked)[:, :real]  # [L, B, H, T]
             old = max(0, cases.length - policy.window)
@@ -56,7 +56,7 @@ def score(
     return Scores(out.nll, out.exact, out.likeliest, out.counted, kept)
 
 
-def _score_case(head: Readout, hidden: Tensor, ids: Tensor, spans: list[tuple[int, int]], out: Scores) -> None:
+def score_case(head: Readout, hidden: Tensor, ids: Tensor, spans: list[tuple[int, int]], out: Scores) -> None:
     """Add one case's scores: hidden [T, hidden], ids [T]."""
     at = torch.cat([torch.arange(a, b) for a, b in spans])
     gold = ids[at].to(hidden.device)
