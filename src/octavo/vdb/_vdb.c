@@ -1137,7 +1137,8 @@ static int database_getbuffer(Database *self, Py_buffer *view, int flags) {
     view->obj = NULL;
     vdb_database *db = enter(self);
     if (!db) return -1;
-    if (!db->mapping.base || !db->slots || vdb_element_of(db->options.storage) != VDB_F32 || flags & PyBUF_WRITABLE) {
+    if (!db->mapping.base || !db->slots || vdb_element_of(db->options.storage) != VDB_F32 ||
+        db->slots != db->mapping.slots || flags & PyBUF_WRITABLE) { /* rows that a journal adds lie elsewhere */
         leave(self);
         PyErr_SetString(PyExc_BufferError, "only a mapped file of float32 vectors lends them; see vectors()");
         return -1;

@@ -40,6 +40,7 @@ PARTS = (  # in the order of the header
     "files_write",
     "files_read",
     "journal",
+    "journal_mapped",
     "journal_read",
     "journal_write",
     "functions",

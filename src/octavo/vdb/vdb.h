@@ -5,8 +5,8 @@
  * OVERVIEW
  *
  * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata: bytes, or
- * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows: exactly, by reading every row, or through an
- * HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
+ * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows:
+ * exactly, by reading every row, or through an HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
  * -DVDB_MULTITHREADED, pthreads. POSIX systems. For Windows (x86-64, clang or mingw) it compiles; it has not been run
  * there, so nothing of it is tested:
  *
@@ -39,7 +39,7 @@
  *   6 Rows             blocks of vectors, codes and norms; ids and metadata; columns of values, conditions on them
  *   7 Exact search     bounds, shortlists, exact distances
  *   8 HNSW             graph search, parallel insertion, removal
- *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format
+ *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format, the journal
  *  10 Functions        the declared ones, each a short use of the above
  *
  * DISTANCES, ascending: cosine 1 - cos(q, x), where a zero vector is at distance 1 from everything; Euclidean with the
@@ -59,12 +59,42 @@
  * no part of the file; vdb_compact and vdb_remove_vector, which
  * renumber rows, make them forgotten.
  *
+ * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was opened
+ * or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended is the
+ * file's journal: behind the file's end as its header says it (bytes 16 to 23), a batch for each save, each at a multiple
+ * of 64, little-endian, with CRC-32C checksums:
+ *
+ *     head, 64 bytes  0 u8[8] "VDBJ" 0d 0a 1a 0a   8 u64 its place in the file   16 u64 n, bytes from there to the end
+ *                     mark   24 u64 slots   32 u64 live rows   40 u64 free rows that stay as they were   48 u32 row where
+ *                     graph searches begin   52 u32 rows inserted since all were made reachable   56 u32 checksum of the
+ *                     end mark before, or of the header   60 u32 checksum of bytes 0 to 59
+ *     content         u32 e, number of entries; u32 f, number of rows that have become free; u32[f]; zeros to a multiple
+ *                     of 8; e entries; zeros to a multiple of 64
+ *     entry           u32 row; u32 flags (1: it is there, 2: it comes whole); if whole f32 norm, scale, residual, u32 bytes
+ *                     of id, u32 bytes of metadata (plus 2^31: values); HNSW: u32[1 + 2 links], u32 levels, for each level
+ *                     u32[1 + links]; if whole vector, codes, id, 0, metadata; zeros to a multiple of 8
+ *     end mark, 64    0 u8[8] "VDBE" 0d 0a 1a 0a   8 u64 place of the head   16 u64 n   24 u32 checksum of the n bytes
+ *                     28 zeros   60 u32 checksum of bytes 0 to 59
+ *
+ * A batch is synced before its end mark is written, and the end mark is synced before vdb_save_changes returns. So a
+ * process that is killed, or a machine that stops, leaves the file as it was or as it should be: a batch without an end
+ * mark is as if it were not there, and the next save cuts it off. Everything else that does not match is damage, and
+ * refused. The save takes a lock of the file (fcntl), and refuses with VDB_ERROR_CHANGED a file that another program has
+ * changed or is changing. A whole file is written in place of a batch where that is as good: once the journal is longer than
+ * an eighth of the file and 65,536 bytes, where rows have new numbers (vdb_compact, vdb_remove_vector), where a vector
+ * was lent (vdb_get_vector), where the file may not be written to, and on Windows. Readers before 2.0's journal refuse a
+ * file that has one; vdb_save writes one without.
+ *
+ * VDB_OPEN_MAP shows a file as its journal says it is. The journal is read, with its checksums; what it changes in rows of
+ * the file lies in private copies of their pages, what it adds in memory. So such a view takes memory for its journal,
+ * with a graph also 8.5 bytes a row or so for the upper levels, and never changes the file.
+ *
  * GUARANTEES
  *
  *   - Exact search returns the rows of smallest distance, ties by index. A distance is computed in double precision in
  *     one fixed order, differences too, and rounded once to float (too great ones to infinity, too small ones to 0);
- *     scans only decide, by rigorous bounds, which rows cannot be in the answer. So answers are the same, bit for bit, for every kernel, every number of threads, every batch size and
- *     for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
+ *     scans only decide, by rigorous bounds, which rows cannot be in the answer. So answers are the same, bit for bit,
+ *     for every kernel, every number of threads, every batch size and for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
  *   - HNSW answers do not depend on the number of threads, neither in building nor in searching; their distances are
  *     the exact ones. Fewer than k rows come back only if fewer than k are there to be found.
  *   - A vector with NaN or infinity is refused, as a row and as a query. Any finite float is allowed; none overflows.
@@ -353,7 +383,7 @@ VDB_API void vdb_free_answer(vdb_answer *answer);
 
 typedef enum {
   VDB_OPEN_READ = 0,  /* into memory, every checksum verified */
-  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums only by vdb_verify */
+  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums (but the journal's) only by vdb_verify */
 } vdb_open_mode;
 
 /* What may be at the path already. Against lost updates: who reads a file, changes the database and saves it again, asks
@@ -2595,14 +2625,32 @@ typedef struct {
 #define VDB_GONE 0xfffffffeu
 #define VDB_MAX_ROWS 0xfffffffeu
 
-/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. */
+/* An id that a mapped file's journal brought. */
+typedef struct {
+  uint64_t hash;
+  size_t row;
+} vdb_journal_id;
+
+/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. What its journal
+ * says of a row's record lies beside it; the rest of the journal is written over private copies of the file's pages. */
 typedef struct {
   unsigned char *base;
   size_t size;
+  size_t slots;              /* of the file without its journal */
   const uint64_t *offsets;   /* [slots] 1 + place in `text`, 0 for none; NULL without records */
   const unsigned char *text;
   size_t text_size;
+  unsigned char ***records;  /* [pages] of [VDB_RECORD_PAGE]: the record, VDB_NO_RECORD, or NULL: as in the file. A page
+                                may be NULL: all of it is as in the file */
+  size_t pages;              /* 0 without a journal */
+  vdb_journal_id *ids;       /* [id_count] of these records, by hash */
+  size_t id_count;
+  uint64_t *own;             /* [slots / 64, rounded up] bits of rows whose vector is no longer the file's */
+  int own_towers;            /* the graph's towers are copies */
 } vdb_mapping;
+
+#define VDB_RECORD_PAGE 1024u
+#define VDB_NO_RECORD ((unsigned char *)(uintptr_t)1)
 
 /* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest; and
  * the same of its journal. */
@@ -2663,7 +2711,7 @@ struct vdb_database {
   vdb_records records;
   vdb_columns columns;
   vdb_mapping mapping;
-  int read_only;         /* a view of a file, mapped or, where that has a journal, read */
+  int read_only;         /* a view of a mapped file */
   vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
   vdb_changes changes;
   vdb_lock lock;
@@ -3077,11 +3125,19 @@ static inline size_t vdb_record_bytes(size_t id_size, size_t metadata_size) {
   return vdb_round_up(2 * sizeof(uint32_t) + id_size + 1 + metadata_size, 8);
 }
 
+/* What the journal of a mapped file says of a row's record: NULL for nothing, VDB_NO_RECORD for none. */
+static inline unsigned char *vdb_journal_record_of(const vdb_mapping *mapping, size_t row) {
+  unsigned char **page = row / VDB_RECORD_PAGE < mapping->pages ? mapping->records[row / VDB_RECORD_PAGE] : NULL;
+  return page ? page[row % VDB_RECORD_PAGE] : NULL;
+}
+
 /* The record of a row, or NULL. In a mapped file nothing is believed before it is checked. */
 static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t row) {
   if (!db->mapping.base) return db->records.records ? db->records.records[row] : NULL;
   const vdb_mapping *mapping = &db->mapping;
-  if (!mapping->offsets || !mapping->offsets[row]) return NULL;
+  const unsigned char *newer = vdb_journal_record_of(mapping, row);
+  if (newer) return newer == VDB_NO_RECORD ? NULL : newer;
+  if (!mapping->offsets || row >= mapping->slots || !mapping->offsets[row]) return NULL;
   uint64_t place = mapping->offsets[row] - 1;
   uint32_t sizes[2];
   if (place % 8 || place > mapping->text_size || mapping->text_size - place < sizeof sizes + 1) return NULL;
@@ -3222,15 +3278,37 @@ VDB_RARE void vdb_release_records(vdb_database *db) {
   VDB_FREE(records->borrowed);
 }
 
-static inline void vdb_table_enter(vdb_database *db, size_t row, uint64_t hash) {
-  size_t mask = db->records.table_size - 1, place = (size_t)hash & mask;
-  while (db->records.table[place] < VDB_GONE) place = (place + 1) & mask;
-  if (db->records.table[place] == VDB_NO_ROW) db->records.table_used++;
-  db->records.table[place] = (uint32_t)row;
+/* What the journal of a mapped file has in memory. */
+VDB_RARE void vdb_release_journal(vdb_database *db) {
+  vdb_mapping *mapping = &db->mapping;
+  for (size_t i = 0; i < mapping->pages; i++) {
+    unsigned char **page = mapping->records[i];
+    for (size_t j = 0; page && j < VDB_RECORD_PAGE; j++)
+      if (page[j] && page[j] != VDB_NO_RECORD) vdb_record_leave(page[j]);
+    VDB_FREE(page);
+  }
+  VDB_FREE(mapping->records);
+  VDB_FREE(mapping->ids);
+  VDB_FREE(mapping->own);
 }
 
-/* A table for the rows there are and `more` ids to come, less than half full and without gone places. */
-VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
+VDB_RARE size_t vdb_journal_bytes(const vdb_mapping *mapping) {
+  size_t bytes = mapping->pages * sizeof *mapping->records + mapping->id_count * sizeof *mapping->ids;
+  if (mapping->own) bytes += mapping->slots / 8;
+  for (size_t i = 0; i < mapping->pages; i++) bytes += mapping->records[i] ? VDB_RECORD_PAGE * sizeof(void *) : 0;
+  return bytes;
+}
+
+static inline void vdb_table_enter(vdb_records *records, size_t row, uint64_t hash) {
+  size_t mask = records->table_size - 1, place = (size_t)hash & mask;
+  while (records->table[place] < VDB_GONE) place = (place + 1) & mask;
+  if (records->table[place] == VDB_NO_ROW) records->table_used++;
+  records->table[place] = (uint32_t)row;
+}
+
+/* A table for the rows there are and `more` ids to come, less than half full and without gone places; `table` of `records`
+ * becomes it, and what was there is left alone. */
+VDB_RARE vdb_error vdb_make_table(const vdb_database *db, vdb_records *records, size_t more) {
   size_t ids = more, size = 16, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -3240,14 +3318,45 @@ VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
   uint32_t *table = (uint32_t *)VDB_MALLOC(size * sizeof(uint32_t));
   if (!table) return VDB_ERROR_OUT_OF_MEMORY;
   memset(table, 0xff, size * sizeof(uint32_t));
-  VDB_FREE(db->records.table);
-  db->records.table = table;
-  db->records.table_size = size;
-  db->records.table_used = 0;
+  records->table = table;
+  records->table_size = size;
+  records->table_used = 0;
   for (size_t row = 0; row < db->slots; row++)
     if (vdb_is_live(db, row) && vdb_record_at(db, row, &id, &id_size, &metadata, &metadata_size) && id)
-      vdb_table_enter(db, row, vdb_hash(id, id_size));
+      vdb_table_enter(records, row, vdb_hash(id, id_size));
   return VDB_OK;
+}
+
+VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
+  uint32_t *old = db->records.table;
+  vdb_error error = vdb_make_table(db, &db->records, more);
+  if (!error) VDB_FREE(old);
+  return error;
+}
+
+static inline int vdb_has_id(const vdb_database *db, size_t row, const char *id, size_t size) {
+  const char *own;
+  const unsigned char *metadata;
+  size_t own_size, metadata_size;
+  return vdb_is_live(db, row) && vdb_record_at(db, row, &own, &own_size, &metadata, &metadata_size) && own_size == size &&
+         memcmp(own, id, size) == 0;
+}
+
+/* The same of rows whose record the journal of a mapped file brought; `*place` starts at the size of the table. */
+VDB_RARE uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash, size_t *place) {
+  const vdb_mapping *mapping = &db->mapping;
+  size_t low = 0, high = mapping->id_count;
+  while (low < high) {
+    size_t middle = (low + high) / 2;
+    if (mapping->ids[middle].hash < hash) low = middle + 1;
+    else high = middle;
+  }
+  for (;;) {
+    size_t next = low + (*place - db->records.table_size);
+    if (next >= mapping->id_count || mapping->ids[next].hash != hash) return VDB_NO_ROW;
+    ++*place;
+    if (vdb_has_id(db, mapping->ids[next].row, id, size)) return (uint32_t)mapping->ids[next].row;
+  }
 }
 
 /* Rows with this id, one a call, in table order; `*place` starts at 0. VDB_NO_ROW when there are no more. Rows of equal
@@ -3255,25 +3364,19 @@ VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
 static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
                                       size_t *place) {
   const vdb_records *records = &db->records;
-  if (!records->table_size || !size) return VDB_NO_ROW;
+  if (!size) return VDB_NO_ROW;
   size_t mask = records->table_size - 1, start = (size_t)hash;
   while (*place < records->table_size) {
     uint32_t row = records->table[(start + (*place)++) & mask];
-    const char *other;
-    const unsigned char *metadata;
-    size_t other_size, metadata_size;
-    if (row == VDB_NO_ROW) break;
-    if (row == VDB_GONE || row >= db->slots || !vdb_is_live(db, row)) continue;
-    if (vdb_record_at(db, row, &other, &other_size, &metadata, &metadata_size) && other_size == size &&
-        memcmp(other, id, size) == 0)
+    if (row == VDB_NO_ROW) *place = records->table_size;
+    else if (row < VDB_GONE && row < db->slots && !vdb_journal_record_of(&db->mapping, row) && vdb_has_id(db, row, id, size))
       return row;
   }
-  *place = records->table_size;
-  return VDB_NO_ROW;
+  return db->mapping.id_count ? vdb_journal_seek(db, id, size, hash, place) : VDB_NO_ROW;
 }
 
 static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
-  return vdb_table_seek(db, id, size, db->records.table_size ? vdb_hash(id, size) : 0, place);
+  return vdb_table_seek(db, id, size, db->records.table_size || db->mapping.id_count ? vdb_hash(id, size) : 0, place);
 }
 
 static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
@@ -3294,15 +3397,18 @@ static inline size_t vdb_metadata_size(const vdb_record *record) {
   return record->value_count ? vdb_values_size(record->values, record->value_count) : record->metadata_size;
 }
 
+/* Room for every row's record. */
+static inline int vdb_records_room(vdb_database *db) {
+  return db->records.records || vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *));
+}
+
 /* Makes the record of a row, which has none yet. */
 static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
                                         const vdb_record *given) {
   size_t metadata_size = vdb_metadata_size(given);
   uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size | (given->value_count ? VDB_VALUES_BIT : 0)};
   if (!id_size && !metadata_size) return VDB_OK;
-  if (!db->records.records &&
-      !vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *)))
-    return VDB_ERROR_OUT_OF_MEMORY;
+  if (!vdb_records_room(db)) return VDB_ERROR_OUT_OF_MEMORY;
   unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
   if (!record) return VDB_ERROR_OUT_OF_MEMORY;
   memcpy(record, sizes, sizeof sizes);
@@ -3320,7 +3426,7 @@ static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char
 static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const vdb_record *given, size_t id_size,
                                        uint64_t hash) {
   vdb_error error = vdb_make_record(db, row, given->id, id_size, given);
-  if (!error && id_size) vdb_table_enter(db, row, hash);
+  if (!error && id_size) vdb_table_enter(&db->records, row, hash);
   return error;
 }
 
@@ -3668,6 +3774,7 @@ VDB_RARE void vdb_release(vdb_database *db) {
   if (db->mapping.base) vdb_unmap_file(db->mapping.base, db->mapping.size); /* the table lies in the file */
   else VDB_FREE(db->records.table);
   vdb_release_records(db);
+  vdb_release_journal(db);
   vdb_columns_release(&db->columns);
   vdb_columns_destroy(&db->columns);
   VDB_FREE(db->blocks);
@@ -5192,7 +5299,7 @@ VDB_RARE vdb_error vdb_graph_make_room(vdb_database *db, size_t rows) {
 
 VDB_RARE void vdb_graph_release(vdb_database *db) {
   vdb_workshop *workshop = db->graph.workshop;
-  if (!db->mapping.base) { /* otherwise they lie in the file */
+  if (!db->mapping.base || db->mapping.own_towers) { /* otherwise they lie in the file */
     VDB_FREE(db->graph.tower_of);
     VDB_FREE(db->graph.towers);
   }
@@ -6273,11 +6380,19 @@ VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
   return -1;
 }
 
-/* A read-only view of an open file; NULL with errno on failure. */
-VDB_RARE void *vdb_map_file(int file, size_t size) {
-  void *base = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+/* A view of an open file, which may be written to, until vdb_protect_file, without changing the file: nobody reserves
+ * memory for all of it, as little of it will be written to. NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size, int writable) {
+#ifdef MAP_NORESERVE
+  int flags = MAP_PRIVATE | (writable ? MAP_NORESERVE : 0);
+#else
+  int flags = MAP_PRIVATE;
+#endif
+  void *base = mmap(NULL, size, writable ? PROT_READ | PROT_WRITE : PROT_READ, flags, file, 0);
   return base == MAP_FAILED ? NULL : base;
 }
+
+VDB_RARE void vdb_protect_file(void *base, size_t size) { (void)mprotect(base, size, PROT_READ); }
 
 static inline void vdb_unmap_file(void *base, size_t size) { (void)munmap(base, size); }
 #endif
@@ -6371,13 +6486,19 @@ VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
   return -1;
 }
 
-/* A read-only view of an open file; NULL with errno on failure. */
-VDB_RARE void *vdb_map_file(int file, size_t size) {
-  HANDLE mapping = CreateFileMappingA((HANDLE)_get_osfhandle(file), NULL, PAGE_READONLY, 0, 0, NULL);
-  void *base = mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, size) : NULL;
+/* A view of an open file, which may be written to without changing the file. NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size, int writable) {
+  DWORD pages = writable ? PAGE_WRITECOPY : PAGE_READONLY;
+  HANDLE mapping = CreateFileMappingA((HANDLE)_get_osfhandle(file), NULL, pages, 0, 0, NULL);
+  void *base = mapping ? MapViewOfFile(mapping, writable ? FILE_MAP_COPY : FILE_MAP_READ, 0, 0, size) : NULL;
   if (!base) errno = vdb_windows_errno();
   if (mapping) CloseHandle(mapping); /* the view keeps it */
   return base;
+}
+
+VDB_RARE void vdb_protect_file(void *base, size_t size) {
+  DWORD before;
+  (void)VirtualProtect(base, size, PAGE_READONLY, &before);
 }
 
 static inline void vdb_unmap_file(void *base, size_t size) {
@@ -6542,12 +6663,23 @@ VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int p
 /* 0 for no records, 2 for records, 3 if some hold values: the versions of the format that know of them. */
 VDB_RARE int vdb_has_records(const vdb_database *db) {
   int found = 0;
-  if (!db->records.records && !db->mapping.offsets) return 0;
+  if (!db->records.records && !db->mapping.offsets && !db->mapping.pages) return 0;
   for (size_t row = 0; row < db->slots && found < 3; row++) {
     vdb_text text = vdb_text_of(db, row);
     if (text.bytes) found = text.bit ? 3 : 2;
   }
   return found;
+}
+
+/* The table of a mapped file knows nothing of its journal: a new one is made. */
+VDB_RARE void vdb_emit_table(vdb_writer *writer, const vdb_database *db) {
+  vdb_records made = db->records;
+  if (db->mapping.pages && vdb_make_table(db, &made, 0)) {
+    writer->failed = ENOMEM;
+    return;
+  }
+  if (made.table_used) vdb_emit(writer, made.table, made.table_size * sizeof *made.table);
+  if (db->mapping.pages) VDB_FREE(made.table);
 }
 
 VDB_RARE void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vdb_header *header, int part,
@@ -6563,7 +6695,7 @@ VDB_RARE void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vd
   } else if (part == VDB_TOWER_OF || part == VDB_TOWERS) {
     if (header->index == VDB_INDEX_HNSW) vdb_emit_towers(writer, db, part);
   } else if (has_records && part == VDB_TABLE) {
-    if (db->records.table_used) vdb_emit(writer, db->records.table, db->records.table_size * sizeof *db->records.table);
+    vdb_emit_table(writer, db);
   } else if (has_records) {
     vdb_emit_records(writer, db, part);
   }
@@ -7238,14 +7370,15 @@ VDB_RARE void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i
 }
 
 /* Only the bitset of live rows and the free ones are copied: they are small, and the number of rows gets checked. */
-VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, int journal, vdb_database *db) {
   size_t words = ((size_t)header->slots + 63) / 64, shift = db->block_shift;
   size_t free_bytes = (size_t)header->section[VDB_FREE_ROWS].size;
   size_t blocks = ((size_t)header->slots + ((size_t)1 << shift) - 1) >> shift;
-  void *base = vdb_map_file(reader->source.file, (size_t)reader->size);
+  void *base = vdb_map_file(reader->source.file, (size_t)header->file_size, journal);
   if (!base) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
   db->mapping.base = (unsigned char *)base;
-  db->mapping.size = (size_t)reader->size;
+  db->mapping.size = (size_t)header->file_size; /* what comes behind may be cut off, and is read */
+  db->mapping.slots = (size_t)header->slots;
   db->read_only = 1;
   if (!vdb_grow((void **)&db->blocks, 0, blocks + 1, sizeof(vdb_block)) ||
       !vdb_grow((void **)&db->live, 0, words + 1, sizeof(uint64_t)) ||
@@ -7258,7 +7391,7 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   for (size_t i = 0; i < blocks; i++) vdb_map_block(header, db, i);
   memcpy(db->live, db->mapping.base + header->section[VDB_LIVE].offset, words * sizeof(uint64_t));
   memcpy(db->free_rows, db->mapping.base + header->section[VDB_FREE_ROWS].offset, free_bytes);
-  db->free_count = free_bytes / sizeof(uint32_t);
+  db->free_count = db->free_capacity = free_bytes / sizeof(uint32_t);
   db->graph.entry = header->entry;
   db->graph.top = header->top;
   if (header->unchecked) {
@@ -7274,7 +7407,10 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   db->mapping.offsets = (const uint64_t *)vdb_mapped_part(header, db, VDB_OFFSETS);
   db->mapping.text = (const unsigned char *)vdb_mapped_part(header, db, VDB_TEXT);
   db->mapping.text_size = (size_t)header->section[VDB_TEXT].size;
-  return vdb_check_live(reader, header, db);
+  if (!journal) return vdb_check_live(reader, header, db);
+  vdb_error error = vdb_read_journal(reader, header, db);
+  vdb_protect_file(base, db->mapping.size); /* nobody writes to the file's pages from here on */
+  return error;
 }
 
 /* --- the first format ---
@@ -7383,18 +7519,8 @@ VDB_RARE vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, uint3
   vdb_options options = vdb_header_options(&header, threads);
   error = vdb_allocate(header.dimensions, (vdb_metric)header.metric, &options, out);
   if (error) return vdb_fault(reader, error, "file", "no memory for its rows", 0);
-  if (mode == VDB_OPEN_MAP && header.file_size < reader->size) {
-    vdb_identity identity = {0, header.file_size, 0, header.crc};
-    identity.size = identity.base;
-    error = vdb_read_fault(reader, vdb_identify_journal(reader->source, reader->size, &identity), "journal", 0);
-    if (error) return error;
-    if (identity.size > identity.base) { /* a view cannot show what the journal says: it is read, and not to be changed */
-      error = vdb_read_second(reader, &header, *out);
-      (*out)->read_only = 1;
-      return error;
-    }
-  }
-  return mode == VDB_OPEN_MAP ? vdb_map_second(reader, &header, *out) : vdb_read_second(reader, &header, *out);
+  if (mode == VDB_OPEN_MAP) return vdb_map_second(reader, &header, header.file_size < reader->size, *out);
+  return vdb_read_second(reader, &header, *out);
 }
 
 VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t threads, vdb_watch *watch,
@@ -7528,6 +7654,123 @@ VDB_RARE int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity
   out->chain = ~out->chain;
   return 0;
 }
+/* --- the journal of a mapped file ---
+ *
+ * The file is mapped privately, so that what the journal says of its rows can be written over them: the system copies the
+ * pages that are written to, and no others. Rows that are new have blocks in memory, with what shared the last block with
+ * them; towers are copied, for new ones must lie behind them; records lie in pages of pointers beside the file's.
+ */
+
+/* What a row's record is now; VDB_NO_RECORD for none. 0 for want of memory. */
+VDB_RARE int vdb_put_journal_record(vdb_database *db, size_t row, unsigned char *record) {
+  unsigned char ***pages = db->mapping.records, **page = pages[row / VDB_RECORD_PAGE];
+  if (!page) {
+    if (!vdb_grow((void **)&page, 0, VDB_RECORD_PAGE, sizeof *page)) return 0;
+    pages[row / VDB_RECORD_PAGE] = page;
+  }
+  unsigned char *old = page[row % VDB_RECORD_PAGE];
+  if (old && old != VDB_NO_RECORD) {
+    db->records.bytes -= vdb_bytes_of_record(old) + 2 * sizeof(vdb_record_head);
+    vdb_record_leave(old);
+  }
+  page[row % VDB_RECORD_PAGE] = record;
+  return 1;
+}
+
+/* Before the first batch: room for what it may change. */
+VDB_RARE int vdb_journal_begins(vdb_database *db) {
+  vdb_mapping *mapping = &db->mapping;
+  vdb_graph *graph = &db->graph;
+  uint32_t *copies[2] = {NULL, NULL};
+  size_t pages = db->capacity / VDB_RECORD_PAGE + 1, towers = vdb_max(1, graph->towers_size), rows = db->capacity + 1;
+  if (!vdb_grow((void **)&mapping->records, 0, pages, sizeof *mapping->records)) return 0;
+  mapping->pages = pages;
+  if (!vdb_grow((void **)&mapping->own, 0, db->capacity / 64 + 1, sizeof(uint64_t))) return 0;
+  if (db->options.index != VDB_INDEX_HNSW) return 1;
+  if (!vdb_grow((void **)&copies[0], 0, rows, sizeof(uint32_t)) ||
+      !vdb_grow((void **)&copies[1], 0, towers, sizeof(uint32_t)) || !vdb_workshop_of(db)) {
+    VDB_FREE(copies[0]);
+    VDB_FREE(copies[1]);
+    return 0;
+  }
+  if (graph->tower_of) memcpy(copies[0], graph->tower_of, db->slots * sizeof(uint32_t));
+  if (graph->towers) memcpy(copies[1], graph->towers, graph->towers_size * sizeof(uint32_t));
+  graph->tower_of = copies[0];
+  graph->towers = copies[1];
+  graph->towers_size = graph->towers_capacity = towers;
+  mapping->own_towers = 1;
+  return 1;
+}
+
+/* The last block, if the file ends inside it, moves to memory. */
+VDB_RARE vdb_error vdb_leave_last_block(const vdb_header *header, vdb_database *db) {
+  size_t rows = vdb_row_in_block(db, db->slots);
+  if (!rows || db->slots != db->mapping.slots) return VDB_OK;
+  vdb_block last = db->blocks[--db->block_count];
+  vdb_error error = vdb_make_blocks(db, db->slots);
+  for (int part = 0; part <= VDB_LINKS && !error; part++) {
+    size_t size = vdb_part_row(header, part);
+    if (size) memcpy(vdb_block_array(&db->blocks[db->block_count - 1], part), vdb_block_array(&last, part), rows * size);
+  }
+  return error;
+}
+
+/* Room for indices below `slots` in a mapped database. */
+VDB_RARE vdb_error vdb_mapped_room(const vdb_header *header, vdb_database *db, size_t slots) {
+  vdb_mapping *mapping = &db->mapping;
+  if (!mapping->pages && !vdb_journal_begins(db)) return VDB_ERROR_OUT_OF_MEMORY;
+  if (slots <= db->slots) return VDB_OK;
+  if (slots > db->capacity) {
+    size_t old = db->capacity, capacity = vdb_round_up(vdb_max(slots, old + old / 2), 64);
+    size_t pages = capacity / VDB_RECORD_PAGE + 1;
+    if (!vdb_grow((void **)&mapping->records, mapping->pages, pages, sizeof *mapping->records)) return VDB_ERROR_OUT_OF_MEMORY;
+    mapping->pages = pages;
+    if (!vdb_grow((void **)&db->live, old / 64, capacity / 64, sizeof(uint64_t)) ||
+        (mapping->own_towers && !vdb_grow((void **)&db->graph.tower_of, old + 1, capacity + 1, sizeof(uint32_t))))
+      return VDB_ERROR_OUT_OF_MEMORY;
+    db->capacity = capacity;
+  }
+  vdb_error error = vdb_leave_last_block(header, db);
+  return error ? error : vdb_make_blocks(db, slots);
+}
+
+static inline int vdb_by_id_hash(const void *a, const void *b) {
+  const vdb_journal_id *x = (const vdb_journal_id *)a, *y = (const vdb_journal_id *)b;
+  return x->hash != y->hash ? (x->hash < y->hash ? -1 : 1) : x->row < y->row ? -1 : x->row > y->row;
+}
+
+/* The ids of records that the journal brought, into `out` if there is one. Returns how many. */
+VDB_RARE size_t vdb_list_journal_ids(const vdb_database *db, vdb_journal_id *out) {
+  size_t found = 0, id_size, metadata_size;
+  const char *id;
+  const unsigned char *metadata;
+  for (size_t row = 0; row < db->slots; row++) {
+    if (!db->mapping.records[row / VDB_RECORD_PAGE]) row |= VDB_RECORD_PAGE - 1;
+    else if (vdb_journal_record_of(&db->mapping, row) && vdb_is_live(db, row) &&
+             vdb_record_at(db, row, &id, &id_size, &metadata, &metadata_size) && id) {
+      if (out) out[found].row = row, out[found].hash = vdb_hash(id, id_size);
+      found++;
+    }
+  }
+  return found;
+}
+
+/* When all batches are read. */
+VDB_RARE vdb_error vdb_journal_ends(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+  vdb_mapping *mapping = &db->mapping;
+  mapping->id_count = vdb_list_journal_ids(db, NULL);
+  if (!vdb_grow((void **)&mapping->ids, 0, mapping->id_count + 1, sizeof *mapping->ids)) {
+    mapping->id_count = 0;
+    return vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "journal", "no memory for its ids", 0);
+  }
+  vdb_list_journal_ids(db, mapping->ids);
+  qsort(mapping->ids, mapping->id_count, sizeof *mapping->ids, vdb_by_id_hash);
+  if (db->slots > mapping->slots) vdb_clear_after(db, db->slots - 1);
+  if (header->index == VDB_INDEX_HNSW)
+    db->graph.top = db->graph.entry == VDB_NO_ROW ? 0 : vdb_levels_at(db, db->graph.entry);
+  return vdb_check_live(reader, header, db);
+}
+
 
 /* --- reading the journal --- */
 typedef struct {
@@ -7562,11 +7805,12 @@ VDB_RARE int vdb_cursor_round(vdb_cursor *cursor, size_t step) {
 VDB_RARE int vdb_journal_tower(vdb_database *db, size_t row, uint32_t levels) {
   vdb_graph *graph = &db->graph;
   size_t links = db->options.links, size = vdb_tower_size(levels, links), end = graph->towers_size + size;
-  uint32_t *tower = graph->tower_of[row] ? graph->towers + graph->tower_of[row] : NULL;
+  size_t place = graph->tower_of[row];
+  uint32_t *tower = place ? graph->towers + place : NULL;
   if (vdb_levels_at(db, row) == levels) return 1;
   vdb_leave_tower(db, row);
   if (!levels) return 1;
-  if (tower && tower[1] == levels) {
+  if (tower && place < graph->towers_size && size <= graph->towers_size - place && tower[1] == levels) {
     tower[0] = levels;
     return 1;
   }
@@ -7624,13 +7868,19 @@ VDB_RARE vdb_error vdb_journal_record(vdb_cursor *cursor, vdb_database *db, size
     return VDB_ERROR_CORRUPT;
   if (!id_size && !metadata_size) return VDB_OK;
   if (!vdb_is_live(db, row)) return VDB_ERROR_CORRUPT;
-  if (id_size && vdb_table_room(db, 1)) return VDB_ERROR_OUT_OF_MEMORY;
-  vdb_record given = {NULL, NULL, 0, NULL, 0};
-  given.metadata = bytes + id_size + 1;
-  given.metadata_size = metadata_size;
-  if (vdb_make_record(db, row, (const char *)bytes, id_size, &given)) return VDB_ERROR_OUT_OF_MEMORY;
-  memcpy(db->records.records[row] + sizeof(uint32_t), &numbers->metadata_size, sizeof(uint32_t)); /* whether it is values */
-  if (id_size) vdb_table_enter(db, row, vdb_hash((const char *)bytes, id_size));
+  if (!db->mapping.base && ((id_size && vdb_table_room(db, 1)) || !vdb_records_room(db))) return VDB_ERROR_OUT_OF_MEMORY;
+  unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
+  if (!record) return VDB_ERROR_OUT_OF_MEMORY;
+  memcpy(record, &numbers->id_size, sizeof(uint32_t));
+  memcpy(record + sizeof(uint32_t), &numbers->metadata_size, sizeof(uint32_t));
+  memcpy(record + 2 * sizeof(uint32_t), bytes, (size_t)id_size + 1 + metadata_size);
+  if (db->mapping.base) {
+    if (vdb_put_journal_record(db, row, record)) return VDB_OK;
+    vdb_record_leave(record);
+    return VDB_ERROR_OUT_OF_MEMORY;
+  }
+  db->records.records[row] = record;
+  if (id_size) vdb_table_enter(&db->records, row, vdb_hash((const char *)bytes, id_size));
   return VDB_OK;
 }
 
@@ -7648,7 +7898,10 @@ VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *heade
     return VDB_ERROR_CORRUPT;
   *next = row + 1;
   *fresh += row == *fresh;
-  if (whole || !live) vdb_drop_record(db, row);
+  if (whole || !live) {
+    if (!db->mapping.base) vdb_drop_record(db, row);
+    else if (!vdb_put_journal_record(db, row, VDB_NO_RECORD)) return VDB_ERROR_OUT_OF_MEMORY;
+  }
   if (live) db->live[row >> 6] |= (uint64_t)1 << (row & 63);
   else db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
   vdb_error error = VDB_OK;
@@ -7656,6 +7909,7 @@ VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *heade
     const unsigned char *bytes = vdb_cursor_take(cursor, sizeof numbers);
     if (!bytes) return VDB_ERROR_CORRUPT;
     memcpy(&numbers, bytes, sizeof numbers);
+    if (row < db->mapping.slots) db->mapping.own[row >> 6] |= (uint64_t)1 << (row & 63);
   }
   if (header->index == VDB_INDEX_HNSW) error = vdb_journal_links(cursor, db, row);
   if (whole && !error) error = vdb_journal_vector(cursor, header, db, row, &numbers);
@@ -7676,9 +7930,10 @@ VDB_RARE vdb_error vdb_journal_apply(vdb_cursor *cursor, const vdb_header *heade
   if (graph ? batch->entry >= batch->slots && batch->entry != VDB_NO_ROW : batch->entry != VDB_NO_ROW)
     return VDB_ERROR_CORRUPT;
   if (batch->unchecked > (graph ? batch->slots : 0)) return VDB_ERROR_CORRUPT;
-  vdb_error error = vdb_make_room(db, (size_t)batch->slots);
+  size_t slots = (size_t)batch->slots;
+  vdb_error error = db->mapping.base ? vdb_mapped_room(header, db, slots) : vdb_make_room(db, slots);
   if (error) return error;
-  db->slots = (size_t)batch->slots;
+  db->slots = slots;
   for (size_t i = 0; i < entries && !error; i++) error = vdb_journal_entry(cursor, header, db, &next, &fresh);
   if (!error && (fresh != db->slots || !vdb_cursor_round(cursor, sizeof *batch) || cursor->place != cursor->size))
     error = VDB_ERROR_CORRUPT;
@@ -7752,7 +8007,9 @@ VDB_RARE vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header
     at += batch.size + sizeof end;
     previous = end.crc;
   }
-  return error || at == header->file_size ? error : vdb_journal_check(reader, header, db);
+  if (error) return error;
+  if (db->mapping.base) return at > header->file_size ? vdb_journal_ends(reader, header, db) : vdb_check_live(reader, header, db);
+  return at > header->file_size ? vdb_journal_check(reader, header, db) : VDB_OK;
 }
 
 /* --- writing the journal --- */
@@ -8051,16 +8308,16 @@ VDB_API size_t vdb_dimensions(const vdb_database *db) { return db ? db->dimensio
 VDB_RARE size_t vdb_bytes_held(const vdb_database *db) {
   size_t bytes = sizeof *db + sizeof(vdb_pool) + db->block_capacity * sizeof(vdb_block) + db->capacity / 8;
   size_t columns = vdb_columns_bytes(&((vdb_database *)(uintptr_t)db)->columns);
-  if (db->mapping.base) return db->mapping.size + columns;
-  bytes += columns;
+  if (db->mapping.base && !db->mapping.pages) return db->mapping.size + columns;
+  bytes += columns + db->mapping.size + vdb_journal_bytes(&db->mapping);
   bytes += db->free_capacity * sizeof(uint32_t);
   for (size_t i = 0; i < db->block_count; i++) bytes += db->blocks[i].bytes;
-  bytes += db->records.table_size * sizeof(uint32_t);
+  if (!db->mapping.base) bytes += db->records.table_size * sizeof(uint32_t);
   if (db->records.records) bytes += db->capacity * sizeof(unsigned char *);
   if (db->records.borrowed) bytes += db->capacity * sizeof(void *);
   bytes += db->records.bytes;
   if (db->records.loaded) bytes += sizeof(vdb_loaded) + db->records.loaded->size;
-  return bytes + vdb_graph_bytes(db);
+  return bytes + (db->mapping.base && !db->mapping.own_towers ? 0 : vdb_graph_bytes(db));
 }
 
 VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
@@ -8076,7 +8333,7 @@ VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
   out->vector_bytes = db->count * db->dimensions *
                       (vdb_element_size(db->options.storage) + (db->options.storage == VDB_STORAGE_F32_I8));
   out->read_only = db->read_only;
-  out->has_ids = db->records.table_used != 0;
+  out->has_ids = db->records.table_used != 0 || db->mapping.id_count != 0;
   vdb_leave_read(vdb_lock_of(db));
   return VDB_OK;
 }

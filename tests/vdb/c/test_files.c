@@ -285,9 +285,13 @@ static void bit_flips(size_t step) {
 
 static void wrong_lengths(void) {
   whole_file whole = small_file(&damaged);
-  for (size_t more = 1; more < 70; more += 17) {
-    CHECK(truncate(path, (off_t)(whole.size + more)) == 0);
+  for (size_t more = 1; more < 200; more += 17) {
+    int file = open(path, O_RDWR);
+    CHECK(truncate(path, (off_t)whole.size) == 0 && truncate(path, (off_t)(whole.size + more)) == 0);
+    CHECK(vdb_verify(path, NULL, 0) == VDB_OK && error_of(path, VDB_OPEN_MAP) == VDB_OK); /* a save that was cut off */
+    put_byte(file, whole.size + random_u32() % vdb_min(more, 64), 1); /* where a batch would begin */
     CHECK(vdb_verify(path, NULL, 0) == VDB_ERROR_CORRUPT && error_of(path, VDB_OPEN_MAP) == VDB_ERROR_CORRUPT);
+    close(file);
   }
   for (size_t size = whole.size; size-- > 0;) {
     CHECK(truncate(path, (off_t)size) == 0);
@@ -384,6 +388,83 @@ static void crafted_contents(int storage, int index) {
   printf("  storage %d, index %d: %zu refused, %zu accepted and used\n", storage, index, refused, accepted);
   free(changed);
   free(whole.bytes);
+}
+
+/* Makes the checksums of a journal right: of a file whose batches begin at `at`. */
+static void stamp_journal(unsigned char *bytes, size_t size, size_t at) {
+  vdb_header header;
+  vdb_batch head;
+  vdb_batch_end end;
+  memcpy(&header, bytes, sizeof header);
+  uint32_t previous = header.crc;
+  while (size - at >= sizeof head) {
+    memcpy(&head, bytes + at, sizeof head);
+    if (head.size > size - at - sizeof end) return;
+    head.previous = previous;
+    head.crc = vdb_crc32c(0, &head, sizeof head - 4);
+    memcpy(bytes + at, &head, sizeof head);
+    memcpy(&end, bytes + at + head.size, sizeof end);
+    end.content = vdb_crc32c(0, bytes + at, head.size);
+    end.crc = previous = vdb_crc32c(0, &end, sizeof end - 4);
+    memcpy(bytes + at + head.size, &end, sizeof end);
+    at += head.size + sizeof end;
+  }
+}
+
+/* Numbers of a journal, or of the file before it, set to something else, the checksums made right: refused, or a database
+ * that does no harm, in memory and mapped. */
+static void crafted_journal(int storage, int index) {
+  static const uint32_t values[] = {0, 1, 2, 3, 39, 40, 44, 0x7f800000u, 0x80000000u, 0xfffffffeu, 0xffffffffu};
+  database_case what = damaged;
+  what.storage = (vdb_storage)storage;
+  what.index = (vdb_index)index;
+  vdb_database *db = make_database(&what);
+  CHECK(vdb_save(db, path) == VDB_OK);
+  whole_file base = read_whole(path);
+  fill_rows(db, 4, 100, &what);
+  CHECK(vdb_save_changes(db, path) == VDB_OK);
+  CHECK(vdb_remove_index(db, 5) == VDB_OK && vdb_remove_index(db, 11) == VDB_OK);
+  fill_rows(db, 3, 200, &what);
+  CHECK(vdb_save_changes(db, path) == VDB_OK);
+  whole_file whole = read_whole(path);
+  CHECK(memcmp(base.bytes, whole.bytes, base.size) == 0 && whole.size > base.size);
+  vdb_database *mapped = open_file(path, VDB_OPEN_MAP);
+  same(db, mapped);
+  vdb_destroy(mapped);
+  vdb_destroy(db);
+  unsigned char *changed = (unsigned char *)malloc(whole.size);
+  size_t refused = 0, accepted = 0, viewed = 0;
+  for (size_t at = 4096; at + 4 <= whole.size; at += at < base.size ? 4 * (1 + random_u32() % 40) : 4) {
+    memcpy(changed, whole.bytes, whole.size);
+    uint32_t value = values[random_u32() % 11];
+    if (random_u32() % 3 == 0) value = random_u32() >> random_u32() % 32;
+    memcpy(changed + at, &value, 4);
+    stamp(changed, base.size, 0);
+    stamp_journal(changed, whole.size, base.size);
+    write_whole(path, changed, whole.size);
+    vdb_error error = vdb_open(path, VDB_OPEN_READ, 1, &db);
+    CHECK(error == VDB_OK || error == VDB_ERROR_CORRUPT || error == VDB_ERROR_NOT_FINITE);
+    if (db) {
+      accepted++;
+      ask_everything(db);
+      change_everything(db);
+      CHECK(vdb_save(db, other) == VDB_OK && reason(other)[0] == 0);
+    } else {
+      refused++;
+    }
+    vdb_destroy(db);
+    if (vdb_open(path, VDB_OPEN_MAP, 1, &db) == VDB_OK) {
+      viewed++;
+      ask_everything(db);
+      vdb_save(db, other);
+    }
+    vdb_destroy(db);
+  }
+  printf("  journal, storage %d, index %d: %zu refused, %zu accepted, %zu mapped\n", storage, index, refused, accepted, viewed);
+  CHECK(refused && accepted && viewed);
+  free(changed);
+  free(whole.bytes);
+  free(base.bytes);
 }
 
 static void not_databases(void) {
@@ -492,6 +573,7 @@ int main(int count, char **arguments) {
   RUN(wrong_lengths());
   RUN(crafted_headers());
   for (int i = 0; i < 10; i++) crafted_contents(i % 5, i / 5);
+  for (int i = 0; i < 10; i++) RUN(crafted_journal(i % 5, i / 5));
   RUN(full_disks());
   RUN(names());
   unlink(path);

@@ -23,6 +23,7 @@ VDB_RARE void vdb_release(vdb_database *db) {
   if (db->mapping.base) vdb_unmap_file(db->mapping.base, db->mapping.size); /* the table lies in the file */
   else VDB_FREE(db->records.table);
   vdb_release_records(db);
+  vdb_release_journal(db);
   vdb_columns_release(&db->columns);
   vdb_columns_destroy(&db->columns);
   VDB_FREE(db->blocks);

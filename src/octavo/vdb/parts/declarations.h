@@ -260,7 +260,7 @@ VDB_API void vdb_free_answer(vdb_answer *answer);
 
 typedef enum {
   VDB_OPEN_READ = 0,  /* into memory, every checksum verified */
-  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums only by vdb_verify */
+  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums (but the journal's) only by vdb_verify */
 } vdb_open_mode;
 
 /* What may be at the path already. Against lost updates: who reads a file, changes the database and saves it again, asks

@@ -224,7 +224,7 @@ VDB_RARE vdb_error vdb_graph_make_room(vdb_database *db, size_t rows) {
 
 VDB_RARE void vdb_graph_release(vdb_database *db) {
   vdb_workshop *workshop = db->graph.workshop;
-  if (!db->mapping.base) { /* otherwise they lie in the file */
+  if (!db->mapping.base || db->mapping.own_towers) { /* otherwise they lie in the file */
     VDB_FREE(db->graph.tower_of);
     VDB_FREE(db->graph.towers);
   }

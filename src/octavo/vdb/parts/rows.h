@@ -59,14 +59,32 @@ typedef struct {
 #define VDB_GONE 0xfffffffeu
 #define VDB_MAX_ROWS 0xfffffffeu
 
-/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. */
+/* An id that a mapped file's journal brought. */
+typedef struct {
+  uint64_t hash;
+  size_t row;
+} vdb_journal_id;
+
+/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. What its journal
+ * says of a row's record lies beside it; the rest of the journal is written over private copies of the file's pages. */
 typedef struct {
   unsigned char *base;
   size_t size;
+  size_t slots;              /* of the file without its journal */
   const uint64_t *offsets;   /* [slots] 1 + place in `text`, 0 for none; NULL without records */
   const unsigned char *text;
   size_t text_size;
+  unsigned char ***records;  /* [pages] of [VDB_RECORD_PAGE]: the record, VDB_NO_RECORD, or NULL: as in the file. A page
+                                may be NULL: all of it is as in the file */
+  size_t pages;              /* 0 without a journal */
+  vdb_journal_id *ids;       /* [id_count] of these records, by hash */
+  size_t id_count;
+  uint64_t *own;             /* [slots / 64, rounded up] bits of rows whose vector is no longer the file's */
+  int own_towers;            /* the graph's towers are copies */
 } vdb_mapping;
+
+#define VDB_RECORD_PAGE 1024u
+#define VDB_NO_RECORD ((unsigned char *)(uintptr_t)1)
 
 /* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest; and
  * the same of its journal. */
@@ -127,7 +145,7 @@ struct vdb_database {
   vdb_records records;
   vdb_columns columns;
   vdb_mapping mapping;
-  int read_only;         /* a view of a file, mapped or, where that has a journal, read */
+  int read_only;         /* a view of a mapped file */
   vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
   vdb_changes changes;
   vdb_lock lock;
