@@ -24,6 +24,7 @@ PARTS = (  # in the order of the header
     "kernels_choice",
     "threads",
     "rows",
+    "paging",
     "marks",
     "values",
     "records",

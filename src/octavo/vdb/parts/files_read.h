@@ -534,6 +534,8 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   size_t blocks = ((size_t)header->slots + ((size_t)1 << shift) - 1) >> shift;
   void *base = vdb_map_file(reader->source.file, (size_t)header->file_size, journal);
   if (!base) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
+  db->paging.file = reader->source.file; /* vectors are read from it when few may be resident */
+  db->paging.has_file = 1;
   db->mapping.base = (unsigned char *)base;
   db->mapping.size = (size_t)header->file_size; /* what comes behind may be cut off, and is read */
   db->mapping.slots = (size_t)header->slots;
@@ -547,6 +549,10 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   db->count = (size_t)header->count;
   db->capacity = words * 64;
   for (size_t i = 0; i < blocks; i++) vdb_map_block(header, db, i);
+  for (int part = 0; part <= VDB_LINKS; part++) {
+    db->mapping.arrays[part] = (unsigned char *)vdb_mapped_part(header, db, part);
+    db->mapping.row_bytes[part] = vdb_part_row(header, part);
+  }
   memcpy(db->live, db->mapping.base + header->section[VDB_LIVE].offset, words * sizeof(uint64_t));
   memcpy(db->free_rows, db->mapping.base + header->section[VDB_FREE_ROWS].offset, free_bytes);
   db->free_count = db->free_capacity = free_bytes / sizeof(uint32_t);
@@ -699,7 +705,7 @@ VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t 
   if (!error && !(*out)->read_only && (*out)->identity.base) vdb_changes_begin(*out);
   int number = errno;
   vdb_aligned_free(reader.buffer);
-  vdb_sys_close(reader.source.file);
+  if (!*out || !(*out)->paging.has_file) vdb_sys_close(reader.source.file);
   if (error) {
     vdb_release(*out);
     *out = NULL;

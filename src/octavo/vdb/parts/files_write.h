@@ -89,6 +89,7 @@ VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int par
                              size_t row_bytes) {
   const vdb_block *from = &db->blocks[block];
   size_t rows = vdb_rows_of_block(db, block);
+  vdb_touch(db, part == VDB_VECTORS || db->mapping.base ? rows * row_bytes : 0);
   if (part != VDB_LINKS) {
     vdb_emit(writer, vdb_block_array(from, part), rows * row_bytes);
     return;

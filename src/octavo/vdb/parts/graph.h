@@ -319,6 +319,7 @@ static inline void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, con
   const vdb_kernel_set *kernels = vdb_active();
   vdb_element element = vdb_element_of(db->options.storage);
   vdb_metric metric = db->metric;
+  if (db->paging.scans || !aim->codes) vdb_touch(db, count * VDB_FAULT_BYTES);
   for (size_t i = 0; i < count; i++)
     walker->pointers[i] = aim->codes ? (const void *)vdb_codes_at(db, rows[i]) : vdb_vector_at(db, rows[i]);
   if (aim->codes)

@@ -136,8 +136,8 @@ VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *heade
     const unsigned char *bytes = vdb_cursor_take(cursor, sizeof numbers);
     if (!bytes) return VDB_ERROR_CORRUPT;
     memcpy(&numbers, bytes, sizeof numbers);
-    if (row < db->mapping.slots) db->mapping.own[row >> 6] |= (uint64_t)1 << (row & 63);
   }
+  if (row < db->mapping.slots) db->mapping.own[row >> 6] |= (uint64_t)1 << (row & 63);
   if (header->index == VDB_INDEX_HNSW) error = vdb_journal_links(cursor, db, row);
   if (whole && !error) error = vdb_journal_vector(cursor, header, db, row, &numbers);
   if (whole && !error) error = vdb_journal_record(cursor, db, row, &numbers);

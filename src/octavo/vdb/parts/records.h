@@ -24,7 +24,9 @@ static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t 
   const vdb_mapping *mapping = &db->mapping;
   const unsigned char *newer = vdb_journal_record_of(mapping, row);
   if (newer) return newer == VDB_NO_RECORD ? NULL : newer;
-  if (!mapping->offsets || row >= mapping->slots || !mapping->offsets[row]) return NULL;
+  if (!mapping->offsets || row >= mapping->slots) return NULL;
+  vdb_touch(db, VDB_FAULT_BYTES);
+  if (!mapping->offsets[row]) return NULL;
   uint64_t place = mapping->offsets[row] - 1;
   uint32_t sizes[2];
   if (place % 8 || place > mapping->text_size || mapping->text_size - place < sizeof sizes + 1) return NULL;
