@@ -51,6 +51,75 @@ def test_a_row_costs_little(tmp_path: Path) -> None:
     assert path.stat().st_ino != file
 
 
+def changed_at_random(db: VectorDatabase, random: np.random.Generator, number: int) -> None:
+    """A row more, replaced, removed or with other metadata."""
+    ids = [name for name in db.ids() if name]
+    what, some = random.integers(5), ids[int(random.integers(len(ids)))]
+    vector = random.standard_normal(db.dimensions, dtype=np.float32)
+    if what == 0:
+        db.add(vector, ids=some, metadata={"number": number}, replace=True)
+    elif what == 1:
+        db.remove(some)
+    elif what == 2:
+        db.set_metadata({"number": number, "word": "w" * int(random.integers(40))}, id=some)
+    else:
+        count = int(random.integers(1, 12))
+        names = [f"{number}-{i}" if i % 3 else None for i in range(count)]
+        db.add(
+            random.standard_normal((count, db.dimensions), dtype=np.float32),
+            ids=names,
+            metadata=[{"number": number}] * count,
+        )
+
+
+def assert_same(one: VectorDatabase, other: VectorDatabase, random: np.random.Generator) -> None:
+    """Rows, ids, metadata, vectors and answers are the same, by every way to ask for them."""
+    assert one.ids() == other.ids()
+    assert one.indices().tolist() == other.indices().tolist()
+    rows = one.indices().tolist()
+    assert np.array_equal(np.asarray(one.vectors())[rows], np.asarray(other.vectors())[rows])
+    for name in {name for name in one.ids() if name}:
+        assert one.get(name) == other.get(name)
+    assert "never" not in other
+    queries = random.standard_normal((8, one.dimensions), dtype=np.float32)
+    for settings in ({}, {"exact": True}, {"filter": {"number": {"$gte": 3}}}):
+        a = one.search(queries, 5, with_metadata=True, **settings)  # type: ignore[call-overload]
+        b = other.search(queries, 5, with_metadata=True, **settings)  # type: ignore[call-overload]
+        assert [h.ids for h in a] == [h.ids for h in b]
+        assert [h.metadata for h in a] == [h.metadata for h in b]
+        assert a.distances.tolist() == b.distances.tolist()
+
+
+@pytest.mark.parametrize("storage", ["f32", "f32+i8", "i8", "f16"])
+@pytest.mark.parametrize("index", ["flat", "hnsw"])
+@pytest.mark.parametrize("named", [True, False], ids=["with ids", "without"])
+def test_a_mapped_file_shows_its_journal(tmp_path: Path, storage: str, index: str, named: bool, full: bool) -> None:
+    path, other = tmp_path / "file.vdb", tmp_path / "other.vdb"
+    for seed in range(30 if full else 1):
+        random = np.random.default_rng(seed)
+        rows = int(random.integers(200, 3000 if full else 900))
+        vectors = random.standard_normal((rows, D), dtype=np.float32)
+        db = VectorDatabase(D, storage=storage, index=index, links=4, threads=1)  # type: ignore[arg-type]
+        db.add(vectors, ids=[str(i) for i in range(rows)] if named else None)
+        db.save(path)
+        if not named:
+            db.add(np.eye(D, dtype=np.float32), ids=[f"first {i}" for i in range(D)])
+        file, mapped = path.stat().st_ino, path.stat().st_size
+        for number in range(12):
+            changed_at_random(db, random, number)
+            if number % 3:
+                db.save()
+        db.save()
+        assert path.stat().st_ino == file
+        assert path.stat().st_size > mapped
+        with VectorDatabase.open(path, mode="mmap", threads=1) as view, VectorDatabase.open(path, threads=1) as read:
+            assert_same(read, view, random)
+            assert len(bytes(view)) > 0
+            view.save(other)  # and what is saved from the view has no journal
+            with VectorDatabase.open(other, threads=1) as again:
+                assert_same(read, again, random)
+
+
 def test_a_long_journal_is_folded(tmp_path: Path) -> None:
     path = tmp_path / "file.vdb"
     db = saved(path)

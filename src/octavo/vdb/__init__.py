@@ -140,16 +140,20 @@ class VectorDatabase(_vdb.Database):
         threads: int | None = None,
         *,
         progress: Callable[[int, int], object] | None = None,
+        resident: int | None = None,
     ) -> Self:
         """Open a saved database, of this version or the first.
 
         mode "read": into memory, every checksum verified. mode "mmap": a read-only view of the file, which opens at
-        once and is read as it is searched; its bounds are checked, its checksums only by `verify`. A file with changes
-        appended by `save()` is read into memory in either mode. threads: None for every core. progress: a function that
-        is called with (bytes read, bytes of the file) about twenty times a second; what it raises ends the call, as
-        Ctrl-C does. Raises DatabaseFileError if the file is missing or damaged.
+        once and is read as it is searched; its bounds are checked, its checksums only by `verify`. Changes that
+        `save()` has appended are read and checked in either mode. threads: None for every core. progress: a function
+        that is called with (bytes read, bytes of the file) about twenty times a second; what it raises ends the call,
+        as Ctrl-C does. resident: for a mapped file, see `limit_resident`.
+        Raises DatabaseFileError if the file is missing or damaged, ConfigError.
         """
         db = super().open(path, mode, threads, progress=progress)
+        if resident is not None:
+            db.limit_resident(resident)
         db._file = os.path.abspath(os.fsdecode(path))
         return db
 
@@ -222,8 +226,9 @@ class VectorDatabase(_vdb.Database):
     def vectors(self) -> "memoryview[float]":
         """Vectors of all indices [info().slots, D], float32, read-only; where there is no row it may be anything.
 
-        Of a mapped file that keeps f32 this is the file itself, without a copy, which stays open until the view is
-        gone; otherwise a copy, rounded as stored. `numpy.asarray(db.vectors())[db.indices()]` are those of the rows.
+        Of a mapped file that keeps f32, unless rows have been appended to it, this is the file itself, without a copy,
+        which stays open until the view is gone; otherwise a copy, rounded as stored.
+        `numpy.asarray(db.vectors())[db.indices()]` are those of the rows.
         """
         try:
             return cast("memoryview[float]", memoryview(self))

@@ -908,6 +908,53 @@ static PyObject *database_reserve(Database *self, PyObject *const *args, Py_ssiz
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(keep_on_disk_doc, "keep_on_disk($self, folder, /)\n--\n\n"
+"Keep the vectors of this database, which must be new, in a file without a name in `folder` instead of in memory.\n\n"
+"Codes, norms and links stay in memory: with storage \"f32+i8\" searches and builds read few vectors, so a database may\n"
+"be several times larger than memory. `save` makes a file of it as always. After a fork only one process may change it.\n"
+"Raises ConfigError, DatabaseFileError.");
+
+static PyObject *database_keep_on_disk(Database *self, PyObject *folder) {
+    PyObject *name;
+    if (!PyUnicode_FSConverter(folder, &name)) return NULL;
+    vdb_database *db = enter(self);
+    if (!db) return Py_DECREF(name), NULL;
+    errno = 0;
+    vdb_error error = vdb_keep_on_disk(db, PyBytes_AsString(name));
+    int number = errno;
+    leave(self);
+    Py_DECREF(name);
+    if (error == VDB_ERROR_INVALID_ARGUMENT)
+        return raise_error(self->state, CONFIG_ERROR, "keep_on_disk comes before the first row, and once");
+    if (error == VDB_ERROR_IO) return raise_file(self->state, "keep vectors in", folder, error, number, "");
+    if (error) return raise_failure(self->state, error, "keep vectors on disk");
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(limit_resident_doc, "limit_resident($self, bytes=None, /)\n--\n\n"
+"Let about so many bytes of what lies on disk stay in memory as this process's: vectors after `keep_on_disk`, or all of\n"
+"a file opened with mode \"mmap\"; None for as many as the system likes. Of a mapped file with codes these stay if they\n"
+"fit; with less room every search reads them again. What is read through `vectors()` counts for nothing.\n"
+"Raises ConfigError.");
+
+static PyObject *database_limit_resident(Database *self, PyObject *const *args, Py_ssize_t count) {
+    long long bytes = 0;
+    if (count > 1) return PyErr_SetString(PyExc_TypeError, "limit_resident takes one argument"), NULL;
+    if (count && args[0] != Py_None && !read_integer(self->state, args[0], "bytes", 1, LLONG_MAX, &bytes)) return NULL;
+    vdb_database *db = enter(self);
+    if (!db) return NULL;
+    vdb_error error;
+    Py_BEGIN_ALLOW_THREADS
+    error = vdb_set_resident(db, (size_t)bytes);
+    Py_END_ALLOW_THREADS
+    leave(self);
+    if (error == VDB_ERROR_INVALID_ARGUMENT)
+        return raise_error(self->state, CONFIG_ERROR,
+                           "nothing of this database lies on disk: open a file with mode=\"mmap\", or call keep_on_disk");
+    if (error) return raise_failure(self->state, error, "limit resident bytes");
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(set_threads_doc, "set_threads($self, /, threads=None)\n--\n\n"
 "Let at most this many threads work on one call; None for every core.");
 
@@ -1137,7 +1184,8 @@ static int database_getbuffer(Database *self, Py_buffer *view, int flags) {
     view->obj = NULL;
     vdb_database *db = enter(self);
     if (!db) return -1;
-    if (!db->mapping.base || !db->slots || vdb_element_of(db->options.storage) != VDB_F32 || flags & PyBUF_WRITABLE) {
+    if (!db->mapping.base || !db->slots || vdb_element_of(db->options.storage) != VDB_F32 ||
+        db->slots != db->mapping.slots || flags & PyBUF_WRITABLE) { /* rows that a journal adds lie elsewhere */
         leave(self);
         PyErr_SetString(PyExc_BufferError, "only a mapped file of float32 vectors lends them; see vectors()");
         return -1;
@@ -1195,6 +1243,8 @@ static PyMethodDef database_methods[] = {
     {"compact", FAST(database_compact), METH_NOARGS, compact_doc},
     {"reserve", FAST(database_reserve), FAST_NAMED, reserve_doc},
     {"set_threads", FAST(database_set_threads), FAST_NAMED, set_threads_doc},
+    {"keep_on_disk", FAST(database_keep_on_disk), METH_O, keep_on_disk_doc},
+    {"limit_resident", FAST(database_limit_resident), METH_FASTCALL, limit_resident_doc},
     {"count", FAST(database_count), METH_NOARGS, "count($self, /)\n--\n\nHow many rows there are."},
     {"save", FAST(database_save), FAST_NAMED, save_doc},
     {"_save_changes", FAST(database_save_changes), METH_O, save_changes_doc},

@@ -5,8 +5,8 @@
  * OVERVIEW
  *
  * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata: bytes, or
- * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows: exactly, by reading every row, or through an
- * HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
+ * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows:
+ * exactly, by reading every row, or through an HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
  * -DVDB_MULTITHREADED, pthreads. POSIX systems. For Windows (x86-64, clang or mingw) it compiles; it has not been run
  * there, so nothing of it is tested:
  *
@@ -39,7 +39,7 @@
  *   6 Rows             blocks of vectors, codes and norms; ids and metadata; columns of values, conditions on them
  *   7 Exact search     bounds, shortlists, exact distances
  *   8 HNSW             graph search, parallel insertion, removal
- *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format
+ *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format, the journal
  *  10 Functions        the declared ones, each a short use of the above
  *
  * DISTANCES, ascending: cosine 1 - cos(q, x), where a zero vector is at distance 1 from everything; Euclidean with the
@@ -59,12 +59,42 @@
  * no part of the file; vdb_compact and vdb_remove_vector, which
  * renumber rows, make them forgotten.
  *
+ * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was opened
+ * or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended is the
+ * file's journal: behind the file's end as its header says it (bytes 16 to 23), a batch for each save, each at a multiple
+ * of 64, little-endian, with CRC-32C checksums:
+ *
+ *     head, 64 bytes  0 u8[8] "VDBJ" 0d 0a 1a 0a   8 u64 its place in the file   16 u64 n, bytes from there to the end
+ *                     mark   24 u64 slots   32 u64 live rows   40 u64 free rows that stay as they were   48 u32 row where
+ *                     graph searches begin   52 u32 rows inserted since all were made reachable   56 u32 checksum of the
+ *                     end mark before, or of the header   60 u32 checksum of bytes 0 to 59
+ *     content         u32 e, number of entries; u32 f, number of rows that have become free; u32[f]; zeros to a multiple
+ *                     of 8; e entries; zeros to a multiple of 64
+ *     entry           u32 row; u32 flags (1: it is there, 2: it comes whole); if whole f32 norm, scale, residual, u32 bytes
+ *                     of id, u32 bytes of metadata (plus 2^31: values); HNSW: u32[1 + 2 links], u32 levels, for each level
+ *                     u32[1 + links]; if whole vector, codes, id, 0, metadata; zeros to a multiple of 8
+ *     end mark, 64    0 u8[8] "VDBE" 0d 0a 1a 0a   8 u64 place of the head   16 u64 n   24 u32 checksum of the n bytes
+ *                     28 zeros   60 u32 checksum of bytes 0 to 59
+ *
+ * A batch is synced before its end mark is written, and the end mark is synced before vdb_save_changes returns. So a
+ * process that is killed, or a machine that stops, leaves the file as it was or as it should be: a batch without an end
+ * mark is as if it were not there, and the next save cuts it off. Everything else that does not match is damage, and
+ * refused. The save takes a lock of the file (fcntl), and refuses with VDB_ERROR_CHANGED a file that another program has
+ * changed or is changing. A whole file is written in place of a batch where that is as good: once the journal is longer than
+ * an eighth of the file and 65,536 bytes, where rows have new numbers (vdb_compact, vdb_remove_vector), where a vector
+ * was lent (vdb_get_vector), where the file may not be written to, and on Windows. Readers before 2.0's journal refuse a
+ * file that has one; vdb_save writes one without.
+ *
+ * VDB_OPEN_MAP shows a file as its journal says it is. The journal is read, with its checksums; what it changes in rows of
+ * the file lies in private copies of their pages, what it adds in memory. So such a view takes memory for its journal,
+ * with a graph also 8.5 bytes a row or so for the upper levels, and never changes the file.
+ *
  * GUARANTEES
  *
  *   - Exact search returns the rows of smallest distance, ties by index. A distance is computed in double precision in
  *     one fixed order, differences too, and rounded once to float (too great ones to infinity, too small ones to 0);
- *     scans only decide, by rigorous bounds, which rows cannot be in the answer. So answers are the same, bit for bit, for every kernel, every number of threads, every batch size and
- *     for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
+ *     scans only decide, by rigorous bounds, which rows cannot be in the answer. So answers are the same, bit for bit,
+ *     for every kernel, every number of threads, every batch size and for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
  *   - HNSW answers do not depend on the number of threads, neither in building nor in searching; their distances are
  *     the exact ones. Fewer than k rows come back only if fewer than k are there to be found.
  *   - A vector with NaN or infinity is refused, as a row and as a query. Any finite float is allowed; none overflows.
@@ -353,7 +383,7 @@ VDB_API void vdb_free_answer(vdb_answer *answer);
 
 typedef enum {
   VDB_OPEN_READ = 0,  /* into memory, every checksum verified */
-  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums only by vdb_verify */
+  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums (but the journal's) only by vdb_verify */
 } vdb_open_mode;
 
 /* What may be at the path already. Against lost updates: who reads a file, changes the database and saves it again, asks
@@ -371,6 +401,16 @@ VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save
  * where that is as good: once the journal is longer than an eighth of the file, after vdb_compact, vdb_remove_vector and
  * vdb_get_vector (whoever has the pointer may write to the vector), where the file may not be written to, and on Windows. */
 VDB_API vdb_error vdb_save_changes(const vdb_database *db, const char *path);
+/* Keeps the vectors of a database that has none yet in a file without a name in `folder`, and codes, norms and links in
+ * memory: for more vectors than memory, with VDB_STORAGE_F32_I8, whose codes say which few vectors are read. vdb_save
+ * makes a file of it as always. VDB_ERROR_IO if there can be no such file, and later from vdb_add if the disk is full.
+ * After fork() parent and child have the same vectors: only one of them may change the database. Not on Windows. */
+VDB_API vdb_error vdb_keep_on_disk(vdb_database *db, const char *folder);
+/* About so many bytes of what lies on disk may stay in memory as this process's: vectors after vdb_keep_on_disk, or all of
+ * a mapped file (VDB_OPEN_MAP). 0: as many as the system likes. Of a mapped file with codes, these stay if the bound has room
+ * for them; under a lower bound every search reads them from the system's cache or the disk. What a caller reads through
+ * pointers counts for nothing. On Windows there is no such bound. VDB_ERROR_INVALID_ARGUMENT if nothing lies on disk. */
+VDB_API vdb_error vdb_set_resident(vdb_database *db, size_t bytes);
 /* `threads` as in vdb_options. */
 VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out);
 /* As vdb_open; while a file is read into memory `go_on` is asked on the caller's thread, after about every half megabyte,
@@ -458,6 +498,7 @@ VDB_SYSTEM(long, pread, (int, void *, size_t, long));
 VDB_SYSTEM(long, lseek, (int, long, int));
 VDB_SYSTEM(int, fsync, (int));
 VDB_SYSTEM(int, ftruncate, (int, long));
+VDB_SYSTEM(int, posix_fallocate, (int, long, long));
 VDB_SYSTEM(int, unlink, (const char *));
 VDB_SYSTEM(int, linkat, (int, const char *, int, const char *, int));
 VDB_SYSTEM(long, readlink, (const char *, char *, size_t));
@@ -501,6 +542,7 @@ static inline int vdb_sys_get_nprocs(void) {
 #define vdb_sys_lseek lseek
 #define vdb_sys_fsync fsync
 #define vdb_sys_ftruncate ftruncate
+#define vdb_sys_posix_fallocate posix_fallocate
 #define vdb_sys_unlink unlink
 #define vdb_sys_linkat linkat
 #define vdb_sys_readlink readlink
@@ -715,6 +757,8 @@ typedef struct {
   uint32_t (*crc32c)(uint32_t crc, const void *bytes, size_t size);
   /* Which of 64 ints are of this tag and from low to high. */
   uint64_t (*between)(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low, int64_t high);
+  /* How many bits two bitsets have in common. */
+  size_t (*count)(const uint64_t *a, const uint64_t *b, size_t words);
 } vdb_kernel_set;
 
 VDB_INLINE float vdb_rounding(size_t dimensions) { return ((float)dimensions + 16.0f) * 6.0e-8f; }
@@ -1172,6 +1216,12 @@ static inline uint64_t vdb_between_plain(const uint64_t *values, const uint8_t *
   return word;
 }
 
+static inline size_t vdb_count_plain(const uint64_t *a, const uint64_t *b, size_t words) {
+  size_t count = 0;
+  for (size_t i = 0; i < words; i++) count += (size_t)__builtin_popcountll(a[i] & b[i]);
+  return count;
+}
+
 static inline const vdb_kernel_set *vdb_plain_set(void) {
   static const vdb_kernel_set set = {
       "plain",
@@ -1187,6 +1237,7 @@ static inline const vdb_kernel_set *vdb_plain_set(void) {
       vdb_decode_plain,
       vdb_crc32c_plain,
       vdb_between_plain,
+      vdb_count_plain,
   };
   return &set;
 }
@@ -1197,6 +1248,12 @@ static inline const vdb_kernel_set *vdb_plain_set(void) {
 #pragma GCC diagnostic ignored "-Wuninitialized" /* g++ says it of gcc's own intrinsics */
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+
+VDB_TARGET("popcnt") static inline size_t vdb_count_instruction(const uint64_t *a, const uint64_t *b, size_t words) {
+  size_t count = 0;
+  for (size_t i = 0; i < words; i++) count += (size_t)__builtin_popcountll(a[i] & b[i]);
+  return count;
+}
 
 /* --- avx512 ---
  *
@@ -1597,6 +1654,7 @@ static inline const vdb_kernel_set *vdb_avx512_set(void) {
       vdb_decode_avx512,
       vdb_crc32c_instruction,
       vdb_between_avx512,
+      vdb_count_instruction,
   };
   return &set;
 }
@@ -1820,6 +1878,7 @@ static inline const vdb_kernel_set *vdb_amx_set(void) {
       vdb_decode_avx512,
       vdb_crc32c_instruction,
       vdb_between_avx512,
+      vdb_count_instruction,
   };
   return &set;
 }
@@ -2127,6 +2186,7 @@ static inline const vdb_kernel_set *vdb_avx2_set(void) {
       vdb_decode_avx2,
       vdb_crc32c_instruction,
       vdb_between_plain,
+      vdb_count_instruction,
   };
   return &set;
 }
@@ -2138,8 +2198,8 @@ enum { VDB_HAS_AVX2 = 1, VDB_HAS_AVX512 = 2, VDB_HAS_AMX = 4 };
 
 static inline unsigned vdb_features(void) {
   unsigned a, b, c, d, b7 = 0, c7 = 0, d7 = 0, saved, high, bf16 = 0, features = 0;
-  const unsigned fma = 1u << 12, sse42 = 1u << 20, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
-  const unsigned wanted = fma | sse42 | osxsave | avx | f16c;
+  const unsigned fma = 1u << 12, sse42 = 1u << 20, popcnt = 1u << 23, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+  const unsigned wanted = fma | sse42 | popcnt | osxsave | avx | f16c;
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & wanted) != wanted) return 0;
   if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return 0;
   if (a >= 1) {
@@ -2218,6 +2278,7 @@ static inline const vdb_kernel_set *vdb_neon_set(void) {
       vdb_crc32c_plain,
 #endif
       vdb_between_plain,
+      vdb_count_plain,
   };
   return &set;
 }
@@ -2554,6 +2615,9 @@ typedef struct {
   uint32_t *links;        /* HNSW: [block_rows][1 + 2 * options.links]: how many, then neighbours on the lowest level */
   void *memory;           /* the allocation that begins here, NULL if the block lies inside another's or in a file */
   size_t bytes;           /* of memory */
+  void *spilled;          /* the same of vectors that are kept on disk: what is mapped from here on */
+  size_t spilled_bytes;
+  size_t place;           /* of such vectors in their file */
 } vdb_block;
 
 /* Of the levels above the lowest: tower_of[i] is where row i's begin in `towers` (0: none): the number of levels, then
@@ -2595,14 +2659,35 @@ typedef struct {
 #define VDB_GONE 0xfffffffeu
 #define VDB_MAX_ROWS 0xfffffffeu
 
-/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. */
+/* An id that a mapped file's journal brought. */
+typedef struct {
+  uint64_t hash;
+  size_t row;
+} vdb_journal_id;
+
+/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. What its journal
+ * says of a row's record lies beside it; the rest of the journal is written over private copies of the file's pages. */
 typedef struct {
   unsigned char *base;
   size_t size;
+  size_t slots;              /* of the file without its journal */
+  unsigned char *arrays[6];  /* of these rows, in the order of vdb_block; NULL for those that there are not */
+  size_t row_bytes[6];
   const uint64_t *offsets;   /* [slots] 1 + place in `text`, 0 for none; NULL without records */
   const unsigned char *text;
   size_t text_size;
+  unsigned char ***records;  /* [pages] of [VDB_RECORD_PAGE]: the record, VDB_NO_RECORD, or NULL: as in the file. A page
+                                may be NULL: all of it is as in the file */
+  size_t pages;              /* 0 without a journal */
+  vdb_journal_id *ids;       /* [id_count] of these records, by hash */
+  size_t id_count;
+  uint64_t *own;             /* [slots / 64, rounded up] bits of rows that the journal has changed */
+  int own_towers;            /* the graph's towers are copies */
 } vdb_mapping;
+
+#define VDB_MAPPED_ARRAYS 6 /* arrays of a block */
+#define VDB_RECORD_PAGE 1024u
+#define VDB_NO_RECORD ((unsigned char *)(uintptr_t)1)
 
 /* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest; and
  * the same of its journal. */
@@ -2619,6 +2704,17 @@ typedef struct {
   int unknown;            /* not all changes are noted: a whole file must be written; set atomically */
   int lent;               /* the same, for ever: a vector was lent, and who has it may write to it; set atomically */
 } vdb_changes;
+
+#define VDB_FAULT_BYTES ((size_t)1 << 18) /* that one read of a mapped row may bring in: Linux maps what is around it, too */
+
+/* What lies on disk, and how much of it may be in memory. */
+typedef struct {
+  size_t limit, touched; /* bytes that may come in before all is given back, 0 for any; that may have come in: atomically */
+  int scans;             /* what scans and walks read counts, too */
+  int on_disk;           /* vectors are kept in `file` */
+  int has_file, file;    /* that, or the mapped file, open */
+  size_t size;           /* of the file that vectors are kept in */
+} vdb_paging;
 
 #define VDB_KEPT_FILTERS 8
 
@@ -2663,7 +2759,8 @@ struct vdb_database {
   vdb_records records;
   vdb_columns columns;
   vdb_mapping mapping;
-  int read_only;         /* a view of a file, mapped or, where that has a journal, read */
+  vdb_paging paging;
+  int read_only;         /* a view of a mapped file */
   vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
   vdb_changes changes;
   vdb_lock lock;
@@ -2711,12 +2808,17 @@ static inline int vdb_has_codes(vdb_storage storage) {
   return storage == VDB_STORAGE_I8 || storage == VDB_STORAGE_F32_I8;
 }
 
+/* Bytes of a block's vectors, and what scans may read behind them. */
+VDB_RARE size_t vdb_vectors_of_block(const vdb_database *db) {
+  return vdb_block_rows(db) * db->dimensions * vdb_element_size(db->options.storage) + VDB_ALIGNMENT;
+}
+
 VDB_RARE vdb_block_layout vdb_layout_of(const vdb_database *db) {
   size_t rows = vdb_block_rows(db), place = 0;
   vdb_block_layout layout;
   memset(&layout, 0, sizeof layout);
   layout.vectors = place;
-  place += vdb_round_up(rows * db->dimensions * vdb_element_size(db->options.storage) + VDB_ALIGNMENT, VDB_ALIGNMENT);
+  if (!db->paging.on_disk) place += vdb_round_up(vdb_vectors_of_block(db), VDB_ALIGNMENT);
   layout.codes = place;
   if (db->options.storage == VDB_STORAGE_F32_I8)
     place += vdb_round_up(rows * db->dimensions + VDB_ALIGNMENT, VDB_ALIGNMENT);
@@ -2733,8 +2835,8 @@ VDB_RARE vdb_block_layout vdb_layout_of(const vdb_database *db) {
 }
 
 VDB_RARE void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, unsigned char *base,
-                              vdb_block *block) {
-  block->vectors = base + layout->vectors;
+                              unsigned char *vectors, vdb_block *block) {
+  block->vectors = vectors ? vectors : base + layout->vectors;
   block->codes = db->options.storage == VDB_STORAGE_F32_I8 ? (int8_t *)(base + layout->codes)
                  : db->options.storage == VDB_STORAGE_I8   ? (int8_t *)block->vectors
                                                            : NULL;
@@ -2758,6 +2860,8 @@ static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row);
 static inline void vdb_graph_release(vdb_database *db);
 static inline size_t vdb_graph_bytes(const vdb_database *db);
 static inline void vdb_changes_make_room(vdb_database *db);
+static inline void *vdb_spill(vdb_paging *paging, size_t bytes);
+static inline void vdb_touch(const vdb_database *db, size_t bytes);
 
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
 VDB_RARE int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
@@ -2788,16 +2892,23 @@ VDB_RARE vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
     db->block_capacity = capacity;
   }
   vdb_block_layout layout = vdb_layout_of(db);
+  size_t apart = db->paging.on_disk ? vdb_round_up(vdb_vectors_of_block(db), 4096) : 0; /* whole pages */
   while (db->block_count < blocks) {
-    size_t count = vdb_max(1, vdb_min(blocks - db->block_count, VDB_SLAB_BYTES / layout.total));
+    size_t count = vdb_max(1, vdb_min(blocks - db->block_count, VDB_SLAB_BYTES / (layout.total + apart)));
     unsigned char *memory = (unsigned char *)vdb_aligned_alloc(count * layout.total);
     if (!memory) return VDB_ERROR_OUT_OF_MEMORY; /* the blocks made so far are kept for the next attempt */
+    size_t place = db->paging.size;
+    unsigned char *vectors = apart ? (unsigned char *)vdb_spill(&db->paging, count * apart) : NULL;
+    if (apart && !vectors) return vdb_aligned_free(memory), VDB_ERROR_IO;
     vdb_advise_huge(memory, count * layout.total);
     for (size_t i = 0; i < count; i++) {
       vdb_block *block = &db->blocks[db->block_count++];
       block->memory = i ? NULL : memory;
       block->bytes = i ? 0 : count * layout.total;
-      vdb_point_block(db, &layout, memory + i * layout.total, block);
+      block->spilled = i ? NULL : vectors;
+      block->spilled_bytes = i ? 0 : count * apart;
+      block->place = place + i * apart;
+      vdb_point_block(db, &layout, memory + i * layout.total, vectors ? vectors + i * apart : NULL, block);
       vdb_clear_after(db, (db->block_count << db->block_shift) - 1);
     }
   }
@@ -2860,6 +2971,7 @@ static inline void vdb_store_vector(vdb_database *db, size_t row, const float *v
   size_t place = vdb_row_in_block(db, row), dimensions = db->dimensions;
   unsigned char *out = block->vectors + place * dimensions * vdb_element_size(db->options.storage);
   uint16_t *halves = (uint16_t *)(void *)out;
+  vdb_touch(db, dimensions * vdb_element_size(db->options.storage));
   switch (db->options.storage) {
     case VDB_STORAGE_F32:
     case VDB_STORAGE_F32_I8: memcpy(out, vector, dimensions * sizeof(float)); break;
@@ -2874,6 +2986,7 @@ static inline void vdb_store_vector(vdb_database *db, size_t row, const float *v
 }
 
 static inline void vdb_decode_row(const vdb_database *db, size_t row, float *out) {
+  vdb_touch(db, VDB_FAULT_BYTES);
   float scale = db->options.storage == VDB_STORAGE_I8 ? vdb_scale_at(db, row) : 1.0f;
   vdb_active()->decode(vdb_element_of(db->options.storage), vdb_vector_at(db, row), scale, db->dimensions, out);
 }
@@ -2900,6 +3013,149 @@ static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded
     missed += difference * difference;
   }
   block->residuals[place] = block->norms[place] < 0.0f ? 0.0f : (float)(sqrt(missed) * 1.000001);
+}
+
+/* --- what lies on disk ---
+ *
+ * Vectors of a mapped file, and those of a database whose vectors are kept on disk (vdb_keep_on_disk), are pages that the
+ * system reads when they are needed and counts as this process's memory from then on. vdb_set_resident bounds how many: what
+ * may have come in is added up, and at the bound all of it is given back to the system, which still has it in its cache.
+ * Codes that are read by every search stay, if the bound has room for them, and the few vectors whose distances are then
+ * measured are read, not mapped.
+ */
+static inline void vdb_let_go(const vdb_database *db);
+
+/* Before `bytes` of what lies on disk are read. */
+VDB_INLINE void vdb_touch(const vdb_database *db, size_t bytes) {
+  vdb_paging *paging = &((vdb_database *)(uintptr_t)db)->paging;
+  if (paging->limit && __atomic_add_fetch(&paging->touched, bytes, __ATOMIC_RELAXED) > paging->limit) vdb_let_go(db);
+}
+
+#ifndef _WIN32
+/* Pages between two addresses, if there are enough of them to be worth a call. */
+VDB_RARE void vdb_give_back(unsigned char *begin, unsigned char *end) {
+  uintptr_t page = 4096, from = ((uintptr_t)begin + page - 1) & ~(page - 1), to = (uintptr_t)end & ~(page - 1);
+  if (from + 64 * page <= to) (void)vdb_sys_madvise((void *)from, to - from, 4); /* DONTNEED */
+}
+
+/* A mapped array, but for rows that the journal has written over: their pages are no longer the file's. */
+VDB_RARE void vdb_give_back_array(const vdb_mapping *mapping, unsigned char *array, size_t row_bytes) {
+  size_t words = (mapping->slots + 63) / 64, begin = 0;
+  for (size_t word = 0; array && word <= words; word++) {
+    if (word < words && !(mapping->own && mapping->own[word])) continue;
+    size_t end = vdb_min(64 * word, mapping->slots);
+    if (begin < end) vdb_give_back(array + begin * row_bytes, array + end * row_bytes);
+    begin = 64 * (word + 1);
+  }
+}
+
+/* Gives back what has come in. Whoever reads it at the moment reads it anew. */
+VDB_RARE void vdb_let_go(const vdb_database *db) {
+  vdb_paging *paging = &((vdb_database *)(uintptr_t)db)->paging;
+  const vdb_mapping *mapping = &db->mapping;
+  if (__atomic_exchange_n(&paging->touched, (size_t)0, __ATOMIC_RELAXED) <= paging->limit) return;
+  for (size_t i = 0; i < db->block_count; i++)
+    if (db->blocks[i].spilled) {
+      unsigned char *begin = (unsigned char *)db->blocks[i].spilled;
+      vdb_give_back(begin, begin + db->blocks[i].spilled_bytes);
+    }
+  for (size_t i = 0; mapping->base && i < VDB_MAPPED_ARRAYS; i++)
+    if (paging->scans || (i == 0 && db->options.storage == VDB_STORAGE_F32_I8))
+      vdb_give_back_array(mapping, mapping->arrays[i], mapping->row_bytes[i]);
+  if (!mapping->offsets) return;
+  vdb_give_back((unsigned char *)(uintptr_t)mapping->offsets, (unsigned char *)(uintptr_t)(mapping->offsets + mapping->slots));
+  vdb_give_back((unsigned char *)(uintptr_t)mapping->text, (unsigned char *)(uintptr_t)mapping->text + mapping->text_size);
+}
+
+/* `bytes` more of the file without a name, mapped; NULL with errno on failure. */
+VDB_RARE void *vdb_spill(vdb_paging *paging, size_t bytes) {
+#if defined(__linux__)
+  int failed = vdb_sys_posix_fallocate(paging->file, (long)paging->size, (long)bytes); /* a full disk is an error here */
+  if (failed) errno = failed;
+#else
+  int failed = vdb_sys_ftruncate(paging->file, (int64_t)(paging->size + bytes));
+#endif
+  if (failed) return NULL;
+  void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, paging->file, (int64_t)paging->size);
+  if (base == MAP_FAILED) return NULL;
+  paging->size += bytes;
+  return base;
+}
+
+/* Of the last block whose vectors begin a mapping. */
+VDB_RARE void vdb_unspill(vdb_paging *paging, vdb_block *block) {
+  if (!block->spilled) return;
+  (void)munmap(block->spilled, block->spilled_bytes);
+  paging->size -= block->spilled_bytes;
+  if (vdb_sys_ftruncate(paging->file, (long)paging->size)) paging->size += block->spilled_bytes; /* the place stays unused */
+}
+
+/* An open file without a name in a folder; -1 with errno on failure. */
+VDB_RARE int vdb_nameless_file(const char *folder) {
+  static unsigned counter;
+  size_t size = strlen(folder);
+  int file = -1;
+  char *name = (char *)VDB_MALLOC(size + 64);
+  if (!name) return errno = ENOMEM, -1;
+  memcpy(name, folder, size);
+  for (int attempt = 0; attempt < 100 && file < 0; attempt++) {
+    unsigned number = __atomic_fetch_add(&counter, 1u, __ATOMIC_RELAXED);
+    snprintf(name + size, 64, "/.vdb-vectors-%ld-%u", (long)vdb_sys_getpid(), number);
+    file = open(name, O_RDWR | O_CREAT | O_EXCL, 0600);
+    if (file < 0 && errno != EEXIST) break;
+  }
+  if (file >= 0) {
+    fcntl(file, F_SETFD, FD_CLOEXEC);
+    vdb_sys_unlink(name);
+  }
+  int number = errno;
+  VDB_FREE(name);
+  errno = number;
+  return file;
+}
+#else
+VDB_RARE void vdb_let_go(const vdb_database *db) { (void)db; }
+VDB_RARE void *vdb_spill(vdb_paging *paging, size_t bytes) { return (void)paging, (void)bytes, (void *)NULL; }
+VDB_RARE void vdb_unspill(vdb_paging *paging, vdb_block *block) { (void)paging, (void)block; }
+VDB_RARE int vdb_nameless_file(const char *folder) { return (void)folder, errno = EINVAL, -1; }
+#endif
+
+/* The vector of a row, read into `room` [dimensions] where it lies on disk and is seldom read: what is around it stays there. */
+VDB_RARE const float *vdb_fetch_vector(const vdb_database *db, size_t row, float *room) {
+  const vdb_block *block = vdb_block_of(db, row);
+  const unsigned char *vector = (const unsigned char *)vdb_vector_at(db, row), *base = db->mapping.base;
+  size_t bytes = db->dimensions * sizeof(float), done = 0, at = (size_t)(vector - block->vectors) + block->place;
+  int changed = db->mapping.own && row < db->mapping.slots && (db->mapping.own[row >> 6] >> (row & 63) & 1u);
+  int mapped = base && vector >= base && vector < base + db->mapping.size && !changed;
+  if (mapped) at = (size_t)(vector - base);
+  if (db->options.storage != VDB_STORAGE_F32_I8 || !(mapped || db->paging.on_disk)) {
+    vdb_touch(db, VDB_FAULT_BYTES);
+    return (const float *)(const void *)vector;
+  }
+  while (done < bytes) {
+    long got = vdb_sys_pread(db->paging.file, (unsigned char *)room + done, bytes - done, (long)(at + done));
+    if (got <= 0 && !(got < 0 && errno == EINTR)) return (const float *)(const void *)vector; /* as it would be without */
+    done += got > 0 ? (size_t)got : 0;
+  }
+  return room;
+}
+
+/* Bytes of what every search reads in a mapped file: it should stay. */
+VDB_RARE size_t vdb_always_read(const vdb_database *db) {
+  const vdb_mapping *mapping = &db->mapping;
+  size_t bytes = db->graph.towers_size * sizeof(uint32_t);
+  for (size_t i = 0; i < VDB_MAPPED_ARRAYS; i++)
+    if (mapping->arrays[i] && (i || db->options.storage != VDB_STORAGE_F32_I8)) bytes += mapping->slots * mapping->row_bytes[i];
+  return mapping->base ? bytes : 0;
+}
+
+/* `bytes` of what lies on disk may stay in memory; 0: as many as the system likes. */
+VDB_RARE void vdb_page_within(vdb_database *db, size_t bytes) {
+  vdb_paging *paging = &db->paging;
+  size_t always = vdb_always_read(db), least = 4 * VDB_FAULT_BYTES;
+  paging->scans = db->mapping.base ? always + least > bytes : db->options.storage != VDB_STORAGE_F32_I8;
+  paging->limit = !bytes ? 0 : db->mapping.base && !paging->scans ? bytes - always : vdb_max(bytes, least);
+  paging->touched = paging->limit; /* what came in before counts too: the next read gives it back */
 }
 
 /* --- what has changed since the file was read or written --- */
@@ -3077,11 +3333,21 @@ static inline size_t vdb_record_bytes(size_t id_size, size_t metadata_size) {
   return vdb_round_up(2 * sizeof(uint32_t) + id_size + 1 + metadata_size, 8);
 }
 
+/* What the journal of a mapped file says of a row's record: NULL for nothing, VDB_NO_RECORD for none. */
+static inline unsigned char *vdb_journal_record_of(const vdb_mapping *mapping, size_t row) {
+  unsigned char **page = row / VDB_RECORD_PAGE < mapping->pages ? mapping->records[row / VDB_RECORD_PAGE] : NULL;
+  return page ? page[row % VDB_RECORD_PAGE] : NULL;
+}
+
 /* The record of a row, or NULL. In a mapped file nothing is believed before it is checked. */
 static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t row) {
   if (!db->mapping.base) return db->records.records ? db->records.records[row] : NULL;
   const vdb_mapping *mapping = &db->mapping;
-  if (!mapping->offsets || !mapping->offsets[row]) return NULL;
+  const unsigned char *newer = vdb_journal_record_of(mapping, row);
+  if (newer) return newer == VDB_NO_RECORD ? NULL : newer;
+  if (!mapping->offsets || row >= mapping->slots) return NULL;
+  vdb_touch(db, VDB_FAULT_BYTES);
+  if (!mapping->offsets[row]) return NULL;
   uint64_t place = mapping->offsets[row] - 1;
   uint32_t sizes[2];
   if (place % 8 || place > mapping->text_size || mapping->text_size - place < sizeof sizes + 1) return NULL;
@@ -3222,15 +3488,37 @@ VDB_RARE void vdb_release_records(vdb_database *db) {
   VDB_FREE(records->borrowed);
 }
 
-static inline void vdb_table_enter(vdb_database *db, size_t row, uint64_t hash) {
-  size_t mask = db->records.table_size - 1, place = (size_t)hash & mask;
-  while (db->records.table[place] < VDB_GONE) place = (place + 1) & mask;
-  if (db->records.table[place] == VDB_NO_ROW) db->records.table_used++;
-  db->records.table[place] = (uint32_t)row;
+/* What the journal of a mapped file has in memory. */
+VDB_RARE void vdb_release_journal(vdb_database *db) {
+  vdb_mapping *mapping = &db->mapping;
+  for (size_t i = 0; i < mapping->pages; i++) {
+    unsigned char **page = mapping->records[i];
+    for (size_t j = 0; page && j < VDB_RECORD_PAGE; j++)
+      if (page[j] && page[j] != VDB_NO_RECORD) vdb_record_leave(page[j]);
+    VDB_FREE(page);
+  }
+  VDB_FREE(mapping->records);
+  VDB_FREE(mapping->ids);
+  VDB_FREE(mapping->own);
 }
 
-/* A table for the rows there are and `more` ids to come, less than half full and without gone places. */
-VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
+VDB_RARE size_t vdb_journal_bytes(const vdb_mapping *mapping) {
+  size_t bytes = mapping->pages * sizeof *mapping->records + mapping->id_count * sizeof *mapping->ids;
+  if (mapping->own) bytes += mapping->slots / 8;
+  for (size_t i = 0; i < mapping->pages; i++) bytes += mapping->records[i] ? VDB_RECORD_PAGE * sizeof(void *) : 0;
+  return bytes;
+}
+
+static inline void vdb_table_enter(vdb_records *records, size_t row, uint64_t hash) {
+  size_t mask = records->table_size - 1, place = (size_t)hash & mask;
+  while (records->table[place] < VDB_GONE) place = (place + 1) & mask;
+  if (records->table[place] == VDB_NO_ROW) records->table_used++;
+  records->table[place] = (uint32_t)row;
+}
+
+/* A table for the rows there are and `more` ids to come, less than half full and without gone places; `table` of `records`
+ * becomes it, and what was there is left alone. */
+VDB_RARE vdb_error vdb_make_table(const vdb_database *db, vdb_records *records, size_t more) {
   size_t ids = more, size = 16, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -3240,14 +3528,45 @@ VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
   uint32_t *table = (uint32_t *)VDB_MALLOC(size * sizeof(uint32_t));
   if (!table) return VDB_ERROR_OUT_OF_MEMORY;
   memset(table, 0xff, size * sizeof(uint32_t));
-  VDB_FREE(db->records.table);
-  db->records.table = table;
-  db->records.table_size = size;
-  db->records.table_used = 0;
+  records->table = table;
+  records->table_size = size;
+  records->table_used = 0;
   for (size_t row = 0; row < db->slots; row++)
     if (vdb_is_live(db, row) && vdb_record_at(db, row, &id, &id_size, &metadata, &metadata_size) && id)
-      vdb_table_enter(db, row, vdb_hash(id, id_size));
+      vdb_table_enter(records, row, vdb_hash(id, id_size));
   return VDB_OK;
+}
+
+VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
+  uint32_t *old = db->records.table;
+  vdb_error error = vdb_make_table(db, &db->records, more);
+  if (!error) VDB_FREE(old);
+  return error;
+}
+
+static inline int vdb_has_id(const vdb_database *db, size_t row, const char *id, size_t size) {
+  const char *own;
+  const unsigned char *metadata;
+  size_t own_size, metadata_size;
+  return vdb_is_live(db, row) && vdb_record_at(db, row, &own, &own_size, &metadata, &metadata_size) && own_size == size &&
+         memcmp(own, id, size) == 0;
+}
+
+/* The same of rows whose record the journal of a mapped file brought; `*place` starts at the size of the table. */
+VDB_RARE uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash, size_t *place) {
+  const vdb_mapping *mapping = &db->mapping;
+  size_t low = 0, high = mapping->id_count;
+  while (low < high) {
+    size_t middle = (low + high) / 2;
+    if (mapping->ids[middle].hash < hash) low = middle + 1;
+    else high = middle;
+  }
+  for (;;) {
+    size_t next = low + (*place - db->records.table_size);
+    if (next >= mapping->id_count || mapping->ids[next].hash != hash) return VDB_NO_ROW;
+    ++*place;
+    if (vdb_has_id(db, mapping->ids[next].row, id, size)) return (uint32_t)mapping->ids[next].row;
+  }
 }
 
 /* Rows with this id, one a call, in table order; `*place` starts at 0. VDB_NO_ROW when there are no more. Rows of equal
@@ -3255,25 +3574,19 @@ VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
 static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
                                       size_t *place) {
   const vdb_records *records = &db->records;
-  if (!records->table_size || !size) return VDB_NO_ROW;
+  if (!size) return VDB_NO_ROW;
   size_t mask = records->table_size - 1, start = (size_t)hash;
   while (*place < records->table_size) {
     uint32_t row = records->table[(start + (*place)++) & mask];
-    const char *other;
-    const unsigned char *metadata;
-    size_t other_size, metadata_size;
-    if (row == VDB_NO_ROW) break;
-    if (row == VDB_GONE || row >= db->slots || !vdb_is_live(db, row)) continue;
-    if (vdb_record_at(db, row, &other, &other_size, &metadata, &metadata_size) && other_size == size &&
-        memcmp(other, id, size) == 0)
+    if (row == VDB_NO_ROW) *place = records->table_size;
+    else if (row < VDB_GONE && row < db->slots && !vdb_journal_record_of(&db->mapping, row) && vdb_has_id(db, row, id, size))
       return row;
   }
-  *place = records->table_size;
-  return VDB_NO_ROW;
+  return db->mapping.id_count ? vdb_journal_seek(db, id, size, hash, place) : VDB_NO_ROW;
 }
 
 static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
-  return vdb_table_seek(db, id, size, db->records.table_size ? vdb_hash(id, size) : 0, place);
+  return vdb_table_seek(db, id, size, db->records.table_size || db->mapping.id_count ? vdb_hash(id, size) : 0, place);
 }
 
 static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
@@ -3294,15 +3607,18 @@ static inline size_t vdb_metadata_size(const vdb_record *record) {
   return record->value_count ? vdb_values_size(record->values, record->value_count) : record->metadata_size;
 }
 
+/* Room for every row's record. */
+static inline int vdb_records_room(vdb_database *db) {
+  return db->records.records || vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *));
+}
+
 /* Makes the record of a row, which has none yet. */
 static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
                                         const vdb_record *given) {
   size_t metadata_size = vdb_metadata_size(given);
   uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size | (given->value_count ? VDB_VALUES_BIT : 0)};
   if (!id_size && !metadata_size) return VDB_OK;
-  if (!db->records.records &&
-      !vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *)))
-    return VDB_ERROR_OUT_OF_MEMORY;
+  if (!vdb_records_room(db)) return VDB_ERROR_OUT_OF_MEMORY;
   unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
   if (!record) return VDB_ERROR_OUT_OF_MEMORY;
   memcpy(record, sizes, sizeof sizes);
@@ -3320,7 +3636,7 @@ static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char
 static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const vdb_record *given, size_t id_size,
                                        uint64_t hash) {
   vdb_error error = vdb_make_record(db, row, given->id, id_size, given);
-  if (!error && id_size) vdb_table_enter(db, row, hash);
+  if (!error && id_size) vdb_table_enter(&db->records, row, hash);
   return error;
 }
 
@@ -3659,15 +3975,23 @@ VDB_RARE unsigned vdb_block_shift_for(size_t dimensions, vdb_storage storage) {
   return shift;
 }
 
+VDB_RARE void vdb_drop_last_block(vdb_database *db) {
+  vdb_block *block = &db->blocks[--db->block_count];
+  vdb_aligned_free(block->memory);
+  vdb_unspill(&db->paging, block);
+}
+
 static inline void vdb_unmap_file(void *base, size_t size);
 
 VDB_RARE void vdb_release(vdb_database *db) {
   if (!db) return;
-  for (size_t i = 0; i < db->block_count; i++) vdb_aligned_free(db->blocks[i].memory);
+  while (db->block_count) vdb_drop_last_block(db);
+  if (db->paging.has_file) vdb_sys_close(db->paging.file);
   vdb_graph_release(db);
   if (db->mapping.base) vdb_unmap_file(db->mapping.base, db->mapping.size); /* the table lies in the file */
   else VDB_FREE(db->records.table);
   vdb_release_records(db);
+  vdb_release_journal(db);
   vdb_columns_release(&db->columns);
   vdb_columns_destroy(&db->columns);
   VDB_FREE(db->blocks);
@@ -4330,6 +4654,8 @@ static inline float vdb_exact_distance(const vdb_database *db, const vdb_questio
   if (vdb_element_of(db->options.storage) != VDB_F32) {
     vdb_decode_row(db, row, decoded);
     vector = decoded;
+  } else if (db->paging.limit) {
+    vector = vdb_fetch_vector(db, row, decoded);
   }
   vdb_active()->exact(question->values, vector, db->dimensions, db->metric == VDB_METRIC_EUCLIDEAN, sums);
   return vdb_finish_distance(db->metric, sums, question->square);
@@ -4371,6 +4697,7 @@ typedef struct {
   float highest;      /* keys count no more than this: below VDB_UNBOUNDED; where dot products leave float, and tie */
   float lowest;       /* keys below this count as -infinity: there dot products leave float, and tie, on the other side */
   float *decoded;
+  int few;            /* a bitset leaves few rows */
 } vdb_scan;
 
 static inline size_t vdb_shortlist_room(size_t k) { return 2 * k + 256; }
@@ -4523,6 +4850,7 @@ static inline vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question 
   scan.highest = 2.0e38f;
   scan.lowest = -INFINITY;
   scan.decoded = decoded;
+  scan.few = 0;
   if (form == VDB_FORM_SQUARES) scan.gamma = relative + VDB_SLACK;
   if (form == VDB_FORM_EXPANDED) scan.constant = (float)(question->square * VDB_SLACK) + 8.0f * VDB_LEAST;
   if (form == VDB_FORM_DOT) {
@@ -4545,14 +4873,11 @@ VDB_INLINE void vdb_pick(const float *from, size_t first, const uint8_t *picked,
   for (; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
 }
 
-/* The terms of rows, given as to vdb_pick. Loops go over a whole tile, so that compilers make vectors of them: with
- * codes a scan reads a row in 15 ns, and this is part of it. */
-static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
-                             size_t count, vdb_row_terms *out) {
-  float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS], lowest = 0.0f;
-  vdb_pick(block->norms, first, picked, count, 1.0f, norms);
-  vdb_pick(block->scales, first, picked, count, 1.0f, scales);
-  vdb_pick(block->residuals, first, picked, count, 0.0f, residuals);
+/* The terms of rows from their norms, scales and residuals, a whole tile of them. Loops go over all, so that compilers make
+ * vectors of them: with codes a scan reads a row in 15 ns, and this is part of it. */
+VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const float *scales, const float *residuals,
+                               size_t count, vdb_row_terms *out) {
+  float lowest = 0.0f;
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
     out->alpha[i] = scales[i], out->beta[i] = 0.0f, out->rho[i] = norms[i], out->residual[i] = residuals[i];
     lowest = norms[i] < lowest ? norms[i] : lowest;
@@ -4577,6 +4902,29 @@ static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_
   }
 }
 
+/* The terms of rows, given as to vdb_pick. */
+static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
+                             size_t count, vdb_row_terms *out) {
+  float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
+  vdb_pick(block->norms, first, picked, count, 1.0f, norms);
+  vdb_pick(block->scales, first, picked, count, 1.0f, scales);
+  vdb_pick(block->residuals, first, picked, count, 0.0f, residuals);
+  vdb_terms_from(scan, norms, scales, residuals, count, out);
+}
+
+/* The terms of rows that lie anywhere. */
+static inline void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
+  float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
+  for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
+    const vdb_block *block = vdb_block_of(scan->db, rows[vdb_min(i, count - 1)]);
+    size_t place = vdb_row_in_block(scan->db, rows[vdb_min(i, count - 1)]);
+    norms[i] = block->norms[place];
+    scales[i] = block->scales ? block->scales[place] : 1.0f;
+    residuals[i] = block->residuals ? block->residuals[place] : 0.0f;
+  }
+  vdb_terms_from(scan, norms, scales, residuals, count, out);
+}
+
 /* The lower bound that belongs to an upper one. */
 static inline float vdb_lower_of(const vdb_scan *scan, const vdb_row_terms *terms, size_t i, float upper, float score) {
   if (upper >= VDB_UNBOUNDED) return -INFINITY;
@@ -4586,6 +4934,20 @@ static inline float vdb_lower_of(const vdb_scan *scan, const vdb_row_terms *term
   float lower = upper - 2.0f * error * (1.0f + VDB_SLACK) - 2.0f * scan->constant - VDB_SLACK * fabsf(upper);
   if (lower < scan->lowest) return -INFINITY;
   return lower < scan->highest ? lower : scan->highest;
+}
+
+/* --- which rows may be answered --- */
+
+/* Live rows that the bitset lets pass; or about so many as a condition does. */
+static inline size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
+  if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
+  if (!options->bitset) return db->count;
+  return vdb_active()->count(options->bitset, db->live, vdb_min((db->slots + 63) / 64, options->bitset_words));
+}
+
+/* Whether a bitset leaves so few rows that picking them beats scanning all. */
+static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
+  return options->bitset && vdb_count_passing(db, options) < db->slots / 8;
 }
 
 /* --- one query --- */
@@ -4613,50 +4975,110 @@ static inline float vdb_share_threshold(float *shared, float own) {
 /* Up to 32 rows that are scored side by side. */
 typedef struct {
   size_t count;
-  uint8_t picked[VDB_SCAN_ROWS]; /* offsets from the first row */
+  uint32_t rows[VDB_SCAN_ROWS];
   float scores[VDB_SCAN_ROWS], uppers[VDB_SCAN_ROWS];
   vdb_row_terms terms;
 } vdb_group;
 
-/* Scores the rows of `mask` from `row` on. 0 if none of them reaches the threshold. */
-VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
+/* The scores of a group, whose rows lie at `rows`. */
+static inline void vdb_score_rows(const vdb_scan *scan, const void *const *rows, vdb_group *group) {
   const vdb_database *db = scan->db;
   const vdb_question *question = scan->question;
   const vdb_kernel_set *kernels = vdb_active();
+  vdb_element element = vdb_scanned_element(db);
+  const float *values = question->probe.values;
+  if (element == VDB_I8) kernels->dots_i8(&question->probe, rows, group->count, db->dimensions, group->scores);
+  else if (scan->form == VDB_FORM_SQUARES)
+    kernels->squares[element](values, rows, group->count, db->dimensions, group->scores);
+  else kernels->dots[element](values, rows, group->count, db->dimensions, group->scores);
+}
+
+VDB_INLINE int vdb_group_passes(const vdb_scan *scan, float threshold, vdb_group *group) {
+  float gamma = scan->form == VDB_FORM_SQUARES ? 0.0f : scan->gamma;
+  return scan->question->wild || vdb_active()->gate(group->scores, &group->terms, group->count, gamma, scan->delta, threshold,
+                                                    group->uppers);
+}
+
+/* Scores the rows of `mask` from `row` on. 0 if none of them reaches the threshold. */
+VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
+  const vdb_database *db = scan->db;
   const vdb_block *block = vdb_block_of(db, row);
   size_t first = vdb_row_in_block(db, row), count = 0;
   size_t stride = vdb_scanned_bytes(db);
   const unsigned char *base = vdb_scanned_rows(db, block);
   const void *rows[VDB_SCAN_ROWS];
+  uint8_t picked[VDB_SCAN_ROWS]; /* offsets from the first row */
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
-    group->picked[count] = (uint8_t)__builtin_ctz(rest);
-    rows[count] = base + (first + group->picked[count]) * stride;
+    picked[count] = (uint8_t)__builtin_ctz(rest);
+    group->rows[count] = (uint32_t)row + picked[count];
+    rows[count] = base + (first + picked[count]) * stride;
     count++;
   }
   group->count = count;
-  vdb_element element = vdb_scanned_element(db);
-  const float *values = question->probe.values;
-  float *scores = group->scores;
-  if (element == VDB_I8) kernels->dots_i8(&question->probe, rows, count, db->dimensions, scores);
-  else if (scan->form == VDB_FORM_SQUARES) kernels->squares[element](values, rows, count, db->dimensions, scores);
-  else kernels->dots[element](values, rows, count, db->dimensions, scores);
-  vdb_terms(scan, block, first, count == VDB_SCAN_ROWS ? NULL : group->picked, count, &group->terms);
-  float gamma = scan->form == VDB_FORM_SQUARES ? 0.0f : scan->gamma;
-  return question->wild || kernels->gate(scores, &group->terms, count, gamma, scan->delta, threshold, group->uppers);
+  vdb_score_rows(scan, rows, group);
+  vdb_terms(scan, block, first, count == VDB_SCAN_ROWS ? NULL : picked, count, &group->terms);
+  return vdb_group_passes(scan, threshold, group);
 }
 
-/* Scores up to 32 rows from `row` on and adds those that may be in the answer to the list. */
-static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mask, vdb_shortlist *list) {
-  vdb_group group;
-  if (!vdb_score_group(scan, row, mask, list->threshold, &group)) return;
-  for (size_t i = 0; i < group.count; i++) {
-    uint32_t candidate = (uint32_t)(row + group.picked[i]);
-    float upper = scan->question->wild || !vdb_is_finite(group.uppers[i]) ? VDB_UNBOUNDED : group.uppers[i];
-    if (upper < list->threshold) continue;
-    if (scan->options->filter && !scan->options->filter(candidate, scan->options->filter_context)) continue;
-    float lower = vdb_lower_of(scan, &group.terms, i, upper, group.scores[i]);
-    vdb_shortlist_add(scan, list, upper, lower, candidate);
+/* The same of the group's rows, which may lie anywhere. */
+static inline int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
+  const vdb_database *db = scan->db;
+  const void *rows[VDB_SCAN_ROWS];
+  for (size_t i = 0; i < group->count; i++) {
+    size_t place = vdb_row_in_block(db, group->rows[i]);
+    rows[i] = vdb_scanned_rows(db, vdb_block_of(db, group->rows[i])) + place * vdb_scanned_bytes(db);
   }
+  vdb_score_rows(scan, rows, group);
+  vdb_terms_of_rows(scan, group->rows, group->count, &group->terms);
+  return vdb_group_passes(scan, threshold, group);
+}
+
+/* Adds the rows of a group that may be in the answer to the list. */
+static inline void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
+  for (size_t i = 0; i < group->count; i++) {
+    float upper = scan->question->wild || !vdb_is_finite(group->uppers[i]) ? VDB_UNBOUNDED : group->uppers[i];
+    if (upper < list->threshold) continue;
+    if (scan->options->filter && !scan->options->filter(group->rows[i], scan->options->filter_context)) continue;
+    float lower = vdb_lower_of(scan, &group->terms, i, upper, group->scores[i]);
+    vdb_shortlist_add(scan, list, upper, lower, group->rows[i]);
+  }
+}
+
+static inline void vdb_prefetch_scanned(const vdb_database *db, size_t row) {
+  const vdb_block *block = vdb_block_of(db, row);
+  size_t place = vdb_row_in_block(db, row), bytes = vdb_scanned_bytes(db);
+  const unsigned char *start = vdb_scanned_rows(db, block) + place * bytes;
+  for (size_t at = 0; at < vdb_min(bytes, 1024); at += 64) __builtin_prefetch(start + at);
+  __builtin_prefetch(&block->norms[place]);
+  if (block->scales) __builtin_prefetch(&block->scales[place]);
+  if (block->residuals) __builtin_prefetch(&block->residuals[place]);
+}
+
+/* Where a bitset leaves few rows: they are gathered, so that as many are scored side by side as where all pass, and the
+ * memory has the next ones on their way meanwhile. */
+static inline void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+  const vdb_database *db = scan->db;
+  vdb_group groups[2];
+  unsigned now = 0;
+  groups[0].count = groups[1].count = 0;
+  for (size_t word = begin >> 6; word << 6 < end && word < scan->options->bitset_words; word++) {
+    uint64_t bits = db->live[word] & scan->options->bitset[word];
+    if (word << 6 < begin) bits &= ~(uint64_t)0 << (begin & 63);
+    if (end - (word << 6) < 64) bits &= ((uint64_t)1 << (end & 63)) - 1;
+    for (; bits; bits &= bits - 1) {
+      vdb_group *group = &groups[now];
+      uint32_t row = (uint32_t)((word << 6) + (size_t)__builtin_ctzll(bits));
+      group->rows[group->count++] = row;
+      vdb_prefetch_scanned(db, row);
+      if (group->count < VDB_SCAN_ROWS) continue;
+      group = &groups[now ^= 1]; /* the one before it, whose rows are there by now */
+      list->threshold = vdb_share_threshold(shared, list->threshold);
+      if (group->count && vdb_score_gathered(scan, list->threshold, group)) vdb_keep_group(scan, group, list);
+      group->count = 0;
+    }
+  }
+  for (int i = 0; i < 2; i++)
+    if (groups[i].count && vdb_score_gathered(scan, list->threshold, &groups[i])) vdb_keep_group(scan, &groups[i], list);
 }
 
 static inline void vdb_scan_task(void *context, size_t task) {
@@ -4666,12 +5088,18 @@ static inline void vdb_scan_task(void *context, size_t task) {
   scan.decoded += task * vdb_padded(db->dimensions);
   vdb_shortlist *list = &job->lists[task];
   size_t row = task * job->rows_per_task, end = vdb_min(row + job->rows_per_task, db->slots);
+  if (scan.few) {
+    vdb_scan_few(&scan, row, end, &job->shared, list);
+    return;
+  }
   for (; row < end; row += VDB_SCAN_ROWS) {
+    vdb_group group;
     uint32_t mask = vdb_row_mask(db, scan.options, row);
     if (end - row < VDB_SCAN_ROWS) mask &= (1u << (end - row)) - 1u;
     if (!mask) continue;
     list->threshold = vdb_share_threshold(&job->shared, list->threshold);
-    vdb_scan_group(&scan, row, mask, list);
+    if (db->paging.scans) vdb_touch(db, VDB_SCAN_ROWS * vdb_scanned_bytes(db));
+    if (vdb_score_group(&scan, row, mask, list->threshold, &group)) vdb_keep_group(&scan, &group, list);
   }
 }
 
@@ -4723,6 +5151,7 @@ static inline vdb_error vdb_scan_one(const vdb_database *db, const vdb_question 
   vdb_form form = vdb_form_of(db, 0);
   vdb_scan scan = vdb_scan_make(db, question, options, form, vdb_rounding(db->dimensions), question->missing,
                                 (float *)(void *)(memory + lists_bytes + tasks * list_bytes));
+  scan.few = options->bitset && vdb_few_pass(db, options);
   vdb_scan_job job = {&scan, rows_per_task, lists, -INFINITY};
   vdb_parallel(db, tasks, vdb_scan_task, &job);
   for (size_t i = 1; i < tasks; i++) vdb_shortlist_merge(&scan, &lists[0], &lists[i]);
@@ -4805,6 +5234,7 @@ static inline void vdb_tile_task(void *context, size_t task) {
     uint32_t mask = vdb_row_mask(db, job->options, row);
     if (!mask) continue;
     const unsigned char *rows = vdb_scanned_rows(db, block) + first * vdb_scanned_bytes(db);
+    if (db->paging.scans) vdb_touch(db, VDB_TILE_ROWS * vdb_scanned_bytes(db));
     kernels->tile(element, &job->panel, rows, count, dimensions, space.scores, space.tile);
     vdb_terms(&job->scans[0], block, first, NULL, count, &terms);
     for (size_t q = 0; q < job->panel.queries; q++)
@@ -4917,7 +5347,7 @@ static inline void vdb_range_task(void *context, size_t task) {
     if (end - row < VDB_SCAN_ROWS) mask &= (1u << (end - row)) - 1u;
     if (!mask || !vdb_score_group(&scan, row, mask, threshold, &group)) continue;
     for (size_t i = 0; i < group.count; i++) {
-      uint32_t candidate = (uint32_t)(row + group.picked[i]);
+      uint32_t candidate = group.rows[i];
       if (!scan.question->wild && vdb_is_finite(group.uppers[i]) && group.uppers[i] < threshold) continue;
       if (scan.options->filter && !scan.options->filter(candidate, scan.options->filter_context)) continue;
       float distance = vdb_exact_distance(db, scan.question, candidate, scan.decoded);
@@ -5192,7 +5622,7 @@ VDB_RARE vdb_error vdb_graph_make_room(vdb_database *db, size_t rows) {
 
 VDB_RARE void vdb_graph_release(vdb_database *db) {
   vdb_workshop *workshop = db->graph.workshop;
-  if (!db->mapping.base) { /* otherwise they lie in the file */
+  if (!db->mapping.base || db->mapping.own_towers) { /* otherwise they lie in the file */
     VDB_FREE(db->graph.tower_of);
     VDB_FREE(db->graph.towers);
   }
@@ -5287,6 +5717,7 @@ static inline void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, con
   const vdb_kernel_set *kernels = vdb_active();
   vdb_element element = vdb_element_of(db->options.storage);
   vdb_metric metric = db->metric;
+  if (db->paging.scans || !aim->codes) vdb_touch(db, count * VDB_FAULT_BYTES);
   for (size_t i = 0; i < count; i++)
     walker->pointers[i] = aim->codes ? (const void *)vdb_codes_at(db, rows[i]) : vdb_vector_at(db, rows[i]);
   if (aim->codes)
@@ -5912,15 +6343,6 @@ VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, s
 /* --- search --- */
 #define VDB_WALK_COST 16u /* rows that a scan reads while a walk deals with one candidate */
 
-/* Live rows that the bitset lets pass; or about so many as a condition does. */
-static inline size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
-  if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
-  if (!options->bitset) return db->count;
-  size_t words = vdb_min((db->slots + 63) / 64, options->bitset_words), passing = 0;
-  for (size_t i = 0; i < words; i++) passing += (size_t)__builtin_popcountll(options->bitset[i] & db->live[i]);
-  return passing;
-}
-
 /* Exact distances of the first `most` of the pool that pass; the nearest k of them into `out`, sorted. Returns how many
  * of the pool pass, at most `most`. */
 static inline size_t vdb_rank(const vdb_database *db, const vdb_question *question, const vdb_query_options *options,
@@ -6273,11 +6695,19 @@ VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
   return -1;
 }
 
-/* A read-only view of an open file; NULL with errno on failure. */
-VDB_RARE void *vdb_map_file(int file, size_t size) {
-  void *base = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+/* A view of an open file, which may be written to, until vdb_protect_file, without changing the file: nobody reserves
+ * memory for all of it, as little of it will be written to. NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size, int writable) {
+#ifdef MAP_NORESERVE
+  int flags = MAP_PRIVATE | (writable ? MAP_NORESERVE : 0);
+#else
+  int flags = MAP_PRIVATE;
+#endif
+  void *base = mmap(NULL, size, writable ? PROT_READ | PROT_WRITE : PROT_READ, flags, file, 0);
   return base == MAP_FAILED ? NULL : base;
 }
+
+VDB_RARE void vdb_protect_file(void *base, size_t size) { (void)mprotect(base, size, PROT_READ); }
 
 static inline void vdb_unmap_file(void *base, size_t size) { (void)munmap(base, size); }
 #endif
@@ -6371,13 +6801,19 @@ VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
   return -1;
 }
 
-/* A read-only view of an open file; NULL with errno on failure. */
-VDB_RARE void *vdb_map_file(int file, size_t size) {
-  HANDLE mapping = CreateFileMappingA((HANDLE)_get_osfhandle(file), NULL, PAGE_READONLY, 0, 0, NULL);
-  void *base = mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, size) : NULL;
+/* A view of an open file, which may be written to without changing the file. NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size, int writable) {
+  DWORD pages = writable ? PAGE_WRITECOPY : PAGE_READONLY;
+  HANDLE mapping = CreateFileMappingA((HANDLE)_get_osfhandle(file), NULL, pages, 0, 0, NULL);
+  void *base = mapping ? MapViewOfFile(mapping, writable ? FILE_MAP_COPY : FILE_MAP_READ, 0, 0, size) : NULL;
   if (!base) errno = vdb_windows_errno();
   if (mapping) CloseHandle(mapping); /* the view keeps it */
   return base;
+}
+
+VDB_RARE void vdb_protect_file(void *base, size_t size) {
+  DWORD before;
+  (void)VirtualProtect(base, size, PAGE_READONLY, &before);
 }
 
 static inline void vdb_unmap_file(void *base, size_t size) {
@@ -6477,6 +6913,7 @@ VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int par
                              size_t row_bytes) {
   const vdb_block *from = &db->blocks[block];
   size_t rows = vdb_rows_of_block(db, block);
+  vdb_touch(db, part == VDB_VECTORS || db->mapping.base ? rows * row_bytes : 0);
   if (part != VDB_LINKS) {
     vdb_emit(writer, vdb_block_array(from, part), rows * row_bytes);
     return;
@@ -6542,12 +6979,23 @@ VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int p
 /* 0 for no records, 2 for records, 3 if some hold values: the versions of the format that know of them. */
 VDB_RARE int vdb_has_records(const vdb_database *db) {
   int found = 0;
-  if (!db->records.records && !db->mapping.offsets) return 0;
+  if (!db->records.records && !db->mapping.offsets && !db->mapping.pages) return 0;
   for (size_t row = 0; row < db->slots && found < 3; row++) {
     vdb_text text = vdb_text_of(db, row);
     if (text.bytes) found = text.bit ? 3 : 2;
   }
   return found;
+}
+
+/* The table of a mapped file knows nothing of its journal: a new one is made. */
+VDB_RARE void vdb_emit_table(vdb_writer *writer, const vdb_database *db) {
+  vdb_records made = db->records;
+  if (db->mapping.pages && vdb_make_table(db, &made, 0)) {
+    writer->failed = ENOMEM;
+    return;
+  }
+  if (made.table_used) vdb_emit(writer, made.table, made.table_size * sizeof *made.table);
+  if (db->mapping.pages) VDB_FREE(made.table);
 }
 
 VDB_RARE void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vdb_header *header, int part,
@@ -6563,7 +7011,7 @@ VDB_RARE void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vd
   } else if (part == VDB_TOWER_OF || part == VDB_TOWERS) {
     if (header->index == VDB_INDEX_HNSW) vdb_emit_towers(writer, db, part);
   } else if (has_records && part == VDB_TABLE) {
-    if (db->records.table_used) vdb_emit(writer, db->records.table, db->records.table_size * sizeof *db->records.table);
+    vdb_emit_table(writer, db);
   } else if (has_records) {
     vdb_emit_records(writer, db, part);
   }
@@ -7238,14 +7686,17 @@ VDB_RARE void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i
 }
 
 /* Only the bitset of live rows and the free ones are copied: they are small, and the number of rows gets checked. */
-VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, int journal, vdb_database *db) {
   size_t words = ((size_t)header->slots + 63) / 64, shift = db->block_shift;
   size_t free_bytes = (size_t)header->section[VDB_FREE_ROWS].size;
   size_t blocks = ((size_t)header->slots + ((size_t)1 << shift) - 1) >> shift;
-  void *base = vdb_map_file(reader->source.file, (size_t)reader->size);
+  void *base = vdb_map_file(reader->source.file, (size_t)header->file_size, journal);
   if (!base) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
+  db->paging.file = reader->source.file; /* vectors are read from it when few may be resident */
+  db->paging.has_file = 1;
   db->mapping.base = (unsigned char *)base;
-  db->mapping.size = (size_t)reader->size;
+  db->mapping.size = (size_t)header->file_size; /* what comes behind may be cut off, and is read */
+  db->mapping.slots = (size_t)header->slots;
   db->read_only = 1;
   if (!vdb_grow((void **)&db->blocks, 0, blocks + 1, sizeof(vdb_block)) ||
       !vdb_grow((void **)&db->live, 0, words + 1, sizeof(uint64_t)) ||
@@ -7256,9 +7707,13 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   db->count = (size_t)header->count;
   db->capacity = words * 64;
   for (size_t i = 0; i < blocks; i++) vdb_map_block(header, db, i);
+  for (int part = 0; part <= VDB_LINKS; part++) {
+    db->mapping.arrays[part] = (unsigned char *)vdb_mapped_part(header, db, part);
+    db->mapping.row_bytes[part] = vdb_part_row(header, part);
+  }
   memcpy(db->live, db->mapping.base + header->section[VDB_LIVE].offset, words * sizeof(uint64_t));
   memcpy(db->free_rows, db->mapping.base + header->section[VDB_FREE_ROWS].offset, free_bytes);
-  db->free_count = free_bytes / sizeof(uint32_t);
+  db->free_count = db->free_capacity = free_bytes / sizeof(uint32_t);
   db->graph.entry = header->entry;
   db->graph.top = header->top;
   if (header->unchecked) {
@@ -7274,7 +7729,10 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   db->mapping.offsets = (const uint64_t *)vdb_mapped_part(header, db, VDB_OFFSETS);
   db->mapping.text = (const unsigned char *)vdb_mapped_part(header, db, VDB_TEXT);
   db->mapping.text_size = (size_t)header->section[VDB_TEXT].size;
-  return vdb_check_live(reader, header, db);
+  if (!journal) return vdb_check_live(reader, header, db);
+  vdb_error error = vdb_read_journal(reader, header, db);
+  vdb_protect_file(base, db->mapping.size); /* nobody writes to the file's pages from here on */
+  return error;
 }
 
 /* --- the first format ---
@@ -7383,18 +7841,8 @@ VDB_RARE vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, uint3
   vdb_options options = vdb_header_options(&header, threads);
   error = vdb_allocate(header.dimensions, (vdb_metric)header.metric, &options, out);
   if (error) return vdb_fault(reader, error, "file", "no memory for its rows", 0);
-  if (mode == VDB_OPEN_MAP && header.file_size < reader->size) {
-    vdb_identity identity = {0, header.file_size, 0, header.crc};
-    identity.size = identity.base;
-    error = vdb_read_fault(reader, vdb_identify_journal(reader->source, reader->size, &identity), "journal", 0);
-    if (error) return error;
-    if (identity.size > identity.base) { /* a view cannot show what the journal says: it is read, and not to be changed */
-      error = vdb_read_second(reader, &header, *out);
-      (*out)->read_only = 1;
-      return error;
-    }
-  }
-  return mode == VDB_OPEN_MAP ? vdb_map_second(reader, &header, *out) : vdb_read_second(reader, &header, *out);
+  if (mode == VDB_OPEN_MAP) return vdb_map_second(reader, &header, header.file_size < reader->size, *out);
+  return vdb_read_second(reader, &header, *out);
 }
 
 VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t threads, vdb_watch *watch,
@@ -7415,7 +7863,7 @@ VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t 
   if (!error && !(*out)->read_only && (*out)->identity.base) vdb_changes_begin(*out);
   int number = errno;
   vdb_aligned_free(reader.buffer);
-  vdb_sys_close(reader.source.file);
+  if (!*out || !(*out)->paging.has_file) vdb_sys_close(reader.source.file);
   if (error) {
     vdb_release(*out);
     *out = NULL;
@@ -7528,6 +7976,123 @@ VDB_RARE int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity
   out->chain = ~out->chain;
   return 0;
 }
+/* --- the journal of a mapped file ---
+ *
+ * The file is mapped privately, so that what the journal says of its rows can be written over them: the system copies the
+ * pages that are written to, and no others. Rows that are new have blocks in memory, with what shared the last block with
+ * them; towers are copied, for new ones must lie behind them; records lie in pages of pointers beside the file's.
+ */
+
+/* What a row's record is now; VDB_NO_RECORD for none. 0 for want of memory. */
+VDB_RARE int vdb_put_journal_record(vdb_database *db, size_t row, unsigned char *record) {
+  unsigned char ***pages = db->mapping.records, **page = pages[row / VDB_RECORD_PAGE];
+  if (!page) {
+    if (!vdb_grow((void **)&page, 0, VDB_RECORD_PAGE, sizeof *page)) return 0;
+    pages[row / VDB_RECORD_PAGE] = page;
+  }
+  unsigned char *old = page[row % VDB_RECORD_PAGE];
+  if (old && old != VDB_NO_RECORD) {
+    db->records.bytes -= vdb_bytes_of_record(old) + 2 * sizeof(vdb_record_head);
+    vdb_record_leave(old);
+  }
+  page[row % VDB_RECORD_PAGE] = record;
+  return 1;
+}
+
+/* Before the first batch: room for what it may change. */
+VDB_RARE int vdb_journal_begins(vdb_database *db) {
+  vdb_mapping *mapping = &db->mapping;
+  vdb_graph *graph = &db->graph;
+  uint32_t *copies[2] = {NULL, NULL};
+  size_t pages = db->capacity / VDB_RECORD_PAGE + 1, towers = vdb_max(1, graph->towers_size), rows = db->capacity + 1;
+  if (!vdb_grow((void **)&mapping->records, 0, pages, sizeof *mapping->records)) return 0;
+  mapping->pages = pages;
+  if (!vdb_grow((void **)&mapping->own, 0, db->capacity / 64 + 1, sizeof(uint64_t))) return 0;
+  if (db->options.index != VDB_INDEX_HNSW) return 1;
+  if (!vdb_grow((void **)&copies[0], 0, rows, sizeof(uint32_t)) ||
+      !vdb_grow((void **)&copies[1], 0, towers, sizeof(uint32_t)) || !vdb_workshop_of(db)) {
+    VDB_FREE(copies[0]);
+    VDB_FREE(copies[1]);
+    return 0;
+  }
+  if (graph->tower_of) memcpy(copies[0], graph->tower_of, db->slots * sizeof(uint32_t));
+  if (graph->towers) memcpy(copies[1], graph->towers, graph->towers_size * sizeof(uint32_t));
+  graph->tower_of = copies[0];
+  graph->towers = copies[1];
+  graph->towers_size = graph->towers_capacity = towers;
+  mapping->own_towers = 1;
+  return 1;
+}
+
+/* The last block, if the file ends inside it, moves to memory. */
+VDB_RARE vdb_error vdb_leave_last_block(const vdb_header *header, vdb_database *db) {
+  size_t rows = vdb_row_in_block(db, db->slots);
+  if (!rows || db->slots != db->mapping.slots) return VDB_OK;
+  vdb_block last = db->blocks[--db->block_count];
+  vdb_error error = vdb_make_blocks(db, db->slots);
+  for (int part = 0; part <= VDB_LINKS && !error; part++) {
+    size_t size = vdb_part_row(header, part);
+    if (size) memcpy(vdb_block_array(&db->blocks[db->block_count - 1], part), vdb_block_array(&last, part), rows * size);
+  }
+  return error;
+}
+
+/* Room for indices below `slots` in a mapped database. */
+VDB_RARE vdb_error vdb_mapped_room(const vdb_header *header, vdb_database *db, size_t slots) {
+  vdb_mapping *mapping = &db->mapping;
+  if (!mapping->pages && !vdb_journal_begins(db)) return VDB_ERROR_OUT_OF_MEMORY;
+  if (slots <= db->slots) return VDB_OK;
+  if (slots > db->capacity) {
+    size_t old = db->capacity, capacity = vdb_round_up(vdb_max(slots, old + old / 2), 64);
+    size_t pages = capacity / VDB_RECORD_PAGE + 1;
+    if (!vdb_grow((void **)&mapping->records, mapping->pages, pages, sizeof *mapping->records)) return VDB_ERROR_OUT_OF_MEMORY;
+    mapping->pages = pages;
+    if (!vdb_grow((void **)&db->live, old / 64, capacity / 64, sizeof(uint64_t)) ||
+        (mapping->own_towers && !vdb_grow((void **)&db->graph.tower_of, old + 1, capacity + 1, sizeof(uint32_t))))
+      return VDB_ERROR_OUT_OF_MEMORY;
+    db->capacity = capacity;
+  }
+  vdb_error error = vdb_leave_last_block(header, db);
+  return error ? error : vdb_make_blocks(db, slots);
+}
+
+static inline int vdb_by_id_hash(const void *a, const void *b) {
+  const vdb_journal_id *x = (const vdb_journal_id *)a, *y = (const vdb_journal_id *)b;
+  return x->hash != y->hash ? (x->hash < y->hash ? -1 : 1) : x->row < y->row ? -1 : x->row > y->row;
+}
+
+/* The ids of records that the journal brought, into `out` if there is one. Returns how many. */
+VDB_RARE size_t vdb_list_journal_ids(const vdb_database *db, vdb_journal_id *out) {
+  size_t found = 0, id_size, metadata_size;
+  const char *id;
+  const unsigned char *metadata;
+  for (size_t row = 0; row < db->slots; row++) {
+    if (!db->mapping.records[row / VDB_RECORD_PAGE]) row |= VDB_RECORD_PAGE - 1;
+    else if (vdb_journal_record_of(&db->mapping, row) && vdb_is_live(db, row) &&
+             vdb_record_at(db, row, &id, &id_size, &metadata, &metadata_size) && id) {
+      if (out) out[found].row = row, out[found].hash = vdb_hash(id, id_size);
+      found++;
+    }
+  }
+  return found;
+}
+
+/* When all batches are read. */
+VDB_RARE vdb_error vdb_journal_ends(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+  vdb_mapping *mapping = &db->mapping;
+  mapping->id_count = vdb_list_journal_ids(db, NULL);
+  if (!vdb_grow((void **)&mapping->ids, 0, mapping->id_count + 1, sizeof *mapping->ids)) {
+    mapping->id_count = 0;
+    return vdb_fault(reader, VDB_ERROR_OUT_OF_MEMORY, "journal", "no memory for its ids", 0);
+  }
+  vdb_list_journal_ids(db, mapping->ids);
+  qsort(mapping->ids, mapping->id_count, sizeof *mapping->ids, vdb_by_id_hash);
+  if (db->slots > mapping->slots) vdb_clear_after(db, db->slots - 1);
+  if (header->index == VDB_INDEX_HNSW)
+    db->graph.top = db->graph.entry == VDB_NO_ROW ? 0 : vdb_levels_at(db, db->graph.entry);
+  return vdb_check_live(reader, header, db);
+}
+
 
 /* --- reading the journal --- */
 typedef struct {
@@ -7562,11 +8127,12 @@ VDB_RARE int vdb_cursor_round(vdb_cursor *cursor, size_t step) {
 VDB_RARE int vdb_journal_tower(vdb_database *db, size_t row, uint32_t levels) {
   vdb_graph *graph = &db->graph;
   size_t links = db->options.links, size = vdb_tower_size(levels, links), end = graph->towers_size + size;
-  uint32_t *tower = graph->tower_of[row] ? graph->towers + graph->tower_of[row] : NULL;
+  size_t place = graph->tower_of[row];
+  uint32_t *tower = place ? graph->towers + place : NULL;
   if (vdb_levels_at(db, row) == levels) return 1;
   vdb_leave_tower(db, row);
   if (!levels) return 1;
-  if (tower && tower[1] == levels) {
+  if (tower && place < graph->towers_size && size <= graph->towers_size - place && tower[1] == levels) {
     tower[0] = levels;
     return 1;
   }
@@ -7624,13 +8190,19 @@ VDB_RARE vdb_error vdb_journal_record(vdb_cursor *cursor, vdb_database *db, size
     return VDB_ERROR_CORRUPT;
   if (!id_size && !metadata_size) return VDB_OK;
   if (!vdb_is_live(db, row)) return VDB_ERROR_CORRUPT;
-  if (id_size && vdb_table_room(db, 1)) return VDB_ERROR_OUT_OF_MEMORY;
-  vdb_record given = {NULL, NULL, 0, NULL, 0};
-  given.metadata = bytes + id_size + 1;
-  given.metadata_size = metadata_size;
-  if (vdb_make_record(db, row, (const char *)bytes, id_size, &given)) return VDB_ERROR_OUT_OF_MEMORY;
-  memcpy(db->records.records[row] + sizeof(uint32_t), &numbers->metadata_size, sizeof(uint32_t)); /* whether it is values */
-  if (id_size) vdb_table_enter(db, row, vdb_hash((const char *)bytes, id_size));
+  if (!db->mapping.base && ((id_size && vdb_table_room(db, 1)) || !vdb_records_room(db))) return VDB_ERROR_OUT_OF_MEMORY;
+  unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
+  if (!record) return VDB_ERROR_OUT_OF_MEMORY;
+  memcpy(record, &numbers->id_size, sizeof(uint32_t));
+  memcpy(record + sizeof(uint32_t), &numbers->metadata_size, sizeof(uint32_t));
+  memcpy(record + 2 * sizeof(uint32_t), bytes, (size_t)id_size + 1 + metadata_size);
+  if (db->mapping.base) {
+    if (vdb_put_journal_record(db, row, record)) return VDB_OK;
+    vdb_record_leave(record);
+    return VDB_ERROR_OUT_OF_MEMORY;
+  }
+  db->records.records[row] = record;
+  if (id_size) vdb_table_enter(&db->records, row, vdb_hash((const char *)bytes, id_size));
   return VDB_OK;
 }
 
@@ -7648,7 +8220,10 @@ VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *heade
     return VDB_ERROR_CORRUPT;
   *next = row + 1;
   *fresh += row == *fresh;
-  if (whole || !live) vdb_drop_record(db, row);
+  if (whole || !live) {
+    if (!db->mapping.base) vdb_drop_record(db, row);
+    else if (!vdb_put_journal_record(db, row, VDB_NO_RECORD)) return VDB_ERROR_OUT_OF_MEMORY;
+  }
   if (live) db->live[row >> 6] |= (uint64_t)1 << (row & 63);
   else db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
   vdb_error error = VDB_OK;
@@ -7657,6 +8232,7 @@ VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *heade
     if (!bytes) return VDB_ERROR_CORRUPT;
     memcpy(&numbers, bytes, sizeof numbers);
   }
+  if (row < db->mapping.slots) db->mapping.own[row >> 6] |= (uint64_t)1 << (row & 63);
   if (header->index == VDB_INDEX_HNSW) error = vdb_journal_links(cursor, db, row);
   if (whole && !error) error = vdb_journal_vector(cursor, header, db, row, &numbers);
   if (whole && !error) error = vdb_journal_record(cursor, db, row, &numbers);
@@ -7676,9 +8252,10 @@ VDB_RARE vdb_error vdb_journal_apply(vdb_cursor *cursor, const vdb_header *heade
   if (graph ? batch->entry >= batch->slots && batch->entry != VDB_NO_ROW : batch->entry != VDB_NO_ROW)
     return VDB_ERROR_CORRUPT;
   if (batch->unchecked > (graph ? batch->slots : 0)) return VDB_ERROR_CORRUPT;
-  vdb_error error = vdb_make_room(db, (size_t)batch->slots);
+  size_t slots = (size_t)batch->slots;
+  vdb_error error = db->mapping.base ? vdb_mapped_room(header, db, slots) : vdb_make_room(db, slots);
   if (error) return error;
-  db->slots = (size_t)batch->slots;
+  db->slots = slots;
   for (size_t i = 0; i < entries && !error; i++) error = vdb_journal_entry(cursor, header, db, &next, &fresh);
   if (!error && (fresh != db->slots || !vdb_cursor_round(cursor, sizeof *batch) || cursor->place != cursor->size))
     error = VDB_ERROR_CORRUPT;
@@ -7752,7 +8329,9 @@ VDB_RARE vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header
     at += batch.size + sizeof end;
     previous = end.crc;
   }
-  return error || at == header->file_size ? error : vdb_journal_check(reader, header, db);
+  if (error) return error;
+  if (db->mapping.base) return at > header->file_size ? vdb_journal_ends(reader, header, db) : vdb_check_live(reader, header, db);
+  return at > header->file_size ? vdb_journal_check(reader, header, db) : VDB_OK;
 }
 
 /* --- writing the journal --- */
@@ -8051,16 +8630,16 @@ VDB_API size_t vdb_dimensions(const vdb_database *db) { return db ? db->dimensio
 VDB_RARE size_t vdb_bytes_held(const vdb_database *db) {
   size_t bytes = sizeof *db + sizeof(vdb_pool) + db->block_capacity * sizeof(vdb_block) + db->capacity / 8;
   size_t columns = vdb_columns_bytes(&((vdb_database *)(uintptr_t)db)->columns);
-  if (db->mapping.base) return db->mapping.size + columns;
-  bytes += columns;
+  if (db->mapping.base && !db->mapping.pages) return db->mapping.size + columns;
+  bytes += columns + db->mapping.size + vdb_journal_bytes(&db->mapping);
   bytes += db->free_capacity * sizeof(uint32_t);
-  for (size_t i = 0; i < db->block_count; i++) bytes += db->blocks[i].bytes;
-  bytes += db->records.table_size * sizeof(uint32_t);
+  for (size_t i = 0; i < db->block_count; i++) bytes += db->blocks[i].bytes + db->blocks[i].spilled_bytes;
+  if (!db->mapping.base) bytes += db->records.table_size * sizeof(uint32_t);
   if (db->records.records) bytes += db->capacity * sizeof(unsigned char *);
   if (db->records.borrowed) bytes += db->capacity * sizeof(void *);
   bytes += db->records.bytes;
   if (db->records.loaded) bytes += sizeof(vdb_loaded) + db->records.loaded->size;
-  return bytes + vdb_graph_bytes(db);
+  return bytes + (db->mapping.base && !db->mapping.own_towers ? 0 : vdb_graph_bytes(db));
 }
 
 VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
@@ -8076,9 +8655,34 @@ VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
   out->vector_bytes = db->count * db->dimensions *
                       (vdb_element_size(db->options.storage) + (db->options.storage == VDB_STORAGE_F32_I8));
   out->read_only = db->read_only;
-  out->has_ids = db->records.table_used != 0;
+  out->has_ids = db->records.table_used != 0 || db->mapping.id_count != 0;
   vdb_leave_read(vdb_lock_of(db));
   return VDB_OK;
+}
+
+VDB_API vdb_error vdb_keep_on_disk(vdb_database *db, const char *folder) {
+  if (!db || !folder) return VDB_ERROR_NULL_POINTER;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
+  vdb_enter_write(&db->lock);
+  vdb_error error = db->block_count || db->paging.on_disk ? VDB_ERROR_INVALID_ARGUMENT : VDB_OK;
+  int file = error ? -1 : vdb_nameless_file(folder);
+  if (file >= 0) {
+    db->paging.on_disk = db->paging.has_file = 1;
+    db->paging.file = file;
+  } else if (!error) {
+    error = VDB_ERROR_IO;
+  }
+  vdb_leave_write(&db->lock);
+  return error;
+}
+
+VDB_API vdb_error vdb_set_resident(vdb_database *db, size_t bytes) {
+  if (!db) return VDB_ERROR_NULL_POINTER;
+  vdb_enter_write(&db->lock);
+  vdb_error error = db->mapping.base || db->paging.on_disk ? VDB_OK : VDB_ERROR_INVALID_ARGUMENT;
+  if (!error) vdb_page_within(db, bytes);
+  vdb_leave_write(&db->lock);
+  return error;
 }
 
 VDB_API vdb_error vdb_set_threads(vdb_database *db, uint32_t threads) {
@@ -8559,7 +9163,7 @@ VDB_RARE void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   db->free_count = 0;
   vdb_columns_release(&db->columns); /* rows have new numbers */
   while (db->block_count > (next + vdb_block_rows(db) - 1) >> db->block_shift)
-    vdb_aligned_free(db->blocks[--db->block_count].memory);
+    vdb_drop_last_block(db);
   if (next) vdb_clear_after(db, next - 1);
   for (size_t i = 0; i < db->records.table_size; i++)
     if (db->records.table[i] < VDB_GONE) db->records.table[i] = new_of_old[db->records.table[i]];
@@ -8670,11 +9274,6 @@ static inline void vdb_panel_task(void *context, size_t panel) {
   size_t first = panel * VDB_TILE_QUERIES, count = vdb_min(job->count - first, VDB_TILE_QUERIES);
   vdb_query_failed(job, vdb_scan_panel(job->db, job->questions + first, count, job->options,
                                        job->out + first * job->options->k, job->counts + first));
-}
-
-/* Whether a bitset leaves so few rows that picking them beats scanning all. */
-static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
-  return options->bitset && vdb_count_passing(db, options) < db->slots / 8;
 }
 
 /* Questions that tiles have no bounds for are asked one by one. */

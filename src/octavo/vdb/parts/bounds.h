@@ -132,6 +132,8 @@ static inline float vdb_exact_distance(const vdb_database *db, const vdb_questio
   if (vdb_element_of(db->options.storage) != VDB_F32) {
     vdb_decode_row(db, row, decoded);
     vector = decoded;
+  } else if (db->paging.limit) {
+    vector = vdb_fetch_vector(db, row, decoded);
   }
   vdb_active()->exact(question->values, vector, db->dimensions, db->metric == VDB_METRIC_EUCLIDEAN, sums);
   return vdb_finish_distance(db->metric, sums, question->square);
@@ -173,6 +175,7 @@ typedef struct {
   float highest;      /* keys count no more than this: below VDB_UNBOUNDED; where dot products leave float, and tie */
   float lowest;       /* keys below this count as -infinity: there dot products leave float, and tie, on the other side */
   float *decoded;
+  int few;            /* a bitset leaves few rows */
 } vdb_scan;
 
 static inline size_t vdb_shortlist_room(size_t k) { return 2 * k + 256; }
@@ -325,6 +328,7 @@ static inline vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question 
   scan.highest = 2.0e38f;
   scan.lowest = -INFINITY;
   scan.decoded = decoded;
+  scan.few = 0;
   if (form == VDB_FORM_SQUARES) scan.gamma = relative + VDB_SLACK;
   if (form == VDB_FORM_EXPANDED) scan.constant = (float)(question->square * VDB_SLACK) + 8.0f * VDB_LEAST;
   if (form == VDB_FORM_DOT) {
@@ -347,14 +351,11 @@ VDB_INLINE void vdb_pick(const float *from, size_t first, const uint8_t *picked,
   for (; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
 }
 
-/* The terms of rows, given as to vdb_pick. Loops go over a whole tile, so that compilers make vectors of them: with
- * codes a scan reads a row in 15 ns, and this is part of it. */
-static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
-                             size_t count, vdb_row_terms *out) {
-  float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS], lowest = 0.0f;
-  vdb_pick(block->norms, first, picked, count, 1.0f, norms);
-  vdb_pick(block->scales, first, picked, count, 1.0f, scales);
-  vdb_pick(block->residuals, first, picked, count, 0.0f, residuals);
+/* The terms of rows from their norms, scales and residuals, a whole tile of them. Loops go over all, so that compilers make
+ * vectors of them: with codes a scan reads a row in 15 ns, and this is part of it. */
+VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const float *scales, const float *residuals,
+                               size_t count, vdb_row_terms *out) {
+  float lowest = 0.0f;
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
     out->alpha[i] = scales[i], out->beta[i] = 0.0f, out->rho[i] = norms[i], out->residual[i] = residuals[i];
     lowest = norms[i] < lowest ? norms[i] : lowest;
@@ -377,6 +378,29 @@ static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_
     out->alpha[i] = out->rho[i] = out->residual[i] = 0.0f;
     out->beta[i] = VDB_UNBOUNDED;
   }
+}
+
+/* The terms of rows, given as to vdb_pick. */
+static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
+                             size_t count, vdb_row_terms *out) {
+  float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
+  vdb_pick(block->norms, first, picked, count, 1.0f, norms);
+  vdb_pick(block->scales, first, picked, count, 1.0f, scales);
+  vdb_pick(block->residuals, first, picked, count, 0.0f, residuals);
+  vdb_terms_from(scan, norms, scales, residuals, count, out);
+}
+
+/* The terms of rows that lie anywhere. */
+static inline void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
+  float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
+  for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
+    const vdb_block *block = vdb_block_of(scan->db, rows[vdb_min(i, count - 1)]);
+    size_t place = vdb_row_in_block(scan->db, rows[vdb_min(i, count - 1)]);
+    norms[i] = block->norms[place];
+    scales[i] = block->scales ? block->scales[place] : 1.0f;
+    residuals[i] = block->residuals ? block->residuals[place] : 0.0f;
+  }
+  vdb_terms_from(scan, norms, scales, residuals, count, out);
 }
 
 /* The lower bound that belongs to an upper one. */

@@ -464,7 +464,7 @@ VDB_RARE void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   db->free_count = 0;
   vdb_columns_release(&db->columns); /* rows have new numbers */
   while (db->block_count > (next + vdb_block_rows(db) - 1) >> db->block_shift)
-    vdb_aligned_free(db->blocks[--db->block_count].memory);
+    vdb_drop_last_block(db);
   if (next) vdb_clear_after(db, next - 1);
   for (size_t i = 0; i < db->records.table_size; i++)
     if (db->records.table[i] < VDB_GONE) db->records.table[i] = new_of_old[db->records.table[i]];

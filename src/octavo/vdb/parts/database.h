@@ -14,15 +14,23 @@ VDB_RARE unsigned vdb_block_shift_for(size_t dimensions, vdb_storage storage) {
   return shift;
 }
 
+VDB_RARE void vdb_drop_last_block(vdb_database *db) {
+  vdb_block *block = &db->blocks[--db->block_count];
+  vdb_aligned_free(block->memory);
+  vdb_unspill(&db->paging, block);
+}
+
 static inline void vdb_unmap_file(void *base, size_t size);
 
 VDB_RARE void vdb_release(vdb_database *db) {
   if (!db) return;
-  for (size_t i = 0; i < db->block_count; i++) vdb_aligned_free(db->blocks[i].memory);
+  while (db->block_count) vdb_drop_last_block(db);
+  if (db->paging.has_file) vdb_sys_close(db->paging.file);
   vdb_graph_release(db);
   if (db->mapping.base) vdb_unmap_file(db->mapping.base, db->mapping.size); /* the table lies in the file */
   else VDB_FREE(db->records.table);
   vdb_release_records(db);
+  vdb_release_journal(db);
   vdb_columns_release(&db->columns);
   vdb_columns_destroy(&db->columns);
   VDB_FREE(db->blocks);

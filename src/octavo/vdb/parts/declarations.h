@@ -260,7 +260,7 @@ VDB_API void vdb_free_answer(vdb_answer *answer);
 
 typedef enum {
   VDB_OPEN_READ = 0,  /* into memory, every checksum verified */
-  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums only by vdb_verify */
+  VDB_OPEN_MAP = 1    /* a read-only view; bounds are checked, checksums (but the journal's) only by vdb_verify */
 } vdb_open_mode;
 
 /* What may be at the path already. Against lost updates: who reads a file, changes the database and saves it again, asks
@@ -278,6 +278,16 @@ VDB_API vdb_error vdb_save_as(const vdb_database *db, const char *path, vdb_save
  * where that is as good: once the journal is longer than an eighth of the file, after vdb_compact, vdb_remove_vector and
  * vdb_get_vector (whoever has the pointer may write to the vector), where the file may not be written to, and on Windows. */
 VDB_API vdb_error vdb_save_changes(const vdb_database *db, const char *path);
+/* Keeps the vectors of a database that has none yet in a file without a name in `folder`, and codes, norms and links in
+ * memory: for more vectors than memory, with VDB_STORAGE_F32_I8, whose codes say which few vectors are read. vdb_save
+ * makes a file of it as always. VDB_ERROR_IO if there can be no such file, and later from vdb_add if the disk is full.
+ * After fork() parent and child have the same vectors: only one of them may change the database. Not on Windows. */
+VDB_API vdb_error vdb_keep_on_disk(vdb_database *db, const char *folder);
+/* About so many bytes of what lies on disk may stay in memory as this process's: vectors after vdb_keep_on_disk, or all of
+ * a mapped file (VDB_OPEN_MAP). 0: as many as the system likes. Of a mapped file with codes, these stay if the bound has room
+ * for them; under a lower bound every search reads them from the system's cache or the disk. What a caller reads through
+ * pointers counts for nothing. On Windows there is no such bound. VDB_ERROR_INVALID_ARGUMENT if nothing lies on disk. */
+VDB_API vdb_error vdb_set_resident(vdb_database *db, size_t bytes);
 /* `threads` as in vdb_options. */
 VDB_API vdb_error vdb_open(const char *path, vdb_open_mode mode, uint32_t threads, vdb_database **out);
 /* As vdb_open; while a file is read into memory `go_on` is asked on the caller's thread, after about every half megabyte,

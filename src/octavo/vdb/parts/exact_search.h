@@ -1,3 +1,17 @@
+/* --- which rows may be answered --- */
+
+/* Live rows that the bitset lets pass; or about so many as a condition does. */
+static inline size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
+  if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
+  if (!options->bitset) return db->count;
+  return vdb_active()->count(options->bitset, db->live, vdb_min((db->slots + 63) / 64, options->bitset_words));
+}
+
+/* Whether a bitset leaves so few rows that picking them beats scanning all. */
+static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
+  return options->bitset && vdb_count_passing(db, options) < db->slots / 8;
+}
+
 /* --- one query --- */
 /* Which of the 32 rows from `row` on may be in the answer, but for the filter function. */
 static inline uint32_t vdb_row_mask(const vdb_database *db, const vdb_query_options *options, size_t row) {
@@ -23,50 +37,110 @@ static inline float vdb_share_threshold(float *shared, float own) {
 /* Up to 32 rows that are scored side by side. */
 typedef struct {
   size_t count;
-  uint8_t picked[VDB_SCAN_ROWS]; /* offsets from the first row */
+  uint32_t rows[VDB_SCAN_ROWS];
   float scores[VDB_SCAN_ROWS], uppers[VDB_SCAN_ROWS];
   vdb_row_terms terms;
 } vdb_group;
 
-/* Scores the rows of `mask` from `row` on. 0 if none of them reaches the threshold. */
-VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
+/* The scores of a group, whose rows lie at `rows`. */
+static inline void vdb_score_rows(const vdb_scan *scan, const void *const *rows, vdb_group *group) {
   const vdb_database *db = scan->db;
   const vdb_question *question = scan->question;
   const vdb_kernel_set *kernels = vdb_active();
+  vdb_element element = vdb_scanned_element(db);
+  const float *values = question->probe.values;
+  if (element == VDB_I8) kernels->dots_i8(&question->probe, rows, group->count, db->dimensions, group->scores);
+  else if (scan->form == VDB_FORM_SQUARES)
+    kernels->squares[element](values, rows, group->count, db->dimensions, group->scores);
+  else kernels->dots[element](values, rows, group->count, db->dimensions, group->scores);
+}
+
+VDB_INLINE int vdb_group_passes(const vdb_scan *scan, float threshold, vdb_group *group) {
+  float gamma = scan->form == VDB_FORM_SQUARES ? 0.0f : scan->gamma;
+  return scan->question->wild || vdb_active()->gate(group->scores, &group->terms, group->count, gamma, scan->delta, threshold,
+                                                    group->uppers);
+}
+
+/* Scores the rows of `mask` from `row` on. 0 if none of them reaches the threshold. */
+VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
+  const vdb_database *db = scan->db;
   const vdb_block *block = vdb_block_of(db, row);
   size_t first = vdb_row_in_block(db, row), count = 0;
   size_t stride = vdb_scanned_bytes(db);
   const unsigned char *base = vdb_scanned_rows(db, block);
   const void *rows[VDB_SCAN_ROWS];
+  uint8_t picked[VDB_SCAN_ROWS]; /* offsets from the first row */
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
-    group->picked[count] = (uint8_t)__builtin_ctz(rest);
-    rows[count] = base + (first + group->picked[count]) * stride;
+    picked[count] = (uint8_t)__builtin_ctz(rest);
+    group->rows[count] = (uint32_t)row + picked[count];
+    rows[count] = base + (first + picked[count]) * stride;
     count++;
   }
   group->count = count;
-  vdb_element element = vdb_scanned_element(db);
-  const float *values = question->probe.values;
-  float *scores = group->scores;
-  if (element == VDB_I8) kernels->dots_i8(&question->probe, rows, count, db->dimensions, scores);
-  else if (scan->form == VDB_FORM_SQUARES) kernels->squares[element](values, rows, count, db->dimensions, scores);
-  else kernels->dots[element](values, rows, count, db->dimensions, scores);
-  vdb_terms(scan, block, first, count == VDB_SCAN_ROWS ? NULL : group->picked, count, &group->terms);
-  float gamma = scan->form == VDB_FORM_SQUARES ? 0.0f : scan->gamma;
-  return question->wild || kernels->gate(scores, &group->terms, count, gamma, scan->delta, threshold, group->uppers);
+  vdb_score_rows(scan, rows, group);
+  vdb_terms(scan, block, first, count == VDB_SCAN_ROWS ? NULL : picked, count, &group->terms);
+  return vdb_group_passes(scan, threshold, group);
 }
 
-/* Scores up to 32 rows from `row` on and adds those that may be in the answer to the list. */
-static inline void vdb_scan_group(const vdb_scan *scan, size_t row, uint32_t mask, vdb_shortlist *list) {
-  vdb_group group;
-  if (!vdb_score_group(scan, row, mask, list->threshold, &group)) return;
-  for (size_t i = 0; i < group.count; i++) {
-    uint32_t candidate = (uint32_t)(row + group.picked[i]);
-    float upper = scan->question->wild || !vdb_is_finite(group.uppers[i]) ? VDB_UNBOUNDED : group.uppers[i];
-    if (upper < list->threshold) continue;
-    if (scan->options->filter && !scan->options->filter(candidate, scan->options->filter_context)) continue;
-    float lower = vdb_lower_of(scan, &group.terms, i, upper, group.scores[i]);
-    vdb_shortlist_add(scan, list, upper, lower, candidate);
+/* The same of the group's rows, which may lie anywhere. */
+static inline int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
+  const vdb_database *db = scan->db;
+  const void *rows[VDB_SCAN_ROWS];
+  for (size_t i = 0; i < group->count; i++) {
+    size_t place = vdb_row_in_block(db, group->rows[i]);
+    rows[i] = vdb_scanned_rows(db, vdb_block_of(db, group->rows[i])) + place * vdb_scanned_bytes(db);
   }
+  vdb_score_rows(scan, rows, group);
+  vdb_terms_of_rows(scan, group->rows, group->count, &group->terms);
+  return vdb_group_passes(scan, threshold, group);
+}
+
+/* Adds the rows of a group that may be in the answer to the list. */
+static inline void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
+  for (size_t i = 0; i < group->count; i++) {
+    float upper = scan->question->wild || !vdb_is_finite(group->uppers[i]) ? VDB_UNBOUNDED : group->uppers[i];
+    if (upper < list->threshold) continue;
+    if (scan->options->filter && !scan->options->filter(group->rows[i], scan->options->filter_context)) continue;
+    float lower = vdb_lower_of(scan, &group->terms, i, upper, group->scores[i]);
+    vdb_shortlist_add(scan, list, upper, lower, group->rows[i]);
+  }
+}
+
+static inline void vdb_prefetch_scanned(const vdb_database *db, size_t row) {
+  const vdb_block *block = vdb_block_of(db, row);
+  size_t place = vdb_row_in_block(db, row), bytes = vdb_scanned_bytes(db);
+  const unsigned char *start = vdb_scanned_rows(db, block) + place * bytes;
+  for (size_t at = 0; at < vdb_min(bytes, 1024); at += 64) __builtin_prefetch(start + at);
+  __builtin_prefetch(&block->norms[place]);
+  if (block->scales) __builtin_prefetch(&block->scales[place]);
+  if (block->residuals) __builtin_prefetch(&block->residuals[place]);
+}
+
+/* Where a bitset leaves few rows: they are gathered, so that as many are scored side by side as where all pass, and the
+ * memory has the next ones on their way meanwhile. */
+static inline void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+  const vdb_database *db = scan->db;
+  vdb_group groups[2];
+  unsigned now = 0;
+  groups[0].count = groups[1].count = 0;
+  for (size_t word = begin >> 6; word << 6 < end && word < scan->options->bitset_words; word++) {
+    uint64_t bits = db->live[word] & scan->options->bitset[word];
+    if (word << 6 < begin) bits &= ~(uint64_t)0 << (begin & 63);
+    if (end - (word << 6) < 64) bits &= ((uint64_t)1 << (end & 63)) - 1;
+    for (; bits; bits &= bits - 1) {
+      vdb_group *group = &groups[now];
+      uint32_t row = (uint32_t)((word << 6) + (size_t)__builtin_ctzll(bits));
+      group->rows[group->count++] = row;
+      vdb_prefetch_scanned(db, row);
+      if (group->count < VDB_SCAN_ROWS) continue;
+      group = &groups[now ^= 1]; /* the one before it, whose rows are there by now */
+      list->threshold = vdb_share_threshold(shared, list->threshold);
+      if (group->count && vdb_score_gathered(scan, list->threshold, group)) vdb_keep_group(scan, group, list);
+      group->count = 0;
+    }
+  }
+  for (int i = 0; i < 2; i++)
+    if (groups[i].count && vdb_score_gathered(scan, list->threshold, &groups[i])) vdb_keep_group(scan, &groups[i], list);
 }
 
 static inline void vdb_scan_task(void *context, size_t task) {
@@ -76,12 +150,18 @@ static inline void vdb_scan_task(void *context, size_t task) {
   scan.decoded += task * vdb_padded(db->dimensions);
   vdb_shortlist *list = &job->lists[task];
   size_t row = task * job->rows_per_task, end = vdb_min(row + job->rows_per_task, db->slots);
+  if (scan.few) {
+    vdb_scan_few(&scan, row, end, &job->shared, list);
+    return;
+  }
   for (; row < end; row += VDB_SCAN_ROWS) {
+    vdb_group group;
     uint32_t mask = vdb_row_mask(db, scan.options, row);
     if (end - row < VDB_SCAN_ROWS) mask &= (1u << (end - row)) - 1u;
     if (!mask) continue;
     list->threshold = vdb_share_threshold(&job->shared, list->threshold);
-    vdb_scan_group(&scan, row, mask, list);
+    if (db->paging.scans) vdb_touch(db, VDB_SCAN_ROWS * vdb_scanned_bytes(db));
+    if (vdb_score_group(&scan, row, mask, list->threshold, &group)) vdb_keep_group(&scan, &group, list);
   }
 }
 
@@ -133,6 +213,7 @@ static inline vdb_error vdb_scan_one(const vdb_database *db, const vdb_question 
   vdb_form form = vdb_form_of(db, 0);
   vdb_scan scan = vdb_scan_make(db, question, options, form, vdb_rounding(db->dimensions), question->missing,
                                 (float *)(void *)(memory + lists_bytes + tasks * list_bytes));
+  scan.few = options->bitset && vdb_few_pass(db, options);
   vdb_scan_job job = {&scan, rows_per_task, lists, -INFINITY};
   vdb_parallel(db, tasks, vdb_scan_task, &job);
   for (size_t i = 1; i < tasks; i++) vdb_shortlist_merge(&scan, &lists[0], &lists[i]);
@@ -215,6 +296,7 @@ static inline void vdb_tile_task(void *context, size_t task) {
     uint32_t mask = vdb_row_mask(db, job->options, row);
     if (!mask) continue;
     const unsigned char *rows = vdb_scanned_rows(db, block) + first * vdb_scanned_bytes(db);
+    if (db->paging.scans) vdb_touch(db, VDB_TILE_ROWS * vdb_scanned_bytes(db));
     kernels->tile(element, &job->panel, rows, count, dimensions, space.scores, space.tile);
     vdb_terms(&job->scans[0], block, first, NULL, count, &terms);
     for (size_t q = 0; q < job->panel.queries; q++)
@@ -327,7 +409,7 @@ static inline void vdb_range_task(void *context, size_t task) {
     if (end - row < VDB_SCAN_ROWS) mask &= (1u << (end - row)) - 1u;
     if (!mask || !vdb_score_group(&scan, row, mask, threshold, &group)) continue;
     for (size_t i = 0; i < group.count; i++) {
-      uint32_t candidate = (uint32_t)(row + group.picked[i]);
+      uint32_t candidate = group.rows[i];
       if (!scan.question->wild && vdb_is_finite(group.uppers[i]) && group.uppers[i] < threshold) continue;
       if (scan.options->filter && !scan.options->filter(candidate, scan.options->filter_context)) continue;
       float distance = vdb_exact_distance(db, scan.question, candidate, scan.decoded);

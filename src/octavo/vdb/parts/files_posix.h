@@ -172,11 +172,19 @@ VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
   return -1;
 }
 
-/* A read-only view of an open file; NULL with errno on failure. */
-VDB_RARE void *vdb_map_file(int file, size_t size) {
-  void *base = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+/* A view of an open file, which may be written to, until vdb_protect_file, without changing the file: nobody reserves
+ * memory for all of it, as little of it will be written to. NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size, int writable) {
+#ifdef MAP_NORESERVE
+  int flags = MAP_PRIVATE | (writable ? MAP_NORESERVE : 0);
+#else
+  int flags = MAP_PRIVATE;
+#endif
+  void *base = mmap(NULL, size, writable ? PROT_READ | PROT_WRITE : PROT_READ, flags, file, 0);
   return base == MAP_FAILED ? NULL : base;
 }
+
+VDB_RARE void vdb_protect_file(void *base, size_t size) { (void)mprotect(base, size, PROT_READ); }
 
 static inline void vdb_unmap_file(void *base, size_t size) { (void)munmap(base, size); }
 #endif

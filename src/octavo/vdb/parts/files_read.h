@@ -528,14 +528,17 @@ VDB_RARE void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i
 }
 
 /* Only the bitset of live rows and the free ones are copied: they are small, and the number of rows gets checked. */
-VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, int journal, vdb_database *db) {
   size_t words = ((size_t)header->slots + 63) / 64, shift = db->block_shift;
   size_t free_bytes = (size_t)header->section[VDB_FREE_ROWS].size;
   size_t blocks = ((size_t)header->slots + ((size_t)1 << shift) - 1) >> shift;
-  void *base = vdb_map_file(reader->source.file, (size_t)reader->size);
+  void *base = vdb_map_file(reader->source.file, (size_t)header->file_size, journal);
   if (!base) return vdb_fault(reader, VDB_ERROR_IO, "file", "cannot be mapped", 0);
+  db->paging.file = reader->source.file; /* vectors are read from it when few may be resident */
+  db->paging.has_file = 1;
   db->mapping.base = (unsigned char *)base;
-  db->mapping.size = (size_t)reader->size;
+  db->mapping.size = (size_t)header->file_size; /* what comes behind may be cut off, and is read */
+  db->mapping.slots = (size_t)header->slots;
   db->read_only = 1;
   if (!vdb_grow((void **)&db->blocks, 0, blocks + 1, sizeof(vdb_block)) ||
       !vdb_grow((void **)&db->live, 0, words + 1, sizeof(uint64_t)) ||
@@ -546,9 +549,13 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   db->count = (size_t)header->count;
   db->capacity = words * 64;
   for (size_t i = 0; i < blocks; i++) vdb_map_block(header, db, i);
+  for (int part = 0; part <= VDB_LINKS; part++) {
+    db->mapping.arrays[part] = (unsigned char *)vdb_mapped_part(header, db, part);
+    db->mapping.row_bytes[part] = vdb_part_row(header, part);
+  }
   memcpy(db->live, db->mapping.base + header->section[VDB_LIVE].offset, words * sizeof(uint64_t));
   memcpy(db->free_rows, db->mapping.base + header->section[VDB_FREE_ROWS].offset, free_bytes);
-  db->free_count = free_bytes / sizeof(uint32_t);
+  db->free_count = db->free_capacity = free_bytes / sizeof(uint32_t);
   db->graph.entry = header->entry;
   db->graph.top = header->top;
   if (header->unchecked) {
@@ -564,7 +571,10 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
   db->mapping.offsets = (const uint64_t *)vdb_mapped_part(header, db, VDB_OFFSETS);
   db->mapping.text = (const unsigned char *)vdb_mapped_part(header, db, VDB_TEXT);
   db->mapping.text_size = (size_t)header->section[VDB_TEXT].size;
-  return vdb_check_live(reader, header, db);
+  if (!journal) return vdb_check_live(reader, header, db);
+  vdb_error error = vdb_read_journal(reader, header, db);
+  vdb_protect_file(base, db->mapping.size); /* nobody writes to the file's pages from here on */
+  return error;
 }
 
 /* --- the first format ---
@@ -673,18 +683,8 @@ VDB_RARE vdb_error vdb_read_either(vdb_reader *reader, vdb_open_mode mode, uint3
   vdb_options options = vdb_header_options(&header, threads);
   error = vdb_allocate(header.dimensions, (vdb_metric)header.metric, &options, out);
   if (error) return vdb_fault(reader, error, "file", "no memory for its rows", 0);
-  if (mode == VDB_OPEN_MAP && header.file_size < reader->size) {
-    vdb_identity identity = {0, header.file_size, 0, header.crc};
-    identity.size = identity.base;
-    error = vdb_read_fault(reader, vdb_identify_journal(reader->source, reader->size, &identity), "journal", 0);
-    if (error) return error;
-    if (identity.size > identity.base) { /* a view cannot show what the journal says: it is read, and not to be changed */
-      error = vdb_read_second(reader, &header, *out);
-      (*out)->read_only = 1;
-      return error;
-    }
-  }
-  return mode == VDB_OPEN_MAP ? vdb_map_second(reader, &header, *out) : vdb_read_second(reader, &header, *out);
+  if (mode == VDB_OPEN_MAP) return vdb_map_second(reader, &header, header.file_size < reader->size, *out);
+  return vdb_read_second(reader, &header, *out);
 }
 
 VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t threads, vdb_watch *watch,
@@ -705,7 +705,7 @@ VDB_RARE vdb_error vdb_read_file(const char *path, vdb_open_mode mode, uint32_t 
   if (!error && !(*out)->read_only && (*out)->identity.base) vdb_changes_begin(*out);
   int number = errno;
   vdb_aligned_free(reader.buffer);
-  vdb_sys_close(reader.source.file);
+  if (!*out || !(*out)->paging.has_file) vdb_sys_close(reader.source.file);
   if (error) {
     vdb_release(*out);
     *out = NULL;

@@ -87,13 +87,19 @@ VDB_RARE int vdb_open_file(const char *path, uint64_t *size) {
   return -1;
 }
 
-/* A read-only view of an open file; NULL with errno on failure. */
-VDB_RARE void *vdb_map_file(int file, size_t size) {
-  HANDLE mapping = CreateFileMappingA((HANDLE)_get_osfhandle(file), NULL, PAGE_READONLY, 0, 0, NULL);
-  void *base = mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, size) : NULL;
+/* A view of an open file, which may be written to without changing the file. NULL with errno on failure. */
+VDB_RARE void *vdb_map_file(int file, size_t size, int writable) {
+  DWORD pages = writable ? PAGE_WRITECOPY : PAGE_READONLY;
+  HANDLE mapping = CreateFileMappingA((HANDLE)_get_osfhandle(file), NULL, pages, 0, 0, NULL);
+  void *base = mapping ? MapViewOfFile(mapping, writable ? FILE_MAP_COPY : FILE_MAP_READ, 0, 0, size) : NULL;
   if (!base) errno = vdb_windows_errno();
   if (mapping) CloseHandle(mapping); /* the view keeps it */
   return base;
+}
+
+VDB_RARE void vdb_protect_file(void *base, size_t size) {
+  DWORD before;
+  (void)VirtualProtect(base, size, PAGE_READONLY, &before);
 }
 
 static inline void vdb_unmap_file(void *base, size_t size) {

@@ -89,6 +89,7 @@ VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int par
                              size_t row_bytes) {
   const vdb_block *from = &db->blocks[block];
   size_t rows = vdb_rows_of_block(db, block);
+  vdb_touch(db, part == VDB_VECTORS || db->mapping.base ? rows * row_bytes : 0);
   if (part != VDB_LINKS) {
     vdb_emit(writer, vdb_block_array(from, part), rows * row_bytes);
     return;
@@ -154,12 +155,23 @@ VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int p
 /* 0 for no records, 2 for records, 3 if some hold values: the versions of the format that know of them. */
 VDB_RARE int vdb_has_records(const vdb_database *db) {
   int found = 0;
-  if (!db->records.records && !db->mapping.offsets) return 0;
+  if (!db->records.records && !db->mapping.offsets && !db->mapping.pages) return 0;
   for (size_t row = 0; row < db->slots && found < 3; row++) {
     vdb_text text = vdb_text_of(db, row);
     if (text.bytes) found = text.bit ? 3 : 2;
   }
   return found;
+}
+
+/* The table of a mapped file knows nothing of its journal: a new one is made. */
+VDB_RARE void vdb_emit_table(vdb_writer *writer, const vdb_database *db) {
+  vdb_records made = db->records;
+  if (db->mapping.pages && vdb_make_table(db, &made, 0)) {
+    writer->failed = ENOMEM;
+    return;
+  }
+  if (made.table_used) vdb_emit(writer, made.table, made.table_size * sizeof *made.table);
+  if (db->mapping.pages) VDB_FREE(made.table);
 }
 
 VDB_RARE void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vdb_header *header, int part,
@@ -175,7 +187,7 @@ VDB_RARE void vdb_emit_part(vdb_writer *writer, const vdb_database *db, const vd
   } else if (part == VDB_TOWER_OF || part == VDB_TOWERS) {
     if (header->index == VDB_INDEX_HNSW) vdb_emit_towers(writer, db, part);
   } else if (has_records && part == VDB_TABLE) {
-    if (db->records.table_used) vdb_emit(writer, db->records.table, db->records.table_size * sizeof *db->records.table);
+    vdb_emit_table(writer, db);
   } else if (has_records) {
     vdb_emit_records(writer, db, part);
   }

@@ -112,16 +112,16 @@ VDB_API size_t vdb_dimensions(const vdb_database *db) { return db ? db->dimensio
 VDB_RARE size_t vdb_bytes_held(const vdb_database *db) {
   size_t bytes = sizeof *db + sizeof(vdb_pool) + db->block_capacity * sizeof(vdb_block) + db->capacity / 8;
   size_t columns = vdb_columns_bytes(&((vdb_database *)(uintptr_t)db)->columns);
-  if (db->mapping.base) return db->mapping.size + columns;
-  bytes += columns;
+  if (db->mapping.base && !db->mapping.pages) return db->mapping.size + columns;
+  bytes += columns + db->mapping.size + vdb_journal_bytes(&db->mapping);
   bytes += db->free_capacity * sizeof(uint32_t);
-  for (size_t i = 0; i < db->block_count; i++) bytes += db->blocks[i].bytes;
-  bytes += db->records.table_size * sizeof(uint32_t);
+  for (size_t i = 0; i < db->block_count; i++) bytes += db->blocks[i].bytes + db->blocks[i].spilled_bytes;
+  if (!db->mapping.base) bytes += db->records.table_size * sizeof(uint32_t);
   if (db->records.records) bytes += db->capacity * sizeof(unsigned char *);
   if (db->records.borrowed) bytes += db->capacity * sizeof(void *);
   bytes += db->records.bytes;
   if (db->records.loaded) bytes += sizeof(vdb_loaded) + db->records.loaded->size;
-  return bytes + vdb_graph_bytes(db);
+  return bytes + (db->mapping.base && !db->mapping.own_towers ? 0 : vdb_graph_bytes(db));
 }
 
 VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
@@ -137,9 +137,34 @@ VDB_API vdb_error vdb_info(const vdb_database *db, vdb_information *out) {
   out->vector_bytes = db->count * db->dimensions *
                       (vdb_element_size(db->options.storage) + (db->options.storage == VDB_STORAGE_F32_I8));
   out->read_only = db->read_only;
-  out->has_ids = db->records.table_used != 0;
+  out->has_ids = db->records.table_used != 0 || db->mapping.id_count != 0;
   vdb_leave_read(vdb_lock_of(db));
   return VDB_OK;
+}
+
+VDB_API vdb_error vdb_keep_on_disk(vdb_database *db, const char *folder) {
+  if (!db || !folder) return VDB_ERROR_NULL_POINTER;
+  if (db->read_only) return VDB_ERROR_READ_ONLY;
+  vdb_enter_write(&db->lock);
+  vdb_error error = db->block_count || db->paging.on_disk ? VDB_ERROR_INVALID_ARGUMENT : VDB_OK;
+  int file = error ? -1 : vdb_nameless_file(folder);
+  if (file >= 0) {
+    db->paging.on_disk = db->paging.has_file = 1;
+    db->paging.file = file;
+  } else if (!error) {
+    error = VDB_ERROR_IO;
+  }
+  vdb_leave_write(&db->lock);
+  return error;
+}
+
+VDB_API vdb_error vdb_set_resident(vdb_database *db, size_t bytes) {
+  if (!db) return VDB_ERROR_NULL_POINTER;
+  vdb_enter_write(&db->lock);
+  vdb_error error = db->mapping.base || db->paging.on_disk ? VDB_OK : VDB_ERROR_INVALID_ARGUMENT;
+  if (!error) vdb_page_within(db, bytes);
+  vdb_leave_write(&db->lock);
+  return error;
 }
 
 VDB_API vdb_error vdb_set_threads(vdb_database *db, uint32_t threads) {

@@ -224,7 +224,7 @@ VDB_RARE vdb_error vdb_graph_make_room(vdb_database *db, size_t rows) {
 
 VDB_RARE void vdb_graph_release(vdb_database *db) {
   vdb_workshop *workshop = db->graph.workshop;
-  if (!db->mapping.base) { /* otherwise they lie in the file */
+  if (!db->mapping.base || db->mapping.own_towers) { /* otherwise they lie in the file */
     VDB_FREE(db->graph.tower_of);
     VDB_FREE(db->graph.towers);
   }
@@ -319,6 +319,7 @@ static inline void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, con
   const vdb_kernel_set *kernels = vdb_active();
   vdb_element element = vdb_element_of(db->options.storage);
   vdb_metric metric = db->metric;
+  if (db->paging.scans || !aim->codes) vdb_touch(db, count * VDB_FAULT_BYTES);
   for (size_t i = 0; i < count; i++)
     walker->pointers[i] = aim->codes ? (const void *)vdb_codes_at(db, rows[i]) : vdb_vector_at(db, rows[i]);
   if (aim->codes)

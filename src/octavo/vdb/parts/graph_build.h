@@ -478,15 +478,6 @@ VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, s
 /* --- search --- */
 #define VDB_WALK_COST 16u /* rows that a scan reads while a walk deals with one candidate */
 
-/* Live rows that the bitset lets pass; or about so many as a condition does. */
-static inline size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
-  if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
-  if (!options->bitset) return db->count;
-  size_t words = vdb_min((db->slots + 63) / 64, options->bitset_words), passing = 0;
-  for (size_t i = 0; i < words; i++) passing += (size_t)__builtin_popcountll(options->bitset[i] & db->live[i]);
-  return passing;
-}
-
 /* Exact distances of the first `most` of the pool that pass; the nearest k of them into `out`, sorted. Returns how many
  * of the pool pass, at most `most`. */
 static inline size_t vdb_rank(const vdb_database *db, const vdb_question *question, const vdb_query_options *options,

@@ -32,11 +32,12 @@ VDB_RARE int vdb_cursor_round(vdb_cursor *cursor, size_t step) {
 VDB_RARE int vdb_journal_tower(vdb_database *db, size_t row, uint32_t levels) {
   vdb_graph *graph = &db->graph;
   size_t links = db->options.links, size = vdb_tower_size(levels, links), end = graph->towers_size + size;
-  uint32_t *tower = graph->tower_of[row] ? graph->towers + graph->tower_of[row] : NULL;
+  size_t place = graph->tower_of[row];
+  uint32_t *tower = place ? graph->towers + place : NULL;
   if (vdb_levels_at(db, row) == levels) return 1;
   vdb_leave_tower(db, row);
   if (!levels) return 1;
-  if (tower && tower[1] == levels) {
+  if (tower && place < graph->towers_size && size <= graph->towers_size - place && tower[1] == levels) {
     tower[0] = levels;
     return 1;
   }
@@ -94,13 +95,19 @@ VDB_RARE vdb_error vdb_journal_record(vdb_cursor *cursor, vdb_database *db, size
     return VDB_ERROR_CORRUPT;
   if (!id_size && !metadata_size) return VDB_OK;
   if (!vdb_is_live(db, row)) return VDB_ERROR_CORRUPT;
-  if (id_size && vdb_table_room(db, 1)) return VDB_ERROR_OUT_OF_MEMORY;
-  vdb_record given = {NULL, NULL, 0, NULL, 0};
-  given.metadata = bytes + id_size + 1;
-  given.metadata_size = metadata_size;
-  if (vdb_make_record(db, row, (const char *)bytes, id_size, &given)) return VDB_ERROR_OUT_OF_MEMORY;
-  memcpy(db->records.records[row] + sizeof(uint32_t), &numbers->metadata_size, sizeof(uint32_t)); /* whether it is values */
-  if (id_size) vdb_table_enter(db, row, vdb_hash((const char *)bytes, id_size));
+  if (!db->mapping.base && ((id_size && vdb_table_room(db, 1)) || !vdb_records_room(db))) return VDB_ERROR_OUT_OF_MEMORY;
+  unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
+  if (!record) return VDB_ERROR_OUT_OF_MEMORY;
+  memcpy(record, &numbers->id_size, sizeof(uint32_t));
+  memcpy(record + sizeof(uint32_t), &numbers->metadata_size, sizeof(uint32_t));
+  memcpy(record + 2 * sizeof(uint32_t), bytes, (size_t)id_size + 1 + metadata_size);
+  if (db->mapping.base) {
+    if (vdb_put_journal_record(db, row, record)) return VDB_OK;
+    vdb_record_leave(record);
+    return VDB_ERROR_OUT_OF_MEMORY;
+  }
+  db->records.records[row] = record;
+  if (id_size) vdb_table_enter(&db->records, row, vdb_hash((const char *)bytes, id_size));
   return VDB_OK;
 }
 
@@ -118,7 +125,10 @@ VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *heade
     return VDB_ERROR_CORRUPT;
   *next = row + 1;
   *fresh += row == *fresh;
-  if (whole || !live) vdb_drop_record(db, row);
+  if (whole || !live) {
+    if (!db->mapping.base) vdb_drop_record(db, row);
+    else if (!vdb_put_journal_record(db, row, VDB_NO_RECORD)) return VDB_ERROR_OUT_OF_MEMORY;
+  }
   if (live) db->live[row >> 6] |= (uint64_t)1 << (row & 63);
   else db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
   vdb_error error = VDB_OK;
@@ -127,6 +137,7 @@ VDB_RARE vdb_error vdb_journal_entry(vdb_cursor *cursor, const vdb_header *heade
     if (!bytes) return VDB_ERROR_CORRUPT;
     memcpy(&numbers, bytes, sizeof numbers);
   }
+  if (row < db->mapping.slots) db->mapping.own[row >> 6] |= (uint64_t)1 << (row & 63);
   if (header->index == VDB_INDEX_HNSW) error = vdb_journal_links(cursor, db, row);
   if (whole && !error) error = vdb_journal_vector(cursor, header, db, row, &numbers);
   if (whole && !error) error = vdb_journal_record(cursor, db, row, &numbers);
@@ -146,9 +157,10 @@ VDB_RARE vdb_error vdb_journal_apply(vdb_cursor *cursor, const vdb_header *heade
   if (graph ? batch->entry >= batch->slots && batch->entry != VDB_NO_ROW : batch->entry != VDB_NO_ROW)
     return VDB_ERROR_CORRUPT;
   if (batch->unchecked > (graph ? batch->slots : 0)) return VDB_ERROR_CORRUPT;
-  vdb_error error = vdb_make_room(db, (size_t)batch->slots);
+  size_t slots = (size_t)batch->slots;
+  vdb_error error = db->mapping.base ? vdb_mapped_room(header, db, slots) : vdb_make_room(db, slots);
   if (error) return error;
-  db->slots = (size_t)batch->slots;
+  db->slots = slots;
   for (size_t i = 0; i < entries && !error; i++) error = vdb_journal_entry(cursor, header, db, &next, &fresh);
   if (!error && (fresh != db->slots || !vdb_cursor_round(cursor, sizeof *batch) || cursor->place != cursor->size))
     error = VDB_ERROR_CORRUPT;
@@ -222,5 +234,7 @@ VDB_RARE vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header
     at += batch.size + sizeof end;
     previous = end.crc;
   }
-  return error || at == header->file_size ? error : vdb_journal_check(reader, header, db);
+  if (error) return error;
+  if (db->mapping.base) return at > header->file_size ? vdb_journal_ends(reader, header, db) : vdb_check_live(reader, header, db);
+  return at > header->file_size ? vdb_journal_check(reader, header, db) : VDB_OK;
 }

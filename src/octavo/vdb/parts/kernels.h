@@ -77,6 +77,8 @@ typedef struct {
   uint32_t (*crc32c)(uint32_t crc, const void *bytes, size_t size);
   /* Which of 64 ints are of this tag and from low to high. */
   uint64_t (*between)(const uint64_t *values, const uint8_t *tags, uint8_t tag, int64_t low, int64_t high);
+  /* How many bits two bitsets have in common. */
+  size_t (*count)(const uint64_t *a, const uint64_t *b, size_t words);
 } vdb_kernel_set;
 
 VDB_INLINE float vdb_rounding(size_t dimensions) { return ((float)dimensions + 16.0f) * 6.0e-8f; }

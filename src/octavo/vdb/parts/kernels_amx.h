@@ -217,6 +217,7 @@ static inline const vdb_kernel_set *vdb_amx_set(void) {
       vdb_decode_avx512,
       vdb_crc32c_instruction,
       vdb_between_avx512,
+      vdb_count_instruction,
   };
   return &set;
 }

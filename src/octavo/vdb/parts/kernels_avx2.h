@@ -301,6 +301,7 @@ static inline const vdb_kernel_set *vdb_avx2_set(void) {
       vdb_decode_avx2,
       vdb_crc32c_instruction,
       vdb_between_plain,
+      vdb_count_instruction,
   };
   return &set;
 }

@@ -397,6 +397,7 @@ static inline const vdb_kernel_set *vdb_avx512_set(void) {
       vdb_decode_avx512,
       vdb_crc32c_instruction,
       vdb_between_avx512,
+      vdb_count_instruction,
   };
   return &set;
 }

@@ -52,6 +52,7 @@ static inline const vdb_kernel_set *vdb_neon_set(void) {
       vdb_crc32c_plain,
 #endif
       vdb_between_plain,
+      vdb_count_plain,
   };
   return &set;
 }

@@ -250,6 +250,12 @@ static inline uint64_t vdb_between_plain(const uint64_t *values, const uint8_t *
   return word;
 }
 
+static inline size_t vdb_count_plain(const uint64_t *a, const uint64_t *b, size_t words) {
+  size_t count = 0;
+  for (size_t i = 0; i < words; i++) count += (size_t)__builtin_popcountll(a[i] & b[i]);
+  return count;
+}
+
 static inline const vdb_kernel_set *vdb_plain_set(void) {
   static const vdb_kernel_set set = {
       "plain",
@@ -265,6 +271,7 @@ static inline const vdb_kernel_set *vdb_plain_set(void) {
       vdb_decode_plain,
       vdb_crc32c_plain,
       vdb_between_plain,
+      vdb_count_plain,
   };
   return &set;
 }
@@ -275,4 +282,10 @@ static inline const vdb_kernel_set *vdb_plain_set(void) {
 #pragma GCC diagnostic ignored "-Wuninitialized" /* g++ says it of gcc's own intrinsics */
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+
+VDB_TARGET("popcnt") static inline size_t vdb_count_instruction(const uint64_t *a, const uint64_t *b, size_t words) {
+  size_t count = 0;
+  for (size_t i = 0; i < words; i++) count += (size_t)__builtin_popcountll(a[i] & b[i]);
+  return count;
+}
 

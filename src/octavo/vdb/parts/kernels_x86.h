@@ -5,8 +5,8 @@ enum { VDB_HAS_AVX2 = 1, VDB_HAS_AVX512 = 2, VDB_HAS_AMX = 4 };
 
 static inline unsigned vdb_features(void) {
   unsigned a, b, c, d, b7 = 0, c7 = 0, d7 = 0, saved, high, bf16 = 0, features = 0;
-  const unsigned fma = 1u << 12, sse42 = 1u << 20, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
-  const unsigned wanted = fma | sse42 | osxsave | avx | f16c;
+  const unsigned fma = 1u << 12, sse42 = 1u << 20, popcnt = 1u << 23, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+  const unsigned wanted = fma | sse42 | popcnt | osxsave | avx | f16c;
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & wanted) != wanted) return 0;
   if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return 0;
   if (a >= 1) {

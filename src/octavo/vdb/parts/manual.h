@@ -5,8 +5,8 @@
  * OVERVIEW
  *
  * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata: bytes, or
- * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows: exactly, by reading every row, or through an
- * HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
+ * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows:
+ * exactly, by reading every row, or through an HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
  * -DVDB_MULTITHREADED, pthreads. POSIX systems. For Windows (x86-64, clang or mingw) it compiles; it has not been run
  * there, so nothing of it is tested:
  *
@@ -39,7 +39,7 @@
  *   6 Rows             blocks of vectors, codes and norms; ids and metadata; columns of values, conditions on them
  *   7 Exact search     bounds, shortlists, exact distances
  *   8 HNSW             graph search, parallel insertion, removal
- *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format
+ *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format, the journal
  *  10 Functions        the declared ones, each a short use of the above
  *
  * DISTANCES, ascending: cosine 1 - cos(q, x), where a zero vector is at distance 1 from everything; Euclidean with the
@@ -59,12 +59,42 @@
  * no part of the file; vdb_compact and vdb_remove_vector, which
  * renumber rows, make them forgotten.
  *
+ * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was opened
+ * or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended is the
+ * file's journal: behind the file's end as its header says it (bytes 16 to 23), a batch for each save, each at a multiple
+ * of 64, little-endian, with CRC-32C checksums:
+ *
+ *     head, 64 bytes  0 u8[8] "VDBJ" 0d 0a 1a 0a   8 u64 its place in the file   16 u64 n, bytes from there to the end
+ *                     mark   24 u64 slots   32 u64 live rows   40 u64 free rows that stay as they were   48 u32 row where
+ *                     graph searches begin   52 u32 rows inserted since all were made reachable   56 u32 checksum of the
+ *                     end mark before, or of the header   60 u32 checksum of bytes 0 to 59
+ *     content         u32 e, number of entries; u32 f, number of rows that have become free; u32[f]; zeros to a multiple
+ *                     of 8; e entries; zeros to a multiple of 64
+ *     entry           u32 row; u32 flags (1: it is there, 2: it comes whole); if whole f32 norm, scale, residual, u32 bytes
+ *                     of id, u32 bytes of metadata (plus 2^31: values); HNSW: u32[1 + 2 links], u32 levels, for each level
+ *                     u32[1 + links]; if whole vector, codes, id, 0, metadata; zeros to a multiple of 8
+ *     end mark, 64    0 u8[8] "VDBE" 0d 0a 1a 0a   8 u64 place of the head   16 u64 n   24 u32 checksum of the n bytes
+ *                     28 zeros   60 u32 checksum of bytes 0 to 59
+ *
+ * A batch is synced before its end mark is written, and the end mark is synced before vdb_save_changes returns. So a
+ * process that is killed, or a machine that stops, leaves the file as it was or as it should be: a batch without an end
+ * mark is as if it were not there, and the next save cuts it off. Everything else that does not match is damage, and
+ * refused. The save takes a lock of the file (fcntl), and refuses with VDB_ERROR_CHANGED a file that another program has
+ * changed or is changing. A whole file is written in place of a batch where that is as good: once the journal is longer than
+ * an eighth of the file and 65,536 bytes, where rows have new numbers (vdb_compact, vdb_remove_vector), where a vector
+ * was lent (vdb_get_vector), where the file may not be written to, and on Windows. Readers before 2.0's journal refuse a
+ * file that has one; vdb_save writes one without.
+ *
+ * VDB_OPEN_MAP shows a file as its journal says it is. The journal is read, with its checksums; what it changes in rows of
+ * the file lies in private copies of their pages, what it adds in memory. So such a view takes memory for its journal,
+ * with a graph also 8.5 bytes a row or so for the upper levels, and never changes the file.
+ *
  * GUARANTEES
  *
  *   - Exact search returns the rows of smallest distance, ties by index. A distance is computed in double precision in
  *     one fixed order, differences too, and rounded once to float (too great ones to infinity, too small ones to 0);
- *     scans only decide, by rigorous bounds, which rows cannot be in the answer. So answers are the same, bit for bit, for every kernel, every number of threads, every batch size and
- *     for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
+ *     scans only decide, by rigorous bounds, which rows cannot be in the answer. So answers are the same, bit for bit,
+ *     for every kernel, every number of threads, every batch size and for VDB_STORAGE_F32 and VDB_STORAGE_F32_I8.
  *   - HNSW answers do not depend on the number of threads, neither in building nor in searching; their distances are
  *     the exact ones. Fewer than k rows come back only if fewer than k are there to be found.
  *   - A vector with NaN or infinity is refused, as a row and as a query. Any finite float is allowed; none overflows.

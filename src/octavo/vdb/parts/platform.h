@@ -59,6 +59,7 @@ VDB_SYSTEM(long, pread, (int, void *, size_t, long));
 VDB_SYSTEM(long, lseek, (int, long, int));
 VDB_SYSTEM(int, fsync, (int));
 VDB_SYSTEM(int, ftruncate, (int, long));
+VDB_SYSTEM(int, posix_fallocate, (int, long, long));
 VDB_SYSTEM(int, unlink, (const char *));
 VDB_SYSTEM(int, linkat, (int, const char *, int, const char *, int));
 VDB_SYSTEM(long, readlink, (const char *, char *, size_t));
@@ -102,6 +103,7 @@ static inline int vdb_sys_get_nprocs(void) {
 #define vdb_sys_lseek lseek
 #define vdb_sys_fsync fsync
 #define vdb_sys_ftruncate ftruncate
+#define vdb_sys_posix_fallocate posix_fallocate
 #define vdb_sys_unlink unlink
 #define vdb_sys_linkat linkat
 #define vdb_sys_readlink readlink

@@ -12,11 +12,21 @@ static inline size_t vdb_record_bytes(size_t id_size, size_t metadata_size) {
   return vdb_round_up(2 * sizeof(uint32_t) + id_size + 1 + metadata_size, 8);
 }
 
+/* What the journal of a mapped file says of a row's record: NULL for nothing, VDB_NO_RECORD for none. */
+static inline unsigned char *vdb_journal_record_of(const vdb_mapping *mapping, size_t row) {
+  unsigned char **page = row / VDB_RECORD_PAGE < mapping->pages ? mapping->records[row / VDB_RECORD_PAGE] : NULL;
+  return page ? page[row % VDB_RECORD_PAGE] : NULL;
+}
+
 /* The record of a row, or NULL. In a mapped file nothing is believed before it is checked. */
 static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t row) {
   if (!db->mapping.base) return db->records.records ? db->records.records[row] : NULL;
   const vdb_mapping *mapping = &db->mapping;
-  if (!mapping->offsets || !mapping->offsets[row]) return NULL;
+  const unsigned char *newer = vdb_journal_record_of(mapping, row);
+  if (newer) return newer == VDB_NO_RECORD ? NULL : newer;
+  if (!mapping->offsets || row >= mapping->slots) return NULL;
+  vdb_touch(db, VDB_FAULT_BYTES);
+  if (!mapping->offsets[row]) return NULL;
   uint64_t place = mapping->offsets[row] - 1;
   uint32_t sizes[2];
   if (place % 8 || place > mapping->text_size || mapping->text_size - place < sizeof sizes + 1) return NULL;
@@ -157,15 +167,37 @@ VDB_RARE void vdb_release_records(vdb_database *db) {
   VDB_FREE(records->borrowed);
 }
 
-static inline void vdb_table_enter(vdb_database *db, size_t row, uint64_t hash) {
-  size_t mask = db->records.table_size - 1, place = (size_t)hash & mask;
-  while (db->records.table[place] < VDB_GONE) place = (place + 1) & mask;
-  if (db->records.table[place] == VDB_NO_ROW) db->records.table_used++;
-  db->records.table[place] = (uint32_t)row;
+/* What the journal of a mapped file has in memory. */
+VDB_RARE void vdb_release_journal(vdb_database *db) {
+  vdb_mapping *mapping = &db->mapping;
+  for (size_t i = 0; i < mapping->pages; i++) {
+    unsigned char **page = mapping->records[i];
+    for (size_t j = 0; page && j < VDB_RECORD_PAGE; j++)
+      if (page[j] && page[j] != VDB_NO_RECORD) vdb_record_leave(page[j]);
+    VDB_FREE(page);
+  }
+  VDB_FREE(mapping->records);
+  VDB_FREE(mapping->ids);
+  VDB_FREE(mapping->own);
 }
 
-/* A table for the rows there are and `more` ids to come, less than half full and without gone places. */
-VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
+VDB_RARE size_t vdb_journal_bytes(const vdb_mapping *mapping) {
+  size_t bytes = mapping->pages * sizeof *mapping->records + mapping->id_count * sizeof *mapping->ids;
+  if (mapping->own) bytes += mapping->slots / 8;
+  for (size_t i = 0; i < mapping->pages; i++) bytes += mapping->records[i] ? VDB_RECORD_PAGE * sizeof(void *) : 0;
+  return bytes;
+}
+
+static inline void vdb_table_enter(vdb_records *records, size_t row, uint64_t hash) {
+  size_t mask = records->table_size - 1, place = (size_t)hash & mask;
+  while (records->table[place] < VDB_GONE) place = (place + 1) & mask;
+  if (records->table[place] == VDB_NO_ROW) records->table_used++;
+  records->table[place] = (uint32_t)row;
+}
+
+/* A table for the rows there are and `more` ids to come, less than half full and without gone places; `table` of `records`
+ * becomes it, and what was there is left alone. */
+VDB_RARE vdb_error vdb_make_table(const vdb_database *db, vdb_records *records, size_t more) {
   size_t ids = more, size = 16, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -175,14 +207,45 @@ VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
   uint32_t *table = (uint32_t *)VDB_MALLOC(size * sizeof(uint32_t));
   if (!table) return VDB_ERROR_OUT_OF_MEMORY;
   memset(table, 0xff, size * sizeof(uint32_t));
-  VDB_FREE(db->records.table);
-  db->records.table = table;
-  db->records.table_size = size;
-  db->records.table_used = 0;
+  records->table = table;
+  records->table_size = size;
+  records->table_used = 0;
   for (size_t row = 0; row < db->slots; row++)
     if (vdb_is_live(db, row) && vdb_record_at(db, row, &id, &id_size, &metadata, &metadata_size) && id)
-      vdb_table_enter(db, row, vdb_hash(id, id_size));
+      vdb_table_enter(records, row, vdb_hash(id, id_size));
   return VDB_OK;
+}
+
+VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
+  uint32_t *old = db->records.table;
+  vdb_error error = vdb_make_table(db, &db->records, more);
+  if (!error) VDB_FREE(old);
+  return error;
+}
+
+static inline int vdb_has_id(const vdb_database *db, size_t row, const char *id, size_t size) {
+  const char *own;
+  const unsigned char *metadata;
+  size_t own_size, metadata_size;
+  return vdb_is_live(db, row) && vdb_record_at(db, row, &own, &own_size, &metadata, &metadata_size) && own_size == size &&
+         memcmp(own, id, size) == 0;
+}
+
+/* The same of rows whose record the journal of a mapped file brought; `*place` starts at the size of the table. */
+VDB_RARE uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash, size_t *place) {
+  const vdb_mapping *mapping = &db->mapping;
+  size_t low = 0, high = mapping->id_count;
+  while (low < high) {
+    size_t middle = (low + high) / 2;
+    if (mapping->ids[middle].hash < hash) low = middle + 1;
+    else high = middle;
+  }
+  for (;;) {
+    size_t next = low + (*place - db->records.table_size);
+    if (next >= mapping->id_count || mapping->ids[next].hash != hash) return VDB_NO_ROW;
+    ++*place;
+    if (vdb_has_id(db, mapping->ids[next].row, id, size)) return (uint32_t)mapping->ids[next].row;
+  }
 }
 
 /* Rows with this id, one a call, in table order; `*place` starts at 0. VDB_NO_ROW when there are no more. Rows of equal
@@ -190,25 +253,19 @@ VDB_RARE vdb_error vdb_rebuild_table(vdb_database *db, size_t more) {
 static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
                                       size_t *place) {
   const vdb_records *records = &db->records;
-  if (!records->table_size || !size) return VDB_NO_ROW;
+  if (!size) return VDB_NO_ROW;
   size_t mask = records->table_size - 1, start = (size_t)hash;
   while (*place < records->table_size) {
     uint32_t row = records->table[(start + (*place)++) & mask];
-    const char *other;
-    const unsigned char *metadata;
-    size_t other_size, metadata_size;
-    if (row == VDB_NO_ROW) break;
-    if (row == VDB_GONE || row >= db->slots || !vdb_is_live(db, row)) continue;
-    if (vdb_record_at(db, row, &other, &other_size, &metadata, &metadata_size) && other_size == size &&
-        memcmp(other, id, size) == 0)
+    if (row == VDB_NO_ROW) *place = records->table_size;
+    else if (row < VDB_GONE && row < db->slots && !vdb_journal_record_of(&db->mapping, row) && vdb_has_id(db, row, id, size))
       return row;
   }
-  *place = records->table_size;
-  return VDB_NO_ROW;
+  return db->mapping.id_count ? vdb_journal_seek(db, id, size, hash, place) : VDB_NO_ROW;
 }
 
 static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
-  return vdb_table_seek(db, id, size, db->records.table_size ? vdb_hash(id, size) : 0, place);
+  return vdb_table_seek(db, id, size, db->records.table_size || db->mapping.id_count ? vdb_hash(id, size) : 0, place);
 }
 
 static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
@@ -229,15 +286,18 @@ static inline size_t vdb_metadata_size(const vdb_record *record) {
   return record->value_count ? vdb_values_size(record->values, record->value_count) : record->metadata_size;
 }
 
+/* Room for every row's record. */
+static inline int vdb_records_room(vdb_database *db) {
+  return db->records.records || vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *));
+}
+
 /* Makes the record of a row, which has none yet. */
 static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
                                         const vdb_record *given) {
   size_t metadata_size = vdb_metadata_size(given);
   uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size | (given->value_count ? VDB_VALUES_BIT : 0)};
   if (!id_size && !metadata_size) return VDB_OK;
-  if (!db->records.records &&
-      !vdb_grow((void **)&db->records.records, 0, db->capacity, sizeof(unsigned char *)))
-    return VDB_ERROR_OUT_OF_MEMORY;
+  if (!vdb_records_room(db)) return VDB_ERROR_OUT_OF_MEMORY;
   unsigned char *record = vdb_record_make(&db->records, vdb_record_bytes(id_size, metadata_size));
   if (!record) return VDB_ERROR_OUT_OF_MEMORY;
   memcpy(record, sizes, sizeof sizes);
@@ -255,7 +315,7 @@ static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char
 static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const vdb_record *given, size_t id_size,
                                        uint64_t hash) {
   vdb_error error = vdb_make_record(db, row, given->id, id_size, given);
-  if (!error && id_size) vdb_table_enter(db, row, hash);
+  if (!error && id_size) vdb_table_enter(&db->records, row, hash);
   return error;
 }
 

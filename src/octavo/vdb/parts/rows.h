@@ -18,6 +18,9 @@ typedef struct {
   uint32_t *links;        /* HNSW: [block_rows][1 + 2 * options.links]: how many, then neighbours on the lowest level */
   void *memory;           /* the allocation that begins here, NULL if the block lies inside another's or in a file */
   size_t bytes;           /* of memory */
+  void *spilled;          /* the same of vectors that are kept on disk: what is mapped from here on */
+  size_t spilled_bytes;
+  size_t place;           /* of such vectors in their file */
 } vdb_block;
 
 /* Of the levels above the lowest: tower_of[i] is where row i's begin in `towers` (0: none): the number of levels, then
@@ -59,14 +62,35 @@ typedef struct {
 #define VDB_GONE 0xfffffffeu
 #define VDB_MAX_ROWS 0xfffffffeu
 
-/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. */
+/* An id that a mapped file's journal brought. */
+typedef struct {
+  uint64_t hash;
+  size_t row;
+} vdb_journal_id;
+
+/* What a mapped file gives instead of vdb_records.records; offsets are checked whenever they are used. What its journal
+ * says of a row's record lies beside it; the rest of the journal is written over private copies of the file's pages. */
 typedef struct {
   unsigned char *base;
   size_t size;
+  size_t slots;              /* of the file without its journal */
+  unsigned char *arrays[6];  /* of these rows, in the order of vdb_block; NULL for those that there are not */
+  size_t row_bytes[6];
   const uint64_t *offsets;   /* [slots] 1 + place in `text`, 0 for none; NULL without records */
   const unsigned char *text;
   size_t text_size;
+  unsigned char ***records;  /* [pages] of [VDB_RECORD_PAGE]: the record, VDB_NO_RECORD, or NULL: as in the file. A page
+                                may be NULL: all of it is as in the file */
+  size_t pages;              /* 0 without a journal */
+  vdb_journal_id *ids;       /* [id_count] of these records, by hash */
+  size_t id_count;
+  uint64_t *own;             /* [slots / 64, rounded up] bits of rows that the journal has changed */
+  int own_towers;            /* the graph's towers are copies */
 } vdb_mapping;
+
+#define VDB_MAPPED_ARRAYS 6 /* arrays of a block */
+#define VDB_RECORD_PAGE 1024u
+#define VDB_NO_RECORD ((unsigned char *)(uintptr_t)1)
 
 /* Which file a database is: its length and the checksum of its first bytes, which hold the checksums of the rest; and
  * the same of its journal. */
@@ -83,6 +107,17 @@ typedef struct {
   int unknown;            /* not all changes are noted: a whole file must be written; set atomically */
   int lent;               /* the same, for ever: a vector was lent, and who has it may write to it; set atomically */
 } vdb_changes;
+
+#define VDB_FAULT_BYTES ((size_t)1 << 18) /* that one read of a mapped row may bring in: Linux maps what is around it, too */
+
+/* What lies on disk, and how much of it may be in memory. */
+typedef struct {
+  size_t limit, touched; /* bytes that may come in before all is given back, 0 for any; that may have come in: atomically */
+  int scans;             /* what scans and walks read counts, too */
+  int on_disk;           /* vectors are kept in `file` */
+  int has_file, file;    /* that, or the mapped file, open */
+  size_t size;           /* of the file that vectors are kept in */
+} vdb_paging;
 
 #define VDB_KEPT_FILTERS 8
 
@@ -127,7 +162,8 @@ struct vdb_database {
   vdb_records records;
   vdb_columns columns;
   vdb_mapping mapping;
-  int read_only;         /* a view of a file, mapped or, where that has a journal, read */
+  vdb_paging paging;
+  int read_only;         /* a view of a mapped file */
   vdb_identity identity; /* of the file that was read or written last; written under the writer's mutex */
   vdb_changes changes;
   vdb_lock lock;
@@ -175,12 +211,17 @@ static inline int vdb_has_codes(vdb_storage storage) {
   return storage == VDB_STORAGE_I8 || storage == VDB_STORAGE_F32_I8;
 }
 
+/* Bytes of a block's vectors, and what scans may read behind them. */
+VDB_RARE size_t vdb_vectors_of_block(const vdb_database *db) {
+  return vdb_block_rows(db) * db->dimensions * vdb_element_size(db->options.storage) + VDB_ALIGNMENT;
+}
+
 VDB_RARE vdb_block_layout vdb_layout_of(const vdb_database *db) {
   size_t rows = vdb_block_rows(db), place = 0;
   vdb_block_layout layout;
   memset(&layout, 0, sizeof layout);
   layout.vectors = place;
-  place += vdb_round_up(rows * db->dimensions * vdb_element_size(db->options.storage) + VDB_ALIGNMENT, VDB_ALIGNMENT);
+  if (!db->paging.on_disk) place += vdb_round_up(vdb_vectors_of_block(db), VDB_ALIGNMENT);
   layout.codes = place;
   if (db->options.storage == VDB_STORAGE_F32_I8)
     place += vdb_round_up(rows * db->dimensions + VDB_ALIGNMENT, VDB_ALIGNMENT);
@@ -197,8 +238,8 @@ VDB_RARE vdb_block_layout vdb_layout_of(const vdb_database *db) {
 }
 
 VDB_RARE void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, unsigned char *base,
-                              vdb_block *block) {
-  block->vectors = base + layout->vectors;
+                              unsigned char *vectors, vdb_block *block) {
+  block->vectors = vectors ? vectors : base + layout->vectors;
   block->codes = db->options.storage == VDB_STORAGE_F32_I8 ? (int8_t *)(base + layout->codes)
                  : db->options.storage == VDB_STORAGE_I8   ? (int8_t *)block->vectors
                                                            : NULL;
@@ -222,6 +263,8 @@ static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row);
 static inline void vdb_graph_release(vdb_database *db);
 static inline size_t vdb_graph_bytes(const vdb_database *db);
 static inline void vdb_changes_make_room(vdb_database *db);
+static inline void *vdb_spill(vdb_paging *paging, size_t bytes);
+static inline void vdb_touch(const vdb_database *db, size_t bytes);
 
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
 VDB_RARE int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
@@ -252,16 +295,23 @@ VDB_RARE vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
     db->block_capacity = capacity;
   }
   vdb_block_layout layout = vdb_layout_of(db);
+  size_t apart = db->paging.on_disk ? vdb_round_up(vdb_vectors_of_block(db), 4096) : 0; /* whole pages */
   while (db->block_count < blocks) {
-    size_t count = vdb_max(1, vdb_min(blocks - db->block_count, VDB_SLAB_BYTES / layout.total));
+    size_t count = vdb_max(1, vdb_min(blocks - db->block_count, VDB_SLAB_BYTES / (layout.total + apart)));
     unsigned char *memory = (unsigned char *)vdb_aligned_alloc(count * layout.total);
     if (!memory) return VDB_ERROR_OUT_OF_MEMORY; /* the blocks made so far are kept for the next attempt */
+    size_t place = db->paging.size;
+    unsigned char *vectors = apart ? (unsigned char *)vdb_spill(&db->paging, count * apart) : NULL;
+    if (apart && !vectors) return vdb_aligned_free(memory), VDB_ERROR_IO;
     vdb_advise_huge(memory, count * layout.total);
     for (size_t i = 0; i < count; i++) {
       vdb_block *block = &db->blocks[db->block_count++];
       block->memory = i ? NULL : memory;
       block->bytes = i ? 0 : count * layout.total;
-      vdb_point_block(db, &layout, memory + i * layout.total, block);
+      block->spilled = i ? NULL : vectors;
+      block->spilled_bytes = i ? 0 : count * apart;
+      block->place = place + i * apart;
+      vdb_point_block(db, &layout, memory + i * layout.total, vectors ? vectors + i * apart : NULL, block);
       vdb_clear_after(db, (db->block_count << db->block_shift) - 1);
     }
   }
@@ -324,6 +374,7 @@ static inline void vdb_store_vector(vdb_database *db, size_t row, const float *v
   size_t place = vdb_row_in_block(db, row), dimensions = db->dimensions;
   unsigned char *out = block->vectors + place * dimensions * vdb_element_size(db->options.storage);
   uint16_t *halves = (uint16_t *)(void *)out;
+  vdb_touch(db, dimensions * vdb_element_size(db->options.storage));
   switch (db->options.storage) {
     case VDB_STORAGE_F32:
     case VDB_STORAGE_F32_I8: memcpy(out, vector, dimensions * sizeof(float)); break;
@@ -338,6 +389,7 @@ static inline void vdb_store_vector(vdb_database *db, size_t row, const float *v
 }
 
 static inline void vdb_decode_row(const vdb_database *db, size_t row, float *out) {
+  vdb_touch(db, VDB_FAULT_BYTES);
   float scale = db->options.storage == VDB_STORAGE_I8 ? vdb_scale_at(db, row) : 1.0f;
   vdb_active()->decode(vdb_element_of(db->options.storage), vdb_vector_at(db, row), scale, db->dimensions, out);
 }

@@ -34,11 +34,6 @@ static inline void vdb_panel_task(void *context, size_t panel) {
                                        job->out + first * job->options->k, job->counts + first));
 }
 
-/* Whether a bitset leaves so few rows that picking them beats scanning all. */
-static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
-  return options->bitset && vdb_count_passing(db, options) < db->slots / 8;
-}
-
 /* Questions that tiles have no bounds for are asked one by one. */
 static inline int vdb_tiles_fit(const vdb_query_job *job) {
   const vdb_database *db = job->db;
