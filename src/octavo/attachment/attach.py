@@ -34,6 +34,7 @@ def attach(
     cuda_graphs: bool = False,
     compile: bool = False,
     reuse: Reuse | None = None,
+    undo: int | None = None,
 ) -> Model:
     """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
 
@@ -49,10 +50,13 @@ def attach(
     rotary embeddings in these graphs are those of `torch.compile`, which takes a minute at the first steps and rounds
     bfloat16 less often (see `octavo.attachment.compiled`).
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
-    `octavo.attachment.reuse`. An attached
-    model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not columns as
-    in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and answers as
-    before.
+    `octavo.attachment.reuse`. `undo`: how many of its newest tokens a cache can always take back (`crop`), whatever has
+    expired meanwhile; a marked token takes its slot so many tokens longer. None: none, and 32 where `generate` is to
+    draft tokens (an assistant, prompt lookup, early exit).
+
+    An attached model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not
+    columns as in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and
+    answers as before.
 
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
@@ -65,7 +69,7 @@ def attach(
         )
     shape = Modes(model, None, None).shape(skips=False)
     chunk = default_chunk(model.device) if chunk is None else chunk
-    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile)
+    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile, undo)
     gates, swiftkv = _checked(model, resolve(adapter))
     _check_windows(model, gates, swiftkv, reuse)
     joined = Attachment(model, gates, swiftkv, settings, reuse)

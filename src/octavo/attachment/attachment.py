@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.cache import KVCache
 from octavo.attachment.decoder import run_decoder
+from octavo.attachment.drafts import run_drafts
 from octavo.attachment.forward import NAME, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
 from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
@@ -123,10 +124,8 @@ class Attachment:
             self._replace(base, functools.update_wrapper(decoder, base.forward))
             if model.config.model_type in MODEL_TYPES:
                 self._join_layers(base)
-            if self.reuse is not None:
-                own: Any = model.generate
-                generate = functools.partial(run_generate, self, own)
-                self._replace(model, functools.update_wrapper(generate, own), "generate")
+            if hasattr(model, "generate"):
+                self._join_generate(model)
             model.__dict__["_octavo"] = self
         except BaseException:
             self.undo()
@@ -141,6 +140,14 @@ class Attachment:
             attention = layer.self_attn
             self._replace(layer, functools.partial(run_layer, i, layer.forward))
             self._replace(attention, functools.partial(run_attention, attention, attention.forward))
+
+    def _join_generate(self, model: Any) -> None:
+        """Let `generate` prepare for drafts, and look prompts up where there is a store."""
+        own = model.generate
+        generate = functools.update_wrapper(functools.partial(run_drafts, self, own), own)
+        if self.reuse is not None:
+            generate = functools.update_wrapper(functools.partial(run_generate, self, generate), own)
+        self._replace(model, generate, "generate")
 
     def undo(self) -> None:
         """Put everything back; `join` may follow, and caches made before it work again then."""

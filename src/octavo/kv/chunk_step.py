@@ -149,11 +149,11 @@ class ChunkStep:
         rows = batch.index, chunk.layers
         next_query = new.after[:, None, None, None]
         real = (new.position >= 0)[:, None, None]
-        stored = real & (chunk.expiry >= next_query)  # [B, l, H, N]
+        stored = real & (chunk.expiry >= next_query - batch.undo)  # [B, l, H, N]
         whole, before = tables.table[rows], tables.length[rows]  # [B, l, H, M], [B, l, H]
         if batch.expired and batch.longest:
             old = pool.pages.expiry[whole[..., : batch.columns]].flatten(-2)
-            placed = place(old, before, stored, next_query)
+            placed = place(old, before, stored, batch.free_before(next_query))
             self._remember(chunk.layers, old, before, whole)
         else:
             placed = append(before, stored)
@@ -184,29 +184,32 @@ class ChunkStep:
     def _note_marks(self, rows: tuple[slice | Tensor, slice], slot: Tensor, marked: Tensor) -> None:
         """Tell `Tables.marks` where the marked ones among the new tokens are; `slot` and `marked` [B, l, H, N]."""
         tables, new = self.batch.tables, self.new
-        # Older tokens have expired. With padding among them the last columns need not be the last tokens.
-        span = slot.shape[-1] if new.padded else min(slot.shape[-1], self.batch.window + 1)
+        back = self.batch.window + self.batch.undo
+        # Slots of older tokens are free. With padding among them the last columns need not be the last tokens.
+        span = slot.shape[-1] if new.padded else min(slot.shape[-1], back + 1)
         slot, marked = slot[..., -span:], marked[..., -span:]
         position = new.position[:, None, None, -span:]
         some = new.after > new.start
         # The slot that comes free for the next query may have been taken already; if not, a search will find it.
         nothing = torch.zeros_like(slot[..., :1])
-        there = (new.after[:, None, None, None], some[:, None, None, None])
+        there = (new.after[:, None, None, None] - back - 1, some[:, None, None, None])
         tables.note_marks(rows, *there, nothing, nothing.bool())
-        recent = position >= (new.after - self.batch.window).clamp(min=0)[:, None, None, None]
+        recent = position >= (new.after - back).clamp(min=0)[:, None, None, None]
         tables.note_marks(rows, position, recent, slot, marked)
 
     def _remember(self, layers: slice, old: Tensor, length: Tensor, table: Tensor) -> None:
-        """Keep what `rewind` needs: slots that expire within this chunk, of which each row has a gate's window at most,
-        or as many as have come to the end of theirs."""
+        """Keep what `rewind` needs: slots that come free within this chunk, of which each row has a gate's window and
+        `undo` at most, or as many as have come to the end of theirs."""
         batch, new, pool = self.batch, self.new, self.batch.tables.pool
         within = torch.arange(old.shape[-1], device=old.device) < length[..., None]
-        start, after = (t[:, None, None, None] for t in (new.start, new.after))
+        start, after = (batch.free_before(t)[:, None, None, None] for t in (new.start, new.after))
         dead = torch.where(within & (old < start), old, -1).amax(-1)
         self.lost[:, layers] = torch.maximum(self.lost[:, layers], dead)  # overwritten for good
         dying = within & (old >= start) & (old < after)
         order = dying.cumsum(-1, dtype=torch.int32)
-        most = min(batch.window + 1, old.shape[-1]) if batch.lifetimes is None else int(order[..., -1].amax())
+        most = (
+            min(batch.window + 1 + batch.undo, old.shape[-1]) if batch.lifetimes is None else int(order[..., -1].amax())
+        )
         slot = ranked(dying, order, most)[..., :most]
         some = torch.arange(most, device=old.device) < order[..., -1:]
         where = found(table, slot, some, pool.layout.page_size)
