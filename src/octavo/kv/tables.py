@@ -226,14 +226,14 @@ class Tables:
     def _marks_of(self, index: slice | Tensor, now: Tensor) -> Tensor:
         S = self.pool.layout.page_size
         table, length = self.table[index], self.length[index]
-        position = self.pool.pages.position[table].flatten(-2)  # [B, L, H, W]
-        expiry = self.pool.pages.expiry[table].flatten(-2)
-        slots = torch.arange(table.shape[-1] * S, device=now.device)
-        at = now[:, None, None, None]
-        recent = (expiry < NEVER) & (expiry >= at - 1 - self._back)
-        marked = (slots < length[..., None]) & (position >= 0) & recent
-        marks = position.new_full((*length.shape, self.ring + 1), -1)
-        return marks.scatter_(-1, self.place_of(position, marked), slots.int().expand_as(position))
+        expiry = self.pool.pages.expiry[table].flatten(-2)  # [B, L, H, W]
+        slots = torch.arange(table.shape[-1] * S, dtype=torch.int32, device=now.device)
+        recent = (expiry < NEVER) & (expiry >= now[:, None, None, None] - 1 - self._back)
+        *row, slot = (recent & (slots < length[..., None])).nonzero().unbind(1)  # few of many
+        position = self.pool.pages.position[table[(*row, slot // S)].long(), slot % S]
+        marks = length.new_full((*length.shape, self.ring + 1), -1)
+        marks[(*row, self.place_of(position, position >= 0))] = slot.int()
+        return marks
 
     def held(self) -> Tensor:
         """Ids of the pages that the rows name, int64 [n], once for each row that does."""
