@@ -27,7 +27,7 @@ from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length, scores_alone
+from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -79,8 +79,7 @@ class Attachment:
         self.settings = settings
         self.attention, self.lifetimes = attention_modules(model), lifetimes(model)
         self.borrowed = lends_channel(model.config)
-        plain = not any(self.lifetimes) and scores_alone(model)  # what the kernels of a captured step know
-        self.captures = settings.cuda_graphs and plain
+        self.captures = settings.cuda_graphs and not any(self.lifetimes)  # what a captured step knows
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         base: Any = model.base_model
         self.original: Callable[..., Any] = base.forward

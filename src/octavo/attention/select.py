@@ -38,10 +38,10 @@ def attend(
             return kernels.decode(query, at, pages, table, length, scale, chunk, scoring)
         if kernels.has_prefill(query, pages):
             return kernels.prefill(query, at, pages, table, length, scale, chunk, scoring)
-        if scoring is None and chunk is None and cuda.available(query.device):
+        if chunk is None and cuda.available(query.device):
             from octavo.attention.cuda import decode
 
-            return decode.attend(query, at, pages, table, length, scale)
+            return decode.attend(query, at, pages, table, length, scale, scoring=scoring)
     if query.is_cuda:
         return padded.attend(query, at, pages, table, length, scale, chunk, scoring)
     return ragged.attend(query, at, pages, table, length, scale, chunk, scoring)

@@ -4,7 +4,7 @@ A layer's keys and values are held until its last reader is done, because a toke
 never need a page. Layers wait for each other and are stored together, since storing takes some forty operations.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class ChunkStep:
         # Nothing is cached and nothing is padded; where nothing can expire for any query, attention is causal.
         first = batch.longest == 0 and valid is None
         self._plain = [first and batch.sees_all(layer, columns) for layer in range(tables.length.shape[1])]
-        fits = cuda.available(tables.pool.device) and not trains and batch.lifetimes is None and not all(self._plain)
+        fits = cuda.available(tables.pool.device) and not trains and not all(self._plain)
         self._span = spans(self.new, columns, valid) if fits else None  # where a kernel for the GPU finds its tokens
         windowed = batch.lifetimes is not None
         self._expired = batch.expired or windowed or bool(batch.eviction and columns > batch.window)
@@ -104,14 +104,27 @@ class ChunkStep:
         tables, at = batch.tables, self.new.at[:, -query.shape[2] :]
         table, length = tables.table[batch.index, layer], tables.length[batch.index, layer]
         past = tables.pool.pages, table[..., : batch.columns], length
-        if self._span is not None and scoring is None:
+        forgets = None if self._span is None else self._forgets(layer, held.marked)
+        if self._span is not None and forgets is not None:
             from octavo.attention.cuda.chunk import attend as kernel
 
-            given = query, held.key, held.value, self._span, scale, held.marked, batch.window
-            return kernel(*given, *past) if batch.longest else kernel(*given)
+            cached: tuple[Any, Any, Any] = past if batch.longest else (None, None, None)
+            return kernel(query, held.key, held.value, self._span, scale, *forgets, *cached, scoring)
         marked = None if held.marked is None else held.marked[:, None]
         expiry = self._expiry(slice(layer, layer + 1), held.key[:, None], marked)[:, 0]
         return attend(query, at, *past, scale, Chunk(held.key, held.value, self.new.position, expiry), scoring)
+
+    def _forgets(self, layer: int, marked: Tensor | None) -> tuple[Tensor | None, int] | None:
+        """(which tokens are forgotten after how many more) in a layer, as the kernel for the GPU is told; None where
+        it cannot be: some of them at the end of their attention's chunk, or some sooner than others."""
+        batch, position = self.batch, self.new.position
+        life = None if batch.lifetimes is None else batch.lifetimes.each[layer]
+        if life is None:
+            return marked, batch.window
+        if life.chunked or (marked is not None and batch.window < life.length - 1):
+            return None
+        every = torch.ones((), dtype=torch.bool, device=position.device)
+        return every.expand(len(position), batch.tables.length.shape[2], position.shape[1]), life.length - 1
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""

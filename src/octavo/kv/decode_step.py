@@ -100,11 +100,11 @@ class DecodeStep:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
         pages, at, n = self.batch.tables.pool.pages, self.new.at, query.shape[2]
         at, where = at if n == at.shape[1] else at[:, -n:], self._over[layer]
-        if self._begins is None or scoring is not None:
+        if self._begins is None:
             return attend(query, at, pages, *where, scale, scoring=scoring)
         from octavo.attention.cuda import decode
 
-        return decode.attend(query, at, pages, *where, scale, self._begins[layer])
+        return decode.attend(query, at, pages, *where, scale, self._begins[layer], scoring=scoring)
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""

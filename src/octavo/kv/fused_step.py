@@ -64,13 +64,14 @@ class FusedStep:
         self._new[layer] = key, value
 
     def attend(self, layer: int, query: Tensor, scale: float, scoring: Scoring | None = None) -> Tensor:
-        """Attention of the new tokens, [B, 1, Hq, D]; `query` [B, Hq, 1, D]. Its kernel knows no `scoring`."""
-        assert scoring is None
+        """Attention of the new tokens, [B, 1, Hq, D]; `query` [B, Hq, 1, D]."""
         new, table, length, slot, begin = None, *self._layers[layer]
         if layer in self._new:
             new = self._decode.Written(*self._new.pop(layer), slot, self.new.position)
         pages = self.batch.tables.pool.pages
-        return self._decode.attend(query, self.new.at, pages, table, length, scale, begin, new, self.rows)
+        return self._decode.attend(
+            query, self.new.at, pages, table, length, scale, begin, new, self.rows, scoring=scoring
+        )
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""

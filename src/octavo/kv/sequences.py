@@ -63,7 +63,7 @@ class Sequences(Held):
         expired = state.cropped or windowed or (window is not None and (captured or state.seen + columns > window))
         given = self._batch(longest, expired, state.scattered or windowed)
         self._valid, self._columns = valid, columns
-        if few and columns == 1 and cuda.available(self.shape.device) and not (windowed or self.shape.scored):
+        if few and columns == 1 and cuda.available(self.shape.device) and not windowed:
             self.step = FusedStep(given, self._running(valid), self.tables.flags[int(state.scattered)])
         elif few:
             self.step = DecodeStep(given, columns, valid)
