@@ -45,8 +45,8 @@ def attach(
     ones in another dtype or on another device. `kv_dtype`: "int8" or "fp8" stores keys and values
     as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype.
     `cuda_graphs`: on CUDA, steps of one token per sequence run from CUDA graphs, which spares the host nearly all of
-    their work; the model's modules must not change then (see `octavo.attachment.graphs`). Steps of models with windows,
-    softcapping or sinks run without. `compile`: norms, MLPs and
+    their work; the model's modules must not change then (see `octavo.attachment.graphs`). Steps of models with windows
+    run without. `compile`: norms, MLPs and
     rotary embeddings in these graphs are those of `torch.compile`, which takes a minute at the first steps and rounds
     bfloat16 less often (see `octavo.attachment.compiled`).
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see

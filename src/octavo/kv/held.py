@@ -7,6 +7,7 @@ from typing import SupportsInt
 import torch
 from torch import Tensor
 
+from octavo.attention import FEW
 from octavo.config import Eviction
 from octavo.kv.answers import Answers
 from octavo.kv.capture import Boundaries
@@ -100,6 +101,11 @@ class Held:
         """Bytes held for these sequences: the pages that they name, each counted once, their table rows, and what is
         kept for snapshots at boundaries."""
         return self._holding.nbytes + self.tables.nbytes_of(self.rows)
+
+    @property
+    def few(self) -> int:
+        """Tokens of a forward up to which all survive it, so that one plan serves all of them (`DecodeStep`)."""
+        return FEW if self.eviction is None else min(FEW, self.eviction.window)
 
     @property
     def shift(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.attention import FEW, cuda
+from octavo.attention import cuda
 from octavo.errors import CacheStateError
 from octavo.kv.capture import Boundaries, restore_into
 from octavo.kv.captured import check_captured, promised, replayed
@@ -56,7 +56,7 @@ class Sequences(Held):
         if not captured:
             self.memory.reclaim()
         window = self.eviction.window if self.eviction else None
-        few = columns <= FEW and (window is None or columns <= window) and not trains
+        few = columns <= self.few and not trains
         state, back = self._open(batch, columns, captured)
         longest = promise.slots if promise else state.longest if few else back.longest
         windowed = self.lifetimes is not None
