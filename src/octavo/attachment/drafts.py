@@ -24,10 +24,19 @@ _ASKED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit",
 
 def drafts(attachment: "Attachment", named: Mapping[str, Any]) -> bool:
     """Whether a call of `generate` with these arguments drafts, or makes drafts for another model."""
-    given = named.get("generation_config"), attachment.model.generation_config
-    if getattr(given[0], "is_assistant", False):
-        return True
-    return any(named.get(name) or any(getattr(config, name, None) for config in given) for name in _ASKED)
+    return _assists(named) or any(_asked(attachment, named, name) for name in _ASKED)
+
+
+def _assists(named: Mapping[str, Any]) -> bool:
+    """Whether a call of `generate` makes drafts for another model."""
+    return bool(getattr(named.get("generation_config"), "is_assistant", False))
+
+
+def _asked(attachment: "Attachment", named: Mapping[str, Any], name: str) -> Any:
+    """What a call of `generate` asks for by this name, in its arguments or in a configuration; None: nothing."""
+    configured = named.get("generation_config"), attachment.model, named.get("assistant_model")
+    each = [named.get(name), *(getattr(getattr(c, "generation_config", c), name, None) for c in configured)]
+    return next((asked for asked in each if asked), None)
 
 
 def prepared(attachment: "Attachment", named: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +52,8 @@ def prepared(attachment: "Attachment", named: dict[str, Any]) -> dict[str, Any]:
     cache = cache.octavo_cache if isinstance(cache, BoundCache) else cache
     if isinstance(cache, KVCache):
         _refuse_filled(attachment, named, cache)
-        cache.activate_past_recording(max(UNDO, longest(attachment, named)))
+        longest = (_asked(attachment, named, name) for name in ("prompt_lookup_num_tokens", "num_assistant_tokens"))
+        cache.activate_past_recording(max([UNDO, *(int(n) for n in longest if n)]))
     return named
 
 
@@ -51,18 +61,11 @@ def _refuse_filled(attachment: "Attachment", named: Mapping[str, Any], cache: KV
     """Raise CacheStateError where `generate` would read a prompt into a cache that has read its beginning already."""
     model: Any = attachment.model
     rereads = "next_sequence_length" in inspect.signature(model.prepare_inputs_for_generation).parameters
-    if cache.seen and rereads and not getattr(named.get("generation_config"), "is_assistant", False):
+    if cache.seen and rereads and not _assists(named):
         raise CacheStateError(
             f"this version of transformers reads the whole prompt where it drafts, and the cache holds {cache.seen} "
             "columns of it; leave past_key_values out, or ask for no drafts"
         )
-
-
-def longest(attachment: "Attachment", named: Mapping[str, Any]) -> int:
-    """How many tokens a call of `generate` drafts at once, as far as it says."""
-    given = named.get("generation_config"), attachment.model.generation_config
-    names = "prompt_lookup_num_tokens", "num_assistant_tokens"
-    return max(named.get(name) or max(getattr(config, name, None) or 0 for config in given) for name in names)
 
 
 def run_drafts(attachment: "Attachment", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
