@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from octavo.errors import ConfigError
 
 KV_DTYPES = ("int8", "fp8")  # quantised forms that pages may have
+UNDO = 32  # tokens that caches can take back once drafts are asked for
 NEVER = 2**31 - 1  # the expiry of a slot that is kept for ever (int32 max)
 
 
@@ -52,7 +53,8 @@ class CacheSettings:
     `chunk`: tokens per prefill step. `page_size`: slots per page. `budget`: bytes that the pages of all caches
     may take, None for no limit. `kv_dtype`: how slots are stored, "int8" or "fp8" with a scale each, or None for
     the model's dtype. `cuda_graphs`: run decode steps on CUDA from graphs. `compiled`: with small
-    pieces of the layers as `torch.compile` makes them.
+    pieces of the layers as `torch.compile` makes them. `undo`: tokens that a cache can take back, None for `UNDO` as
+    soon as drafts are asked for.
     """
 
     chunk: int
@@ -61,6 +63,7 @@ class CacheSettings:
     kv_dtype: str | None = None
     cuda_graphs: bool = False
     compiled: bool = False
+    undo: int | None = None
 
     def __post_init__(self) -> None:
         _positive("chunk", self.chunk)
@@ -69,5 +72,7 @@ class CacheSettings:
             _positive("budget", self.budget)
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise ConfigError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, or None for the model's dtype")
+        if self.undo is not None and self.undo < 0:
+            raise ConfigError(f"undo must be at least 0, not {self.undo}")
         if self.compiled and not self.cuda_graphs:
             raise ConfigError("compile needs cuda_graphs=True: pieces are compiled for the graphs alone")

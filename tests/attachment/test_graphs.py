@@ -96,13 +96,13 @@ def by_hand(monkeypatch):
     monkeypatch.setattr(graphs.Graphs, "_capture", capture_by_hand)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_replayed_steps_answer_as_others(by_hand, monkeypatch, shift):
+@pytest.mark.parametrize(("shift", "undo"), [(0, None), (1, 5)])
+def test_replayed_steps_answer_as_others(by_hand, monkeypatch, shift, undo):
     model, ids = tiny_model(), tokens(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "attention_mask": mask}
-    attach(model, tiny_adapter(model, window=8, shift=shift), cuda_graphs=True)
+    attach(model, tiny_adapter(model, window=8, shift=shift), cuda_graphs=True, undo=undo)
     replayed = model.generate(ids, **options)
     captured = list(require_attachment(model).graphs._captured.values())
     assert sum(each.graph.replays for each in captured) > 10
@@ -119,7 +119,7 @@ def test_replayed_steps_answer_as_others(by_hand, monkeypatch, shift):
 @pytest.mark.parametrize("evict", [False, True])
 def test_a_cache_goes_on_after_replays_as_without(by_hand, evict):
     model, ids = tiny_model(), tokens(1, 40)
-    attach(model, tiny_adapter(model, window=8) if evict else None, cuda_graphs=True)
+    attach(model, tiny_adapter(model, window=8) if evict else None, cuda_graphs=True, undo=3)
     cache, parts = KVCache(model), []
     with torch.no_grad():
         for first, last in [
@@ -129,9 +129,11 @@ def test_a_cache_goes_on_after_replays_as_without(by_hand, evict):
             *((i, i + 1) for i in range(36, 40)),
         ]:
             parts.append(model(ids[:, first:last], past_key_values=cache).logits)
-        if not evict:  # with eviction, what would be seen again is gone
-            cache.crop(-2)
-            parts[-2:] = [model(ids[:, 38:], past_key_values=cache).logits]
+        held = cache.tables.length[cache.rows[0]].clone()
+        for _ in range(2):
+            cache.crop(-3)
+            parts[-3:] = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(37, 40)]
+        assert bool((cache.tables.length[cache.rows[0]] <= held).all())  # slots of what was taken back are taken again
         expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-4)
     assert (cache.seen, cache.position.tolist()) == (40, [40])

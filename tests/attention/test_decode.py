@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention.case import CODES, DTYPES, Case, make_case, misuses
-from octavo.attention import reference
+from octavo.attention import Scoring, reference
 from octavo.attention.cpu import kernels
 
 if not kernels.BUILT:
@@ -92,6 +92,32 @@ def test_matches_the_reference(case: Case, chunk_work: int) -> None:
             out = kernels.decode(*case, threads=threads)
             assert_matches(case, out)
             assert torch.equal(out, kernels.decode(*case, threads=threads))
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from([None, 0.5, 30.0]), st.booleans(), st.sampled_from([1, 200000]))
+def test_softcap_and_sinks_match_the_reference(case: Case, softcap: float | None, sinks: bool, chunk_work: int) -> None:
+    _kernels.set_chunk_work(chunk_work)
+    sink = 3 * torch.randn(case.query.shape[1], generator=torch.Generator().manual_seed(1)) if sinks else None
+    scoring = Scoring(softcap, sink)
+    expected = reference.attend(*case.widened(), scoring)
+    for isa in ISAS:
+        _kernels.set_isa(isa)
+        for threads in (1, 3):
+            out = kernels.decode(*case, scoring, threads=threads)
+            close = {"rtol": 1e-4 + UNIT[out.dtype], "atol": 3e-5}
+            torch.testing.assert_close(out.float(), expected, **close)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_scores_far_beyond_a_cap_and_far_from_a_sink(isa: str) -> None:
+    _kernels.set_isa(isa)
+    case = make_case([[130, 7]], G=2)
+    case = case._replace(query=case.query * 400)
+    for sink in (-300.0, 0.0, 300.0):
+        scoring = Scoring(50.0, torch.tensor([sink, -sink, 1.0, 60.0]))
+        expected = reference.attend(*case.widened(), scoring)
+        torch.testing.assert_close(kernels.decode(*case, scoring), expected, rtol=1e-4, atol=3e-5)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -185,6 +211,9 @@ def test_misuse_is_refused() -> None:
             kernels.decode(*case._replace(**change))
     with pytest.raises(ValueError, match="attention"):
         kernels.decode(*case._replace(scale=float("nan")))
+    for scoring in (Scoring(0.0), Scoring(float("nan")), Scoring(sinks=torch.zeros(3)), Scoring(float("inf"))):
+        with pytest.raises(ValueError, match="attention"):
+            kernels.decode(*case, scoring)
     with pytest.raises(ValueError, match="attention: a request has"):
         _kernels.decode(b"short")
     with pytest.raises(ValueError, match="vax"):

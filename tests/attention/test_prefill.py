@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attention.case import CODES, Case, misuses
 from attention.case import make_case as any_case
-from octavo.attention import Pages, reference
+from octavo.attention import Pages, Scoring, reference
 from octavo.attention.cpu import kernels
 from octavo.attention.pages import read
 
@@ -68,8 +68,8 @@ def rounded(case: Case) -> Case:
     return case._replace(pages=Pages(key, value, None, None, *rest))
 
 
-def assert_matches(case: Case, out: Tensor) -> None:
-    expected = reference.attend(*rounded(case).widened())
+def assert_matches(case: Case, out: Tensor, scoring: Scoring | None = None) -> None:
+    expected = reference.attend(*rounded(case).widened(), scoring)
     assert out.shape == expected.shape
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()
@@ -104,6 +104,21 @@ def test_matches_the_reference(case: Case) -> None:
     assert_matches(case, out)
     for threads in (2, 3):
         assert torch.equal(out, kernels.prefill(*case, threads=threads))
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.sampled_from([None, 0.5, 50.0]), st.booleans(), st.sampled_from([1, 3]))
+def test_softcap_and_sinks_match_the_reference(case: Case, softcap: float | None, sinks: bool, threads: int) -> None:
+    sink = 3 * torch.randn(case.query.shape[1], generator=torch.Generator().manual_seed(1)) if sinks else None
+    scoring = Scoring(softcap, sink)
+    assert_matches(case, kernels.prefill(*case, scoring, threads=threads), scoring)
+
+
+@pytest.mark.parametrize("scale", [3.0, -0.5, 0.0])
+def test_any_scale_under_a_cap(scale: float) -> None:
+    case = make_case([[300, 40]], N=70, G=2)._replace(scale=scale)
+    scoring = Scoring(4.0, torch.tensor([-90.0, 0.0, 2.0, 90.0]))
+    assert_matches(case, kernels.prefill(*case, scoring), scoring)
 
 
 @pytest.mark.parametrize("D", [32, 64, 160, 256])

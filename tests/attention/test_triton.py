@@ -9,12 +9,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from attention.case import CODES, DTYPES, Case, make_case
 from octavo import attach
-from octavo.attention import Chunk, cuda, reference
+from octavo.attention import Chunk, Scoring, cuda, reference
 from octavo.attention.cuda import chunk as chunks
 from octavo.attention.cuda import decode
 from octavo.attention.pages import slots, write
 from octavo.config import NEVER
-from tiny import feed, tiny_adapter, tiny_model, tokens
+from tiny import SHAPE, feed, tiny_adapter, tiny_model, tokens
+from tiny_windows import windowed_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,10 +25,17 @@ def near(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 3e-2
 
 
-def check_decode(case: Case, programs: int | None = None) -> None:
+def scored(seed: int, heads: int) -> Scoring | None:
+    """What scores are beside products, one case of four nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    sinks = 3 * torch.randn(heads, generator=generator).to(DEVICE) if seed % 2 else None
+    return Scoring([None, 0.7, 30.0][seed // 4 % 3], sinks) if seed % 4 else None
+
+
+def check_decode(case: Case, programs: int | None = None, scoring: Scoring | None = None) -> None:
     case = case.to(DEVICE)
-    expected = reference.attend(*case.widened())
-    got = decode.attend(*case[:-1], programs=programs)
+    expected = reference.attend(*case.widened(), scoring)
+    got = decode.attend(*case[:-1], programs=programs, scoring=scoring)
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=near(case.query.dtype))
 
 
@@ -50,6 +58,7 @@ def test_few_queries_on_pages_are_the_rule(seed, lengths, G, n, D, S, dtype, sto
             window=9, disorder=0.2, padding=0.2, seed=seed,
         ),
         programs,
+        scored(seed, 2 * G),
     )  # fmt: skip
 
 
@@ -122,9 +131,10 @@ def test_a_chunk_on_pages_is_the_rule(seed, rows, G, N, asking, D, window, lengt
     span = chunks.Span(*(t.int().to(DEVICE) for t in (first, count, torch.full((B,), start))))
     past = (case.pages, case.table, case.length) if lengths else ()
     got = chunks.attend(
-        asked.query, *case.chunk[:2], span, case.scale, None if marked is None else marks, window, *past
+        asked.query, *case.chunk[:2], span, case.scale, None if marked is None else marks, window,
+        *(past or (None, None, None)), scoring := scored(seed, H * G),
     )  # fmt: skip
-    torch.testing.assert_close(got.float(), reference.attend(*asked.widened()), rtol=0, atol=near(dtype))
+    torch.testing.assert_close(got.float(), reference.attend(*asked.widened(), scoring), rtol=0, atol=near(dtype))
 
 
 @pytest.mark.parametrize(("chunk", "shift", "kv_dtype"), [(40, 0, None), (512, 1, None), (512, 0, "int8")])
@@ -139,3 +149,18 @@ def test_a_model_on_these_kernels_equals_the_mask(monkeypatch, chunk, shift, kv_
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     else:
         assert (got - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "longest"),
+    [("gemma2", 20, None), ("gpt-oss", None, SHAPE["max_position_embeddings"])],  # windows and a cap; sinks alone
+)
+def test_windows_caps_and_sinks_on_these_kernels_equal_the_mask(monkeypatch, family, window, longest):
+    monkeypatch.setattr(cuda, "available", lambda device: True)
+    model = windowed_model(family, **({} if longest is None else {"sliding_window": longest})).to(DEVICE)
+    attach(model, None if window is None else tiny_adapter(model, window=window), chunk=40)
+    ids = tokens(1, 50).to(DEVICE)
+    got, _ = feed(model, ids, 48)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)

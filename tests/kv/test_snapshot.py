@@ -68,10 +68,10 @@ def listed(parts):
 
 @pytest.mark.parametrize("eviction", [None, Eviction(5), Eviction(5, 1), Eviction(20, 1)])
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 3, 4, 16]))
-def test_any_history_at_any_boundary_is_the_visibility_rule(eviction, seed, page_size):
+@given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 3, 4, 16]), undo=st.sampled_from([0, 9]))
+def test_any_history_at_any_boundary_is_the_visibility_rule(eviction, seed, page_size, undo):
     dice, memory, shift = random.Random(seed), new_memory(page_size), eviction.shift if eviction else 0
-    plain = Plain(PagedCache(SHAPE, eviction, memory), 2)
+    plain = Plain(PagedCache(SHAPE, eviction, memory, undo=undo), 2)
     for _ in range(dice.randint(3, 9)):
         if dice.random() < 0.2:
             crop(plain, dice.randint(1, 12))
@@ -92,7 +92,7 @@ def test_any_history_at_any_boundary_is_the_visibility_rule(eviction, seed, page
             seen, kept = wanted_at(plain.tokens[b], p, shift)
             assert listed(made.segments[: i + 1]) == kept
             assert listed([*made.segments[: i + 1], made.tails[i]]) == seen
-            twin = Plain(PagedCache(SHAPE, eviction, memory), 1)
+            twin = Plain(PagedCache(SHAPE, eviction, memory, undo=dice.choice([0, undo])), 1)
             twin.cache.sequences.restore(made.layout, made.at(p), p)
             twin.tokens = [copy.deepcopy(plain.tokens[b][:p])]
             if shift:

@@ -44,11 +44,12 @@ class Sequences:
         self.cache, self.eviction, self.lifetimes = cache, cache.eviction, cache.shape.lifetimes
         self.tokens = [[] for _ in range(batch)]
         self.columns = []  # per column which sequences have a token there
+        self.sure = 0  # columns that can be taken back whatever has expired
 
     def copy(self, cache):
         twin = Sequences(cache, 0)
         twin.tokens = copy.deepcopy(self.tokens)
-        twin.columns = list(self.columns)
+        twin.columns, twin.sure = list(self.columns), self.sure
         return twin
 
 
@@ -85,6 +86,7 @@ def forward(plain, columns, pads, seed, fail_at=None):
         return
     plain.tokens = after
     plain.columns += valid.T.tolist()
+    plain.sure = min(cache.sequences.undo, plain.sure + columns)
     for b in range(B):
         for column in range(columns):
             if valid[b, column]:
@@ -158,14 +160,14 @@ def check(memory, sequences):
 
 def check_marks(cache, row, layer, head, now):
     """`Tables.marks` names the slot that is free for the next token; no other is, unless `State.scattered` says so."""
-    tables = cache.tables
+    tables, undo = cache.tables, cache.sequences.undo
     if tables.window is None or cache.sequences.state.scattered or now == 0:
         return
     used = int(tables.length[row, layer, head])
     ids = tables.table[row, layer, head, : -(-used // tables.pool.layout.page_size)].long()
     expiry = tables.pool.pages.expiry[ids].flatten()[:used]
-    free = (expiry < now).nonzero()[:, 0].tolist()
-    named = int(tables.marks[row, layer, head, now % (tables.window + 1)])
+    free = (expiry < max(0, now - undo)).nonzero()[:, 0].tolist()
+    named = int(tables.marks[row, layer, head, (now - undo - tables.window - 1) % tables.ring])
     assert free == [named] * (named >= 0)
 
 
@@ -182,26 +184,30 @@ def held(pool, ids, used, now):
 
 @pytest.mark.parametrize("eviction", [None, Eviction(5), Eviction(5, 1), Eviction(20, 1), Eviction(40)])
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 3, 4, 16]))
-def test_any_history_is_the_visibility_rule(eviction, seed, page_size):
-    any_history(SHAPE, eviction, seed, page_size)
+@given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 3, 4, 16]), undo=st.sampled_from([0, 3, 32]))
+def test_any_history_is_the_visibility_rule(eviction, seed, page_size, undo):
+    any_history(SHAPE, eviction, seed, page_size, undo)
 
 
 @pytest.mark.parametrize("eviction", [None, Eviction(5), Eviction(40)])
 @pytest.mark.parametrize("lifetimes", WINDOWS)
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 4]))
-def test_and_so_it_is_where_layers_have_windows(lifetimes, eviction, seed, page_size):
-    any_history(replace(SHAPE, lifetimes=lifetimes), eviction, seed, page_size)
+@given(seed=st.integers(0, 2**31), page_size=st.sampled_from([1, 4]), undo=st.sampled_from([0, 3, 32]))
+def test_and_so_it_is_where_layers_have_windows(lifetimes, eviction, seed, page_size, undo):
+    any_history(replace(SHAPE, lifetimes=lifetimes), eviction, seed, page_size, undo)
 
 
-def any_history(shape, eviction, seed, page_size):
+def new(shape, eviction, memory, undo, batch):
+    return Sequences(PagedCache(shape, eviction, memory, undo=undo), batch)
+
+
+def any_history(shape, eviction, seed, page_size, undo):
     dice, memory = random.Random(seed), new_memory(page_size)
     sequences = []
     for _ in range(dice.randint(6, 14)):
         choice = dice.random()
         if not sequences or (choice < 0.12 and len(sequences) < 4):
-            sequences.append(Sequences(PagedCache(shape, eviction, memory), dice.randint(1, 3)))
+            sequences.append(new(shape, eviction, memory, dice.choice([0, undo]), dice.randint(1, 3)))
         plain = dice.choice(sequences)
         if choice < 0.72 or not plain.tokens[0]:
             pads = [dice.choice([0, 0, 0, 2, 30]) for _ in plain.tokens] if dice.random() < 0.4 else [0] * 9
@@ -211,6 +217,8 @@ def any_history(shape, eviction, seed, page_size):
             )
         elif choice < 0.8:
             crop(plain, dice.randint(1, 12))
+        elif choice < 0.82 and undo:  # drafts are asked for from now on
+            plain.cache.sequences.reach_back(undo)
         elif choice < 0.88 and plain.cache.rows:
             picked = [dice.randrange(len(plain.tokens)) for _ in range(dice.randint(1, 3))]
             plain.cache.batch_select_indices(torch.tensor(picked))
@@ -236,7 +244,9 @@ def crop(plain, columns):
     try:
         cache.crop(-columns)
     except CacheStateError:
+        assert columns > plain.sure
         return
+    plain.sure = max(0, plain.sure - columns)
     for b, row in enumerate(plain.tokens):
         gone = sum(column[b] for column in plain.columns[-columns:])
         plain.tokens[b] = row = row[: len(row) - gone] if gone else row

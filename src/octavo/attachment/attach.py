@@ -34,6 +34,7 @@ def attach(
     cuda_graphs: bool = False,
     compile: bool = False,
     reuse: Reuse | None = None,
+    undo: int | None = None,
 ) -> Model:
     """Make `model` keep its keys and values on Octavo's pages, and evict and skip as `adapter` says. Returns it.
 
@@ -44,15 +45,17 @@ def attach(
     ones in another dtype or on another device. `kv_dtype`: "int8" or "fp8" stores keys and values
     as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype.
     `cuda_graphs`: on CUDA, steps of one token per sequence run from CUDA graphs, which spares the host nearly all of
-    their work; the model's modules must not change then (see `octavo.attachment.graphs`). Steps of models with windows,
-    softcapping or sinks run without. `compile`: norms, MLPs and
-    rotary embeddings in these graphs are those of `torch.compile`, which takes a minute at the first steps and rounds
-    bfloat16 less often (see `octavo.attachment.compiled`).
+    their work; the model's modules must not change then (see `octavo.attachment.graphs`). Steps of models with windows
+    run without. `compile`: norms, MLPs and rotary embeddings in these graphs are those of `torch.compile`, which takes
+    a minute at the first steps and rounds bfloat16 less often (see `octavo.attachment.compiled`).
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
-    `octavo.attachment.reuse`. An attached
-    model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not columns as
-    in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and answers as
-    before.
+    `octavo.attachment.reuse`. `undo`: how many of its newest tokens a cache can always take back (`crop`), whatever has
+    expired meanwhile; a marked token keeps its slot so many tokens longer. None: none, and 32 where `generate` is to
+    draft tokens (an assistant, prompt lookup, early exit).
+
+    An attached model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not
+    columns as in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and
+    answers as before.
 
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
@@ -65,7 +68,7 @@ def attach(
         )
     shape = Modes(model, None, None).shape(skips=False)
     chunk = default_chunk(model.device) if chunk is None else chunk
-    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile)
+    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile, undo)
     gates, swiftkv = _checked(model, resolve(adapter))
     _check_windows(model, gates, swiftkv, reuse)
     joined = Attachment(model, gates, swiftkv, settings, reuse)

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.cache import KVCache
 from octavo.attachment.decoder import run_decoder
+from octavo.attachment.drafts import run_drafts
 from octavo.attachment.forward import NAME, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
 from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length, scores_alone
+from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -78,8 +79,7 @@ class Attachment:
         self.settings = settings
         self.attention, self.lifetimes = attention_modules(model), lifetimes(model)
         self.borrowed = lends_channel(model.config)
-        plain = not any(self.lifetimes) and scores_alone(model)  # what the kernels of a captured step know
-        self.captures = settings.cuda_graphs and plain
+        self.captures = settings.cuda_graphs and not any(self.lifetimes)  # what a captured step knows
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         base: Any = model.base_model
         self.original: Callable[..., Any] = base.forward
@@ -123,10 +123,8 @@ class Attachment:
             self._replace(base, functools.update_wrapper(decoder, base.forward))
             if model.config.model_type in MODEL_TYPES:
                 self._join_layers(base)
-            if self.reuse is not None:
-                own: Any = model.generate
-                generate = functools.partial(run_generate, self, own)
-                self._replace(model, functools.update_wrapper(generate, own), "generate")
+            if hasattr(model, "generate"):
+                self._join_generate(model)
             model.__dict__["_octavo"] = self
         except BaseException:
             self.undo()
@@ -141,6 +139,14 @@ class Attachment:
             attention = layer.self_attn
             self._replace(layer, functools.partial(run_layer, i, layer.forward))
             self._replace(attention, functools.partial(run_attention, attention, attention.forward))
+
+    def _join_generate(self, model: Any) -> None:
+        """Let `generate` prepare for drafts, and look prompts up where there is a store."""
+        own = model.generate
+        generate = functools.update_wrapper(functools.partial(run_drafts, self, own), own)
+        if self.reuse is not None:
+            generate = functools.update_wrapper(functools.partial(run_generate, self, generate), own)
+        self._replace(model, generate, "generate")
 
     def undo(self) -> None:
         """Put everything back; `join` may follow, and caches made before it work again then."""

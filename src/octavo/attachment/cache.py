@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from octavo.attachment.identity import FORMAT, difference, identity
 from octavo.attachment.settings import byte_budget
+from octavo.config import UNDO
 from octavo.errors import CacheStateError, NotAttachedError
 from octavo.kv import PagedCache, Snapshot
 from octavo.kv.late import Late, capturing
@@ -46,7 +47,7 @@ class KVCache(PagedCache):
         self.swiftkv_on = attachment.checked_mode(swiftkv)
         shape = attachment.modes.shape(self.swiftkv_on)
         eviction, memory = attachment.modes.eviction(self.swiftkv_on), attachment.memory(shape)
-        super().__init__(shape, eviction, memory, byte_budget(budget))
+        super().__init__(shape, eviction, memory, byte_budget(budget), attachment.settings.undo or 0)
         self._set_moved(None)
 
     @classmethod
@@ -129,6 +130,17 @@ class KVCache(PagedCache):
             self.become(shape, attachment.modes.eviction(wanted), memory)
             self._masks = Late(shape.device)
         self._set_moved(None)
+
+    def activate_past_recording(self, tokens: int = UNDO) -> None:
+        """Prepare for drafts of so many tokens, which `generate` takes back in part; see `undo` of `octavo.attach`."""
+        if self.attachment.settings.undo is None:
+            self.sequences.settle()
+            self.sequences.reach_back(tokens)
+
+    @property
+    def undo(self) -> int:
+        """How many tokens `crop` can always take back, of those that were read since it has been so many."""
+        return self.sequences.undo
 
     # Positions that are not the tokens' own
 

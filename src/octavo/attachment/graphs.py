@@ -74,7 +74,7 @@ class Graphs:
         return False
 
     def _kind(self, cache: "KVCache") -> tuple[Any, ...]:
-        return bucket(len(cache.rows)), cache.swiftkv_on, id(cache.tables), cache.eviction
+        return bucket(len(cache.rows)), cache.swiftkv_on, id(cache.tables), cache.eviction, cache.undo
 
     def run(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any:
         """One token for each of a cache's sequences; what the decoder returns. The cache is as it was where it fails.

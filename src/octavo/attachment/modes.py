@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from octavo.attachment.supported import head_dim, lifetimes, scores_alone
+from octavo.attachment.supported import head_dim, lifetimes
 from octavo.config import Eviction
 from octavo.dms import Adapter, FoldedGates, HardGates, Policy
 from octavo.kv import CacheShape
@@ -40,7 +40,7 @@ class Modes:
         heads = config.num_key_value_heads
         where = self.model.dtype, self.model.device
         lives = lifetimes(self.model)[:cached]
-        return CacheShape(layers, cached, heads, head_dim(config), *where, lives, not scores_alone(self.model))
+        return CacheShape(layers, cached, heads, head_dim(config), *where, lives)
 
     def oracle(self, skips: bool) -> tuple[Policy | None, SwiftKV | None]:
         """What a forward without a cache must run under to equal one with a cache of this mode."""

@@ -9,11 +9,12 @@ from octavo.kv import CacheShape, Memory
 MOST_BYTES = 2**46  # what a process can address
 MOST_CHUNK = 2**31 - 1  # positions are int32
 MOST_SLOTS = 2**20  # of a page; sensible ones have 16 to 64
+MOST_UNDO = 2**16  # tokens; drafts have tens
 
 
 def cache_settings(
     shape: CacheShape, chunk: object, page_size: object, budget: object, kv_dtype: str | None, cuda_graphs: bool,
-    compiled: bool,
+    compiled: bool, undo: object = None,
 ) -> CacheSettings:  # fmt: skip
     """The settings of all caches of a model that looks like `shape`. Raises ConfigError, naming what is allowed."""
     settings = CacheSettings(
@@ -23,6 +24,7 @@ def cache_settings(
         kv_dtype,
         bool(cuda_graphs),
         bool(compiled),
+        None if undo is None else whole("undo", undo, MOST_UNDO, "tokens", 0),
     )
     if settings.budget is not None and shape.device.type != "meta":
         try:
@@ -39,9 +41,9 @@ def byte_budget(value: object) -> int | None:
     return None if value is None else whole("budget", value, MOST_BYTES, "bytes")
 
 
-def whole(name: str, value: Any, most: int, unit: str) -> int:
-    """A whole number from 1 to `most`, also where it comes as a float such as 1e9. Raises ConfigError."""
+def whole(name: str, value: Any, most: int, unit: str, least: int = 1) -> int:
+    """A whole number from `least` to `most`, also where it comes as a float such as 1e9. Raises ConfigError."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain or not 1 <= value <= most or value != int(value):
-        raise ConfigError(f"{name} must be a whole number of {unit} from 1 to {most:,}, not {value!r}")
+    if not plain or not least <= value <= most or value != int(value):
+        raise ConfigError(f"{name} must be a whole number of {unit} from {least} to {most:,}, not {value!r}")
     return int(value)

@@ -52,6 +52,10 @@ class BoundCache(DynamicCache):  # type: ignore[misc]
         self.octavo_cache.crop(tokens_to_remove)
         release(self)
 
+    def activate_past_recording(self) -> None:
+        """See `KVCache.activate_past_recording`."""
+        self.octavo_cache.activate_past_recording()
+
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self.octavo_cache.reset()

@@ -30,16 +30,18 @@ def attend(
     n = query.shape[2]
     new = () if chunk is None else (chunk.key, chunk.value)
     trains = torch.is_grad_enabled() and (query.requires_grad or any(t.requires_grad for t in new))
-    # The kernels know products alone as scores; those in C no gradients and, unlike autocast, one dtype.
-    if scoring is None and not trains and all(t.dtype == query.dtype for t in new):
+    sinks = None if scoring is None else scoring.sinks
+    trains = trains or (torch.is_grad_enabled() and sinks is not None and sinks.requires_grad)
+    # The kernels know no gradients, and those in C, unlike autocast, one dtype.
+    if not trains and all(t.dtype == query.dtype for t in new):
         if n <= FEW and kernels.has_decode(query, pages):
-            return kernels.decode(query, at, pages, table, length, scale, chunk)
+            return kernels.decode(query, at, pages, table, length, scale, chunk, scoring)
         if kernels.has_prefill(query, pages):
-            return kernels.prefill(query, at, pages, table, length, scale, chunk)
+            return kernels.prefill(query, at, pages, table, length, scale, chunk, scoring)
         if chunk is None and cuda.available(query.device):
             from octavo.attention.cuda import decode
 
-            return decode.attend(query, at, pages, table, length, scale)
+            return decode.attend(query, at, pages, table, length, scale, scoring=scoring)
     if query.is_cuda:
         return padded.attend(query, at, pages, table, length, scale, chunk, scoring)
     return ragged.attend(query, at, pages, table, length, scale, chunk, scoring)

@@ -8,6 +8,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from octavo.attachment import require_attachment
 from octavo.engine.grammar import Constraint
+from octavo.engine.lookup import looked_up
 from octavo.engine.request import Output, Request
 from octavo.engine.runner import Runner
 from octavo.engine.sampling import Sampled, Sampler, SamplingParams
@@ -30,18 +32,22 @@ class Engine:
 
     `tokenizer` turns tokens into text and stop strings into ends; None: tokens only. `max_batch`: requests that run at
     once. `step_tokens`: tokens of prompts and running requests in one step, None: 8,192 on CUDA, 512 elsewhere.
+    `prompt_lookup`: while one request runs alone, up to so many tokens are drafted from its own text and checked in one
+    step; what it answers is the same. Requests with stop strings or a grammar go without.
 
     Raises ConfigError for impossible settings.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, max_batch: int = 64, step_tokens: int | None = None
-    ) -> None:
+        self, model: PreTrainedModel, tokenizer: Any = None, *, max_batch: int = 64, step_tokens: int | None = None,
+        prompt_lookup: int = 0,
+    ) -> None:  # fmt: skip
         device = model.device.type
         step_tokens = STEP_TOKENS.get(device, STEP_TOKENS["cpu"]) if step_tokens is None else step_tokens
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        _check_lookup(model, prompt_lookup)
         config: Any = model.config
         self.model, self.tokenizer = model, tokenizer
         self.ends = _ends(model, tokenizer)
@@ -50,7 +56,7 @@ class Engine:
         self.positions: float = getattr(text_config, "max_position_embeddings", None) or math.inf
         self.sampler = Sampler(max_batch, text_config.vocab_size, model.device, eos=tuple(self.ends))
         self.scheduler = Scheduler(max_batch, step_tokens)
-        self.runner = Runner(model, self.sampler)
+        self.runner = Runner(model, self.sampler, prompt_lookup)
         self._free = list(range(max_batch))[::-1]  # places in the sampler
         self._arrived = 0
         self._late: deque[tuple[list[Request], Sampled, Any]] = deque()
@@ -141,14 +147,34 @@ class Engine:
     def _decode(self) -> None:
         if any(request.constraint is not None for request in self.runner.running):
             self._settle()  # a grammar must have seen a token before it says what may follow
+        drafted = self._drafted()
         while self.runner.running:
             try:
-                sampled = self.runner.decode()
+                sampled = self.runner.decode_ahead(drafted) if drafted else [self.runner.decode()]
             except CacheBudgetError as error:
+                drafted = []
                 self._make_room(None, error)
             else:
-                self._post(list(self.runner.running), sampled)
+                for each in sampled:
+                    self._post(list(self.runner.running), each)
                 return
+
+    def _drafted(self) -> list[int]:
+        """What the only running request may say next, as far as its end cannot come before."""
+        if not self.runner.drafted or len(self.runner.running) != 1:
+            return []
+        self._settle()  # its last token is where the look begins
+        if not self.runner.running:
+            return []
+        (request,) = self.runner.running
+        params, output = request.params, request.output
+        if request.constraint is not None or params.stops:
+            return []
+        left = min(params.max_tokens, self.positions - len(request.prompt)) - len(output.tokens)
+        most = int(min(self.runner.longest_draft(), left - 1))
+        drafted = looked_up(request.tokens, most) if most > 0 else []
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.ends)}
+        return list(takewhile(lambda token: token not in ends, drafted))
 
     def _prefill(self, request: Request, count: int) -> None:
         while True:
@@ -293,6 +319,15 @@ class Engine:
             self.sampler.remove(request.slot)
             self._free.append(request.slot)
             request.slot = None
+
+
+def _check_lookup(model: PreTrainedModel, drafted: int) -> None:
+    """Raise ConfigError for an impossible length of drafts."""
+    if isinstance(drafted, bool) or not isinstance(drafted, int) or drafted < 0:
+        raise ConfigError(f"prompt_lookup must be a whole number of tokens, 0 for none, not {drafted!r}")
+    undo = require_attachment(model).settings.undo
+    if undo is not None and undo < drafted:
+        raise ConfigError(f"prompt_lookup={drafted} needs octavo.attach(model, ..., undo={drafted}), not undo={undo}")
 
 
 def _arriving(t: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,8 @@ class LLM:
     `model`: "default" (the embedded one), a folder, a GGUF file, a hub id, or a model that `octavo.attach` has joined;
     then `tokenizer` comes with it and `adapter` and the settings that `attach` takes are its own. `kv_memory`: bytes
     for keys and values, a number or a text such as "2GiB", None: no bound. `max_batch`: requests that run at once;
-    `step_tokens`: see `Engine`. `settings` go to `octavo.attach`, a `reuse` store too; on CUDA decode steps run from
-    graphs by default.
+    `step_tokens`, `prompt_lookup`: see `Engine`. `settings` go to `octavo.attach`, a `reuse` store too; on CUDA decode
+    steps run from graphs by default.
 
     Not for several threads at once. Raises what `octavo.models.load` raises, and ConfigError.
     """
@@ -42,6 +42,7 @@ class LLM:
         device: str | torch.device | None = None,
         max_batch: int = 64,
         step_tokens: int | None = None,
+        prompt_lookup: int = 0,
         **settings: Any,
     ) -> None:
         if isinstance(model, PreTrainedModel):
@@ -59,7 +60,9 @@ class LLM:
             )  # fmt: skip
         self.model.train(False)
         self._grammars: Grammars | None = None
-        self.engine = Engine(self.model, self.tokenizer, max_batch=max_batch, step_tokens=step_tokens)
+        self.engine = Engine(
+            self.model, self.tokenizer, max_batch=max_batch, step_tokens=step_tokens, prompt_lookup=prompt_lookup
+        )
 
     def generate(
         self,

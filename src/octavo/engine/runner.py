@@ -19,10 +19,10 @@ from octavo.engine.sampling import Allowed, Sampled, Sampler
 
 
 class Runner:
-    """The model, the running batch and its sampler."""
+    """The model, the running batch and its sampler. `drafted`: tokens that a step may read ahead."""
 
-    def __init__(self, model: PreTrainedModel, sampler: Sampler) -> None:
-        self.model, self.sampler = model, sampler
+    def __init__(self, model: PreTrainedModel, sampler: Sampler, drafted: int = 0) -> None:
+        self.model, self.sampler, self.drafted = model, sampler, drafted
         self.running: list[Request] = []  # in the order of the batch
         self._batch: KVCache | None = None
         self._tokens: Tensor | None = None  # [B, 1] int64, what each of them reads next
@@ -92,6 +92,8 @@ class Runner:
         assert request.cache is not None
         if self._batch is None or not self.running:
             self._batch, self._tokens = KVCache(self.model), None
+            if self.drafted:
+                self._batch.activate_past_recording(self.drafted)
         self._batch.join(request.cache)
         request.cache = None
         token = token.view(1, 1)
@@ -115,6 +117,34 @@ class Runner:
         sampled = self.sampler.sample(logits, self._slots, position[:, 0] + 1, self._allowed(self.running))
         self._tokens = sampled.tokens[:, None]
         return sampled
+
+    def longest_draft(self) -> int:
+        """Tokens that a step can read ahead and remain one of few tokens."""
+        assert self._batch is not None
+        return min(self.drafted, self._batch.sequences.few - 1)
+
+    def decode_ahead(self, drafted: Sequence[int]) -> list[Sampled]:
+        """The next tokens of the only running request: one, and one more for each drafted token that is what it would
+        have been anyway. Raises CacheBudgetError, and nothing has happened then."""
+        assert self._batch is not None
+        assert self._tokens is not None
+        (request,) = self.running
+        ahead = torch.tensor([drafted], device=self.device)
+        position = self._batch.position[:, None] + torch.arange(1 + len(drafted), device=self.device)
+        logits = self.model(
+            input_ids=torch.cat([self._tokens, ahead], 1), position_ids=position, past_key_values=self._batch,
+            logits_to_keep=1 + len(drafted),
+        ).logits  # fmt: skip
+        slots = torch.tensor([request.slot], device=self.device)
+        out: list[Sampled] = []
+        for i, draft in enumerate([*drafted, None]):
+            out.append(self.sampler.sample(logits[:, i], slots, position[:, i] + 1))
+            if int(out[-1].tokens) != draft:
+                break
+        self._batch.crop(len(out) - 1 - len(drafted))
+        request.read += len(out)
+        self._tokens = out[-1].tokens[:, None]
+        return out
 
     def _allowed(self, requests: Sequence[Request]) -> Allowed | None:
         """What the grammars of some requests, one a row, allow. A grammar that fails is its own request's failure."""

@@ -4,7 +4,7 @@ A layer's keys and values are held until its last reader is done, because a toke
 never need a page. Layers wait for each other and are stored together, since storing takes some forty operations.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class ChunkStep:
         # Nothing is cached and nothing is padded; where nothing can expire for any query, attention is causal.
         first = batch.longest == 0 and valid is None
         self._plain = [first and batch.sees_all(layer, columns) for layer in range(tables.length.shape[1])]
-        fits = cuda.available(tables.pool.device) and not trains and batch.lifetimes is None and not all(self._plain)
+        fits = cuda.available(tables.pool.device) and not trains and not all(self._plain)
         self._span = spans(self.new, columns, valid) if fits else None  # where a kernel for the GPU finds its tokens
         windowed = batch.lifetimes is not None
         self._expired = batch.expired or windowed or bool(batch.eviction and columns > batch.window)
@@ -104,14 +104,27 @@ class ChunkStep:
         tables, at = batch.tables, self.new.at[:, -query.shape[2] :]
         table, length = tables.table[batch.index, layer], tables.length[batch.index, layer]
         past = tables.pool.pages, table[..., : batch.columns], length
-        if self._span is not None and scoring is None:
+        forgets = None if self._span is None else self._forgets(layer, held.marked)
+        if self._span is not None and forgets is not None:
             from octavo.attention.cuda.chunk import attend as kernel
 
-            given = query, held.key, held.value, self._span, scale, held.marked, batch.window
-            return kernel(*given, *past) if batch.longest else kernel(*given)
+            cached: tuple[Any, Any, Any] = past if batch.longest else (None, None, None)
+            return kernel(query, held.key, held.value, self._span, scale, *forgets, *cached, scoring)
         marked = None if held.marked is None else held.marked[:, None]
         expiry = self._expiry(slice(layer, layer + 1), held.key[:, None], marked)[:, 0]
         return attend(query, at, *past, scale, Chunk(held.key, held.value, self.new.position, expiry), scoring)
+
+    def _forgets(self, layer: int, marked: Tensor | None) -> tuple[Tensor | None, int] | None:
+        """(which tokens are forgotten after how many more) in a layer, as the kernel for the GPU is told; None where
+        it cannot be: some of them at the end of their attention's chunk, or some sooner than others."""
+        batch, position = self.batch, self.new.position
+        life = None if batch.lifetimes is None else batch.lifetimes.each[layer]
+        if life is None:
+            return marked, batch.window
+        if life.chunked or (marked is not None and batch.window < life.length - 1):
+            return None
+        every = torch.ones((), dtype=torch.bool, device=position.device)
+        return every.expand(len(position), batch.tables.length.shape[2], position.shape[1]), life.length - 1
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""
@@ -149,11 +162,11 @@ class ChunkStep:
         rows = batch.index, chunk.layers
         next_query = new.after[:, None, None, None]
         real = (new.position >= 0)[:, None, None]
-        stored = real & (chunk.expiry >= next_query)  # [B, l, H, N]
+        stored = real & (chunk.expiry >= next_query - batch.undo)  # [B, l, H, N]
         whole, before = tables.table[rows], tables.length[rows]  # [B, l, H, M], [B, l, H]
         if batch.expired and batch.longest:
             old = pool.pages.expiry[whole[..., : batch.columns]].flatten(-2)
-            placed = place(old, before, stored, next_query)
+            placed = place(old, before, stored, batch.free_before(next_query))
             self._remember(chunk.layers, old, before, whole)
         else:
             placed = append(before, stored)
@@ -184,29 +197,32 @@ class ChunkStep:
     def _note_marks(self, rows: tuple[slice | Tensor, slice], slot: Tensor, marked: Tensor) -> None:
         """Tell `Tables.marks` where the marked ones among the new tokens are; `slot` and `marked` [B, l, H, N]."""
         tables, new = self.batch.tables, self.new
-        # Older tokens have expired. With padding among them the last columns need not be the last tokens.
-        span = slot.shape[-1] if new.padded else min(slot.shape[-1], self.batch.window + 1)
+        back = self.batch.window + self.batch.undo
+        # Slots of older tokens are free. With padding among them the last columns need not be the last tokens.
+        span = slot.shape[-1] if new.padded else min(slot.shape[-1], back + 1)
         slot, marked = slot[..., -span:], marked[..., -span:]
         position = new.position[:, None, None, -span:]
         some = new.after > new.start
         # The slot that comes free for the next query may have been taken already; if not, a search will find it.
         nothing = torch.zeros_like(slot[..., :1])
-        there = (new.after[:, None, None, None], some[:, None, None, None])
+        there = (new.after[:, None, None, None] - back - 1, some[:, None, None, None])
         tables.note_marks(rows, *there, nothing, nothing.bool())
-        recent = position >= (new.after - self.batch.window).clamp(min=0)[:, None, None, None]
+        recent = position >= (new.after - back).clamp(min=0)[:, None, None, None]
         tables.note_marks(rows, position, recent, slot, marked)
 
     def _remember(self, layers: slice, old: Tensor, length: Tensor, table: Tensor) -> None:
-        """Keep what `rewind` needs: slots that expire within this chunk, of which each row has a gate's window at most,
-        or as many as have come to the end of theirs."""
+        """Keep what `rewind` needs: slots that come free within this chunk, of which each row has a gate's window and
+        `undo` at most, or as many as have come to the end of theirs."""
         batch, new, pool = self.batch, self.new, self.batch.tables.pool
         within = torch.arange(old.shape[-1], device=old.device) < length[..., None]
-        start, after = (t[:, None, None, None] for t in (new.start, new.after))
+        start, after = (batch.free_before(t)[:, None, None, None] for t in (new.start, new.after))
         dead = torch.where(within & (old < start), old, -1).amax(-1)
         self.lost[:, layers] = torch.maximum(self.lost[:, layers], dead)  # overwritten for good
         dying = within & (old >= start) & (old < after)
         order = dying.cumsum(-1, dtype=torch.int32)
-        most = min(batch.window + 1, old.shape[-1]) if batch.lifetimes is None else int(order[..., -1].amax())
+        most = (
+            min(batch.window + 1 + batch.undo, old.shape[-1]) if batch.lifetimes is None else int(order[..., -1].amax())
+        )
         slot = ranked(dying, order, most)[..., :most]
         some = torch.arange(most, device=old.device) < order[..., -1:]
         where = found(table, slot, some, pool.layout.page_size)

@@ -82,13 +82,14 @@ class DecodeStep:
         batch, new = self.batch, self.new
         if not batch.expired:
             return append(before, stored)
-        now = new.start[:, None, None, None]
+        now, tables = new.start[:, None, None, None], batch.tables
         if batch.scattered or stored.shape[-1] > 1:
-            return place(batch.tables.pool.pages.expiry[table].flatten(-2), before, stored, now)
-        if batch.tables.window is None:
+            return place(tables.pool.pages.expiry[table].flatten(-2), before, stored, batch.free_before(now))
+        if tables.window is None:
             return append(before, stored)
-        at = (now % (batch.window + 1)).long().expand(*before.shape, 1)
-        return take_over(batch.tables.marks[batch.index].gather(-1, at), now - 1, before, stored)
+        expired = now - 1 - batch.undo  # what comes free now
+        at = ((expired - batch.window) % tables.ring).long().expand(*before.shape, 1)
+        return take_over(tables.marks[batch.index].gather(-1, at), expired, before, stored)
 
     def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
         """Write the new keys and values [B, H, N, D] of one layer into their slots."""
@@ -99,11 +100,11 @@ class DecodeStep:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""
         pages, at, n = self.batch.tables.pool.pages, self.new.at, query.shape[2]
         at, where = at if n == at.shape[1] else at[:, -n:], self._over[layer]
-        if self._begins is None or scoring is not None:
+        if self._begins is None:
             return attend(query, at, pages, *where, scale, scoring=scoring)
         from octavo.attention.cuda import decode
 
-        return decode.attend(query, at, pages, *where, scale, self._begins[layer])
+        return decode.attend(query, at, pages, *where, scale, self._begins[layer], scoring=scoring)
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""

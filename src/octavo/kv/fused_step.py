@@ -13,7 +13,7 @@ from octavo.kv.plan import found, named_elsewhere
 from octavo.kv.step import Batch, Later, New
 
 if TYPE_CHECKING:
-    from octavo.attention.cuda.plan import State
+    from octavo.attention.cuda.plan import State, When
 
 
 class FusedStep:
@@ -35,7 +35,7 @@ class FusedStep:
         with tables.pool.lock, tables.pool.changing():
             tables.widen(batch.longest)
             reserve_for(batch, len(rows))
-            self._planned = plan.plan(self._state, tables.pool.pages, rows, search, batch.shift)
+            self._planned = plan.plan(self._state, tables.pool.pages, rows, search, self._when)
             tables.pool.post()
         self.found: Tensor = self._planned.found
         self.left: Tensor | None = self.found if batch.scattered else None
@@ -52,19 +52,26 @@ class FusedStep:
             pool.raw, pool.references, pool.free, pool.free_count,
         )  # fmt: skip
 
+    @property
+    def _when(self) -> "When":
+        return self._kernels.When(
+            self.batch.eviction.window if self.batch.eviction else 0, self.batch.shift, self.batch.undo
+        )
+
     def update(self, layer: int, key: Tensor, value: Tensor, marked: Tensor | None = None) -> None:
         """Hold the new key and value [B, H, 1, D] of one layer; its first reader writes them."""
         self.filled += 1
         self._new[layer] = key, value
 
     def attend(self, layer: int, query: Tensor, scale: float, scoring: Scoring | None = None) -> Tensor:
-        """Attention of the new tokens, [B, 1, Hq, D]; `query` [B, Hq, 1, D]. Its kernel knows no `scoring`."""
-        assert scoring is None
+        """Attention of the new tokens, [B, 1, Hq, D]; `query` [B, Hq, 1, D]."""
         new, table, length, slot, begin = None, *self._layers[layer]
         if layer in self._new:
             new = self._decode.Written(*self._new.pop(layer), slot, self.new.position)
         pages = self.batch.tables.pool.pages
-        return self._decode.attend(query, self.new.at, pages, table, length, scale, begin, new, self.rows)
+        return self._decode.attend(
+            query, self.new.at, pages, table, length, scale, begin, new, self.rows, scoring=scoring
+        )
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""
@@ -76,7 +83,7 @@ class FusedStep:
             self._write(layer, key, value)
         with tables.pool.lock:
             decided = None if marked is None else marked[..., 0]
-            self._kernels.note(self._state, tables.pool.pages, self.rows, planned, decided, self.batch.shift)
+            self._kernels.note(self._state, tables.pool.pages, self.rows, planned, decided, self._when)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
         tables, S = self.batch.tables, self.batch.tables.pool.layout.page_size

@@ -7,6 +7,7 @@ from typing import SupportsInt
 import torch
 from torch import Tensor
 
+from octavo.attention import FEW
 from octavo.config import Eviction
 from octavo.kv.answers import Answers
 from octavo.kv.capture import Boundaries
@@ -15,6 +16,7 @@ from octavo.kv.memory import Memory
 from octavo.kv.quota import Quota
 from octavo.kv.shape import CacheShape
 from octavo.kv.state import Holding, State
+from octavo.kv.step import Batch
 from octavo.kv.tables import Index
 
 
@@ -22,14 +24,20 @@ class Held:
     """A batch of sequences as it is.
 
     `state`: which they are, and what the host knows of them. `budget` (bytes, None: no bound) is for these sequences
-    alone.
+    alone. `undo`: a slot is taken again only so many tokens after its own has expired, so that as many of the newest
+    tokens can be taken back.
     """
 
-    def __init__(self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None) -> None:
+    def __init__(
+        self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None, undo: int = 0
+    ) -> None:
         self.shape, self.eviction, self.memory = shape, eviction, memory
         self.lifetimes = Lifetimes(shape.lifetimes, shape.device) if shape.windowed else None
         longest = self.lifetimes.longest if self.lifetimes else 0
         self.tables = memory.tables(shape.cached_layers, eviction.window if eviction else None, longest)
+        self.undo = undo
+        with self.tables.pool.lock:
+            self.tables.reach_back(undo)
         self._holding = Holding()
         self.quota = Quota(budget, self.tables, self._holding)
         self._answers = Answers(shape.device)
@@ -95,6 +103,11 @@ class Held:
         return self._holding.nbytes + self.tables.nbytes_of(self.rows)
 
     @property
+    def few(self) -> int:
+        """Tokens of a forward up to which all survive it, so that one plan serves all of them (`DecodeStep`)."""
+        return FEW if self.eviction is None else min(FEW, self.eviction.window)
+
+    @property
     def shift(self) -> int:
         """See `Eviction`."""
         return self.eviction.shift if self.eviction else 0
@@ -102,6 +115,13 @@ class Held:
     def columns_read(self) -> Tensor:
         """Which columns seen are no padding, [B, seen] bool."""
         return self.state.columns_read(self.shape.device)
+
+    def _batch(self, longest: int, expired: bool, scattered: bool) -> Batch:
+        """These sequences for a step; see there."""
+        return Batch(
+            self.tables, self.index, self.eviction, longest, expired, scattered, self.state.shared, self.quota,
+            lifetimes=self.lifetimes, undo=self.undo,
+        )  # fmt: skip
 
     def _reserve(self, claim: int, need: SupportsInt) -> None:
         self.quota.claim(claim, need)
@@ -119,6 +139,17 @@ class Held:
         with self.tables.pool.lock:
             left = self.boundaries.without(self.rows[which], boundaries)
             self._holding.state = replace(self.state, boundaries=left)
+
+    def reach_back(self, tokens: int) -> None:
+        """Let at least so many of the newest tokens be taken back from now on. No forward may run."""
+        if tokens <= self.undo:
+            return
+        tables, state = self.tables, self.state
+        with tables.pool.lock:
+            tables.reach_back(tokens)
+            if state.rows:  # marks may name slots that were free without it and have been taken
+                tables.find_marks(self.index, tables.position[self.index])
+            self.undo = tokens
 
     def adopt(self, boundaries: Boundaries) -> None:
         """Keep what another, empty batch was asked to keep."""

@@ -42,17 +42,19 @@ def token_ids(tokens: Any) -> Tensor:
 class PagedCache(Cache):  # type: ignore[misc]
     """Keys and values of a batch of sequences, which may have any pages of a memory and share them with others."""
 
-    def __init__(self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None) -> None:
+    def __init__(
+        self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None, undo: int = 0
+    ) -> None:
         super().__init__(layers=[])
-        self.sequences = Sequences(shape, eviction, memory, budget)
+        self.sequences = Sequences(shape, eviction, memory, budget, undo)
         self._masks = Late(shape.device)
 
     def become(self, shape: CacheShape, eviction: Eviction | None, memory: Memory) -> None:
         """Make an empty cache one of another shape."""
         assert not self.sequences.rows
-        boundaries = self.sequences.boundaries
-        self.sequences = Sequences(shape, eviction, memory, self.sequences.quota.budget)
-        self.sequences.adopt(boundaries)
+        before = self.sequences
+        self.sequences = Sequences(shape, eviction, memory, before.quota.budget, before.undo)
+        self.sequences.adopt(before.boundaries)
 
     # What it holds
 
@@ -286,8 +288,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: -n removes n columns, n > 0 keeps the first n (the older meaning), 0 none.
 
-        Exact or refused, with the cache unchanged: CacheStateError when a token that would be visible again is already
-        evicted, and CacheBudgetError where a page that another cache has too must be copied and there is no room.
+        Exact, or refused with the cache unchanged: CacheStateError where a token that would be seen again is gone, and
+        CacheBudgetError where there is no room to copy a page that another cache has too.
         """
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if remove == 0 or not self.rows:
@@ -313,13 +315,11 @@ class PagedCache(Cache):  # type: ignore[misc]
         columns = query_length if isinstance(query_length, int) else len(query_length)
         return self.seen + columns, 0
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         """-1: no fixed length."""
         return -1
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: no fixed length."""
-        return -1
+    get_max_length = get_max_cache_shape
 
     @property
     def batch_size(self) -> int:

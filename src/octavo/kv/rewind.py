@@ -32,6 +32,12 @@ class Cut(NamedTuple):
     newest: Tensor | None  # [B, L, H] int32, see `Tables.newest`
 
 
+def listed(table: Tensor, some: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """(page, slot inside it), int64 [n] each, of `some` slots (bool [..., W]) of rows with these pages [..., M]."""
+    *row, slot = some.nonzero().unbind(1)
+    return table[(*row, slot // page_size)].long(), slot % page_size
+
+
 def restore_overwritten(tables: Tables, index: Index, overwritten: Sequence[Overwritten]) -> None:
     """Put back what a step has overwritten; needs no page, since it has written into pages of its own only."""
     pool = tables.pool
@@ -47,7 +53,7 @@ def cut(tables: Tables, index: Index, now: Tensor, shift: int) -> Cut:
     """
     pages, table, at = tables.pool.pages, tables.table[index], now[:, None, None, None]
     position, expiry = (part[table].flatten(-2) for part in (pages.position, pages.expiry))  # [B, L, H, W]
-    slots = torch.arange(position.shape[-1], device=now.device)
+    slots = torch.arange(position.shape[-1], dtype=torch.int32, device=now.device)
     inside = slots < tables.length[index][..., None]
     stays = inside & (position < at) & (expiry > 0)
     length = torch.where(stays, slots + 1, 0).amax(-1).int()
@@ -69,7 +75,8 @@ def rewind(tables: Tables, index: Index, what: Cut, reserve: Reserve) -> None:
     """Take rows back as `cut` says, and give pages that are empty then back. Waits for the device.
 
     Pages that others name too are copied where they are written to, after those that go have been given back. After a
-    step there are none: it has made the pages that it wrote into its own.
+    step there are none: it has made the pages that it wrote into its own. Drafts are taken back after every step, so
+    what goes is listed: it is little, and rows are long.
     """
     pool, S = tables.pool, tables.pool.layout.page_size
     table, kept = tables.table[index].clone(), tables.used(what.length)
@@ -77,15 +84,16 @@ def rewind(tables: Tables, index: Index, what: Cut, reserve: Reserve) -> None:
     tables.length[index] = what.length
     tables.table[index] = torch.where(kept, table, NOWHERE)
     for row in range(len(table)):  # a page stands once in a row, but may stand in several
-        pool.drop(table[row].long(), unused[row])
+        ids = table[row][unused[row]].long()
+        if len(ids):
+            pool.drop(ids, torch.ones_like(ids, dtype=torch.bool))
     table = owned_pages(pool, tables.table[index], pages_to_own(tables, what), reserve)
     tables.table[index] = table
-    slots = torch.arange(what.gone.shape[-1], device=table.device).expand_as(what.gone)
-    spots = found(table, slots, what.gone, S)
+    spots = listed(table, what.gone, S)
     pool.pages.position[spots] = -1
     pool.pages.expiry[spots] = -1
-    pool.pages.expiry[found(table, slots, what.reopened, S)] = NEVER
     if what.newest is not None:
+        pool.pages.expiry[listed(table, what.reopened, S)] = NEVER
         tables.newest[index] = what.newest
     tables.find_marks(index, what.now)
     tables.position[index] = what.now

@@ -14,8 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.attention import FEW, cuda
-from octavo.config import Eviction
+from octavo.attention import cuda
 from octavo.errors import CacheStateError
 from octavo.kv.capture import Boundaries, restore_into
 from octavo.kv.captured import check_captured, promised, replayed
@@ -24,12 +23,11 @@ from octavo.kv.decode_step import DecodeStep
 from octavo.kv.fused_step import FusedStep, Replayed, reserve_for
 from octavo.kv.held import Held
 from octavo.kv.late import capturing
-from octavo.kv.memory import Memory, bookkeeping
+from octavo.kv.memory import bookkeeping
 from octavo.kv.plan import named_elsewhere
 from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
 from octavo.kv.rewind import cut, pages_to_own, restore_overwritten, rewind
-from octavo.kv.shape import CacheShape
 from octavo.kv.snapshot import Ragged, SnapshotLayout, counted
 from octavo.kv.state import Back, State, cropped, joined, selected
 from octavo.kv.step import Batch, New
@@ -41,9 +39,7 @@ WIDER = 4096  # slots by which rows grow where a graph holds their addresses
 class Sequences(Held):
     """Sequences over the pages of a memory, each in a row of its own, which run forwards together."""
 
-    def __init__(self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None) -> None:
-        super().__init__(shape, eviction, memory, budget)
-        self.step: Step | Replayed | None = None  # the running forward
+    step: Step | Replayed | None = None  # the running forward
 
     # One forward
 
@@ -60,17 +56,14 @@ class Sequences(Held):
         if not captured:
             self.memory.reclaim()
         window = self.eviction.window if self.eviction else None
-        few = columns <= FEW and (window is None or columns <= window) and not trains
+        few = columns <= self.few and not trains
         state, back = self._open(batch, columns, captured)
         longest = promise.slots if promise else state.longest if few else back.longest
         windowed = self.lifetimes is not None
         expired = state.cropped or windowed or (window is not None and (captured or state.seen + columns > window))
-        given = Batch(
-            self.tables, self.index, self.eviction, longest, expired, state.scattered or windowed, state.shared,
-            self.quota, lifetimes=self.lifetimes,
-        )  # fmt: skip
+        given = self._batch(longest, expired, state.scattered or windowed)
         self._valid, self._columns = valid, columns
-        if few and columns == 1 and cuda.available(self.shape.device) and not (windowed or self.shape.scored):
+        if few and columns == 1 and cuda.available(self.shape.device) and not windowed:
             self.step = FusedStep(given, self._running(valid), self.tables.flags[int(state.scattered)])
         elif few:
             self.step = DecodeStep(given, columns, valid)
@@ -177,7 +170,9 @@ class Sequences(Held):
         `rows` [B] int32 and `search` [] int32 are what the graph reads then.
         """
         quota = Quota(None, self.tables, self._holding)
-        given = Batch(self.tables, slice(0, len(rows)), self.eviction, 0, True, True, False, quota, claims=False)
+        given = Batch(
+            self.tables, slice(0, len(rows)), self.eviction, 0, True, True, False, quota, claims=False, undo=self.undo
+        )
         self.step = step = FusedStep(given, rows, search)
         return Replayed(step)
 
@@ -198,7 +193,7 @@ class Sequences(Held):
         self.memory.reclaim()
         state, _ = self._open(len(self.rows), 1, captured=False)
         tables, scattered = self.tables, state.scattered
-        given = Batch(tables, self.index, self.eviction, state.longest, True, scattered, state.shared, self.quota)
+        given = self._batch(state.longest, True, scattered)
         with tables.pool.lock, tables.pool.changing():
             reserve_for(given, len(self.rows))
             tables.pool.post()
@@ -248,6 +243,8 @@ class Sequences(Held):
         pool = self.tables.pool
         with pool.lock:
             self.quota.admit(self.rows + other.rows)
+            self.reach_back(other.undo)
+            other.reach_back(self.undo)
             both, none = joined(self.state, other.state, self.shape.device), State(epoch=other.state.epoch + 1)
             ours, theirs = self._holding, other._holding
             ours.state, theirs.state = both, none  # nothing is called between the two, where an interrupt might come
@@ -282,7 +279,7 @@ class Sequences(Held):
     def fork(self) -> "Sequences":
         """The same sequences in a batch of their own, which shares all pages until one of them writes."""
         self.settle()
-        twin = Sequences(self.shape, self.eviction, self.memory, self.quota.budget)
+        twin = Sequences(self.shape, self.eviction, self.memory, self.quota.budget, self.undo)
         pool = self.tables.pool
         with pool.lock, pool.changing():
             rows = tuple(self.tables.fork(row) for row in self.rows)
@@ -318,7 +315,8 @@ class Sequences(Held):
             now = tables.position[index] - self.columns_read()[:, -columns:].sum(1).int()
             if bool((tables.lost[index] >= now[:, None, None]).any()):
                 raise CacheStateError(
-                    f"cannot crop back to position {int(now.min())}: tokens visible from there are already evicted"
+                    f"cannot crop back to position {int(now.min())}: tokens visible from there are already evicted; "
+                    f"this cache has undo={self.undo}; octavo.attach(model, ..., undo=N) lets N tokens be taken back"
                 )
             shared = named_elsewhere(pool, tables.table[index])
             copies = int((pages_to_own(tables, cut(tables, index, now, self.shift)) & shared).sum())

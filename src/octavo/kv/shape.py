@@ -14,8 +14,7 @@ STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what `CacheSettings
 class CacheShape:
     """What a cache must know of a model. `dtype` is what the model computes in; `layers` may share `cached_layers`.
 
-    `lifetimes`: of each KV layer, None where it attends to everything; empty where all do. `scored`: scores are more
-    than products (`octavo.attention.Scoring`).
+    `lifetimes`: of each KV layer, None where it attends to everything; empty where all do.
     """
 
     layers: int
@@ -25,7 +24,6 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     lifetimes: tuple[Lifetime | None, ...] = ()
-    scored: bool = False
 
     @property
     def windowed(self) -> bool:

@@ -29,6 +29,7 @@ class Batch:
     quota: Quota
     claims: bool = True  # whether the step's pages are still to be reserved
     lifetimes: Lifetimes | None = None  # None: no token expires that no gate has marked
+    undo: int = 0  # see `Held`
 
     @property
     def window(self) -> int:
@@ -39,6 +40,12 @@ class Batch:
     def shift(self) -> int:
         """See `Eviction`."""
         return self.eviction.shift if self.eviction else 0
+
+    def free_before(self, query: Tensor) -> Tensor:
+        """Slots with an expiry below it may be taken once no query before `query` (int32, any shape) is to come: those
+        that nobody can see any more, `undo` tokens later. A slot whose token was taken back has -1 and is free at once.
+        """
+        return (query - self.undo).clamp(min=0)
 
     def sees_all(self, layer: int, tokens: int) -> bool:
         """Whether so many first tokens of a sequence all see those before them, whatever gates say."""

@@ -34,12 +34,12 @@ class Tables:
     sequence can go back to any position past it. `newest` [R, L, H] int32: slot of the newest token (-1: none), kept
     where its mark is still open (`Eviction.shift` 1).
 
-    `marks` [R, L, H, window + 2] int32, where there is a `window`: at place p % (window + 1) the slot of the marked
-    token at position p, -1 where it is not marked. A marked token of position p is visible up to p + window, so the
-    query at q = p + window + 1 finds the slot that has just become free at place q % (window + 1), without a search.
-    The last place takes what nobody reads. Where layers have windows of their own (`longest` tokens), too many tokens
-    expire for that: `window` is None, there are no marks, and steps search. `expiring`: slots of a row that can expire
-    at most.
+    `marks` [R, L, H, ring + 1] int32, where there is a `window`: at place p % ring the slot of the marked token at
+    position p, -1 where it is not marked. A marked token of position p is visible up to p + window, and its slot comes
+    free `undo` tokens later (see `Held`), so the query at q = p + window + 1 + undo finds that slot without a search.
+    The ring has window + 1 places and as many more as any batch wants to go back (`reach_back`). The last place takes
+    what nobody reads. Where layers have windows of their own (`longest` tokens), too many tokens expire for that:
+    `window` is None, there are no marks, and steps search. `expiring`: slots of a row that can expire at most.
 
     `holders`: who has rows, and whether its owner is still there. Rows that nobody has are vacant as soon as somebody
     looks (`vacate`), so an interrupted operation cannot lose any.
@@ -52,6 +52,7 @@ class Tables:
         self.generation = 0
         self.holders: dict[int, tuple[weakref.ref[object], Holder]] = {}  # by id of the holder
         self._vacant: list[int] = []
+        self._back = 0  # how many tokens `marks` reaches back beyond the window
         device = pool.device
         self.position = torch.zeros(0, dtype=torch.int32, device=device)
         self.length = torch.zeros(0, layers, kv_heads, dtype=torch.int32, device=device)
@@ -65,6 +66,12 @@ class Tables:
     def _rows(self) -> dict[str, Tensor]:
         """What makes up the rows, by name."""
         return {name: getattr(self, name) for name in ("position", "length", "lost", "newest", "table", "marks")}
+
+    @property
+    def ring(self) -> int:
+        """Positions that `marks` knows."""
+        assert self.window is not None
+        return self.window + 1 + self._back
 
     @property
     def row_nbytes(self) -> int:
@@ -175,6 +182,18 @@ class Tables:
         table[..., :had] = self.table
         self._replace({"table": table}, vacant=self._vacant)
 
+    def reach_back(self, tokens: int) -> None:
+        """Let `marks` of all rows know so many tokens beyond the window, for batches that want to go back."""
+        if self.window is None or tokens <= self._back:
+            return
+        before, self._back = self._back, tokens
+        try:
+            marks = self._marks_of(slice(0, len(self.position)), self.position)
+        except BaseException:
+            self._back = before
+            raise
+        self._replace({"marks": marks}, vacant=self._vacant)
+
     def visible(self, index: slice | Tensor) -> Tensor:
         """Slots that the next query of some rows can see, int64 [B, L, H]."""
         expiry = self.pool.pages.expiry[self.table[index]].flatten(-2)
@@ -183,8 +202,7 @@ class Tables:
 
     def place_of(self, position: Tensor, real: Tensor) -> Tensor:
         """Where `marks` keeps tokens at `position` [...] int32: int64 [...], the last place where not `real` (bool)."""
-        assert self.window is not None
-        return torch.where(real, position % (self.window + 1), self.window + 1).long()
+        return torch.where(real, position % self.ring, self.ring).long()
 
     def note_marks(
         self, rows: Index | tuple[Index, slice | int], position: Tensor, real: Tensor, slot: Tensor, marked: Tensor
@@ -202,18 +220,20 @@ class Tables:
 
     def find_marks(self, index: slice | Tensor, now: Tensor) -> None:
         """Make `marks` of some rows anew from their pages, as of position `now` [B] int32."""
-        if self.window is None:
-            return
+        if self.window is not None:
+            self.marks[index] = self._marks_of(index, now)
+
+    def _marks_of(self, index: slice | Tensor, now: Tensor) -> Tensor:
         S = self.pool.layout.page_size
         table, length = self.table[index], self.length[index]
-        position = self.pool.pages.position[table].flatten(-2)  # [B, L, H, W]
-        expiry = self.pool.pages.expiry[table].flatten(-2)
-        slots = torch.arange(table.shape[-1] * S, device=now.device)
-        at = now[:, None, None, None]
-        marked = (slots < length[..., None]) & (position >= 0) & (expiry < NEVER) & (expiry >= at - 1)
-        marks = torch.full_like(self.marks[index], -1)
-        marks.scatter_(-1, self.place_of(position, marked), slots.int().expand_as(position))
-        self.marks[index] = marks
+        expiry = self.pool.pages.expiry[table].flatten(-2)  # [B, L, H, W]
+        slots = torch.arange(table.shape[-1] * S, dtype=torch.int32, device=now.device)
+        recent = (expiry < NEVER) & (expiry >= now[:, None, None, None] - 1 - self._back)
+        *row, slot = (recent & (slots < length[..., None])).nonzero().unbind(1)  # few of many
+        position = self.pool.pages.position[table[(*row, slot // S)].long(), slot % S]
+        marks = length.new_full((*length.shape, self.ring + 1), -1)
+        marks[(*row, self.place_of(position, position >= 0))] = slot.int()
+        return marks
 
     def held(self) -> Tensor:
         """Ids of the pages that the rows name, int64 [n], once for each row that does."""

@@ -40,7 +40,7 @@ typedef struct {
 typedef struct {
     const char *name;
     void (*score)(const Tile *, const Tile *next, const float *query, int queries, int dim, float *scores);
-    void (*weigh)(const Tile *, const int32_t *at, int queries, float *scores, float *top, float *sum,
+    void (*weigh)(const Tile *, const int32_t *at, int queries, float softcap, float *scores, float *top, float *sum,
                   float *decay);
     void (*gather)(const Tile *, const Tile *next, const float *weights, const float *decay, int queries,
                    int dim, float *acc);
@@ -356,7 +356,7 @@ static void attend_piece(const Job *job, Scratch *s, int64_t row, int64_t first,
             const Tile *tile = &s->tile[which], *next = &s->tile[which ^ 1];
             if (!next->count) next = tile;
             job->kernels->score(tile, next, s->query, n, job->dim, s->scores);
-            job->kernels->weigh(tile, s->at, n, s->scores, top, sum, s->decay);
+            job->kernels->weigh(tile, s->at, n, (float)job->asked->softcap, s->scores, top, sum, s->decay);
             job->kernels->gather(tile, next, s->scores, s->decay, n, job->dim, acc);
         }
     }
@@ -367,7 +367,8 @@ static void write_row(const Job *job, int64_t row, State state) {
     int64_t b = row / a->kv_heads, h = row % a->kv_heads, size = a->head_dim * SIZE_OF[a->dtype];
     for (int64_t r = 0; r < job->queries; r++) {
         int64_t token = r / job->group, head = h * job->group + r % job->group;
-        float scale = state.sum[r] > 0 ? 1 / state.sum[r] : 0; /* a padded query has seen nothing */
+        float sum = state.sum[r], scale = 0; /* a padded query has seen nothing */
+        if (sum > 0) scale = 1 / (sum + (a->sinks ? expf(a->sinks[head] - state.top[r]) : 0));
         narrow(state.acc + r * job->dim, scale, a->head_dim, a->dtype,
                a->out + ((b * a->queries + token) * a->heads + head) * size);
     }

@@ -236,11 +236,23 @@ TARGET static void NAME(gather)(const Tile *tile, const Tile *next, const float 
     }
 }
 
+/* softcap * tanh(score / softcap), with an absolute error below 2e-7 * softcap. */
+INLINE void NAME(cap)(float *scores, int64_t n, float softcap) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        V score = NAME(load)((const char *)scores, i, FLOAT32);
+        V e = NAME(exponential)((V)((U)score | 0x80000000) * (2 / softcap)); /* exp(-2 |x|) */
+        V capped = (1.f - e) / (1.f + e) * softcap;
+        capped = (V)((U)capped | ((U)score & 0x80000000));
+        memcpy(scores + i, &capped, sizeof capped);
+    }
+}
+
 /* Scores become weights, exp(score - top); what was summed before is to be multiplied by `decay`. */
-TARGET static void NAME(weigh)(const Tile *tile, const int32_t *at, int queries, float *scores, float *top,
-                               float *sum, float *decay) {
+TARGET static void NAME(weigh)(const Tile *tile, const int32_t *at, int queries, float softcap, float *scores,
+                               float *top, float *sum, float *decay) {
     int64_t padded = (tile->count + LANES - 1) / LANES * LANES;
     for (int r = 0; r < queries; r++, scores += TILE) {
+        if (softcap > 0) NAME(cap)(scores, padded, softcap);
         for (int64_t i = tile->count; i < padded; i++) scores[i] = -INFINITY;
         if (tile->masked)
             for (int64_t i = 0; i < tile->count; i++)

@@ -27,12 +27,13 @@ typedef struct {
     int64_t table, length;                      /* int32 [batch, kv_heads, columns], [batch, kv_heads] */
     int64_t key, value;                         /* of the chunk: [batch, kv_heads, tokens, head_dim] */
     int64_t position, expiry;                   /* of the chunk: int32 [batch, tokens], [batch, kv_heads, tokens] */
+    int64_t sinks;                              /* float32 [heads], or 0: scores that join a softmax without a value */
     int64_t batch, heads, kv_heads, queries, tokens, head_dim, page_size;
     int64_t query_step[3], key_step[3], value_step[3]; /* elements to the next sequence, head, token */
     int64_t page_step;                                 /* bytes to the next page */
     int64_t table_step[2], length_step[2];             /* elements to the next sequence, head */
     int64_t dtype, page_dtype, threads;
-    double scale;
+    double scale, softcap; /* softcap 0: none, else a score s becomes softcap * tanh(s / softcap) */
 } Request;
 
 /* The same as the kernels use it: pointers, steps in bytes. */
@@ -44,11 +45,12 @@ typedef struct {
     const int32_t *table, *length;
     const char *key, *value;
     const int32_t *position, *expiry;
+    const float *sinks;
     int64_t batch, heads, kv_heads, queries, tokens, head_dim, page_size;
     int64_t query_step[3], key_step[3], value_step[3];
     int64_t page_step, table_step[2], length_step[2];
     int dtype, page_dtype, threads;
-    double scale;
+    double scale, softcap;
 } Asked;
 
 /* A page, as its parts lie in memory. */

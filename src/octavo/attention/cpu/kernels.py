@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from octavo.attention.pages import CODES, Chunk, Pages
+from octavo.attention.pages import CODES, Chunk, Pages, Scoring
 
 try:
     from octavo.attention.cpu import _kernels
@@ -25,7 +25,7 @@ else:
 
 _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _CORES = os.cpu_count() or 1
-_REQUEST = struct.Struct("=39qd")  # job.h's Request
+_REQUEST = struct.Struct("=40q2d")  # job.h's Request
 
 
 def has_decode(query: Tensor, pages: Pages) -> bool:
@@ -53,6 +53,7 @@ def decode(
     length: Tensor,  # [B, H]     int32
     scale: float,
     chunk: Chunk | None = None,
+    scoring: Scoring | None = None,
     threads: int | None = None,
 ) -> Tensor:  # [B, n, Hq, D], dtype of `query`
     """`reference.attend`, made for decoding.
@@ -63,7 +64,7 @@ def decode(
     """
     if query.dtype not in _CODE or query.dtype in CODES or pages.key.dtype not in _CODE:
         raise ValueError("attention: queries are float32, bfloat16 or float16, pages these, int8 or float8_e4m3fn")
-    return _run(_kernels.decode, query, at, pages, table, length, scale, chunk, threads)
+    return _run(_kernels.decode, query, at, pages, table, length, scale, chunk, scoring, threads)
 
 
 def prefill(
@@ -74,6 +75,7 @@ def prefill(
     length: Tensor,  # [B, H]     int32
     scale: float,
     chunk: Chunk | None = None,
+    scoring: Scoring | None = None,
     threads: int | None = None,
 ) -> Tensor:  # [B, n, Hq, D] bfloat16
     """`reference.attend`, made for chunks; as `decode`, but the result does not depend on `threads`.
@@ -83,12 +85,12 @@ def prefill(
     """
     if not has_prefill(query, pages):
         raise ValueError("attention: needs AMX, bfloat16 on the CPU and a head dimension of 32, 64... 256")
-    return _run(_kernels.prefill, query, at, pages, table, length, scale, chunk, threads)
+    return _run(_kernels.prefill, query, at, pages, table, length, scale, chunk, scoring, threads)
 
 
 def _run(
     kernel: Callable[[bytes], None], query: Tensor, at: Tensor, pages: Pages, table: Tensor, length: Tensor,
-    scale: float, chunk: Chunk | None, threads: int | None,
+    scale: float, chunk: Chunk | None, scoring: Scoring | None, threads: int | None,
 ) -> Tensor:  # fmt: skip
     """Check, pack, run. Written out, not looped: it runs once per layer and token."""
     at = at if at.is_contiguous() else at.contiguous()  # one row of positions, expanded over the batch
@@ -103,6 +105,7 @@ def _run(
         key, value = chunk.key.data_ptr(), chunk.value.data_ptr()
         position, expiry, N = chunk.position.data_ptr(), chunk.expiry.data_ptr(), chunk.key.shape[2]
         key_step, value_step = chunk.key.stride()[:3], chunk.value.stride()[:3]  # type: ignore[assignment]
+    softcap, sinks = (0.0, None) if scoring is None else _scoring(scoring, Hq)
     out = torch.empty((B, n, Hq, D), dtype=query.dtype)
     request = _REQUEST.pack(  # addresses: what they point to must outlive the call below
         query.data_ptr(),
@@ -120,6 +123,7 @@ def _run(
         value,
         position,
         expiry,
+        0 if sinks is None else sinks.data_ptr(),
         *(B, Hq, table.shape[1], n, N, D, pages.key.shape[1]),
         *query.stride()[:3],
         *key_step,
@@ -131,9 +135,20 @@ def _run(
         _CODE[pages.key.dtype],
         min(torch.get_num_threads(), _CORES) if threads is None else threads,
         scale,
+        softcap,
     )
     kernel(request)
     return out
+
+
+def _scoring(scoring: Scoring, heads: int) -> tuple[float, Tensor | None]:
+    """(softcap, 0 for none; sinks float32 [heads]) as C reads them. Raises ValueError for impossible ones."""
+    softcap, sinks = scoring
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: scores cannot be capped at {softcap}")
+    if sinks is not None and not (sinks.shape == (heads,) and sinks.is_cpu):
+        raise ValueError("attention: there is one sink for each query head, on the CPU")
+    return softcap or 0.0, None if sinks is None else sinks.detach().float().contiguous()
 
 
 def _check(query: Tensor, at: Tensor, pages: Pages, table: Tensor, length: Tensor) -> None:

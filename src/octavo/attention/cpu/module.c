@@ -27,12 +27,13 @@ static Asked asked_by(const Request *r) {
         .table = (const int32_t *)(intptr_t)r->table, .length = (const int32_t *)(intptr_t)r->length,
         .key = (const char *)(intptr_t)r->key, .value = (const char *)(intptr_t)r->value,
         .position = (const int32_t *)(intptr_t)r->position, .expiry = (const int32_t *)(intptr_t)r->expiry,
+        .sinks = (const float *)(intptr_t)r->sinks,
         .batch = r->batch, .heads = r->heads, .kv_heads = r->kv_heads, .queries = r->queries,
         .tokens = r->tokens, .head_dim = r->head_dim, .page_size = r->page_size, .page_step = r->page_step,
         .table_step = {r->table_step[0], r->table_step[1]},
         .length_step = {r->length_step[0], r->length_step[1]},
         .dtype = (int)r->dtype, .page_dtype = (int)r->page_dtype,
-        .threads = (int)larger(1, smaller(r->threads, MOST_THREADS)), .scale = r->scale,
+        .threads = (int)larger(1, smaller(r->threads, MOST_THREADS)), .scale = r->scale, .softcap = r->softcap,
     };
     bytes_of(r->query_step, asked.query_step, SIZE_OF[r->dtype]);
     bytes_of(r->key_step, asked.key_step, SIZE_OF[r->dtype]);
@@ -54,9 +55,9 @@ static bool readable(PyObject *packed, Request *request) {
     bool scaled = request->page_key_scale && request->page_value_scale;
     if (request->dtype < 0 || request->dtype > FLOAT16 || request->page_dtype < 0 ||
         request->page_dtype >= DTYPES || request->kv_heads < 1 || request->page_size < 1 ||
-        quantised != scaled || !isfinite(request->scale)) {
-        PyErr_SetString(PyExc_ValueError, "attention: dtypes, KV heads, page size, page scales or the scale of "
-                                          "scores are not possible");
+        quantised != scaled || !isfinite(request->scale) || !isfinite(request->softcap) || request->softcap < 0) {
+        PyErr_SetString(PyExc_ValueError, "attention: dtypes, KV heads, page size, page scales or the scale and "
+                                          "softcap of scores are not possible");
         return false;
     }
     return true;

@@ -93,6 +93,7 @@ typedef void Task(const Job *, Scratch *, int64_t row, int64_t task);
 struct Job {
     const Asked *asked;
     float scale;   /* to units of log 2 */
+    float cap;     /* where scores are capped, in units of products of queries and keys; 0: nowhere */
     bool negative; /* scores are to be turned around */
 
     int64_t rows, group, queries, blocks;
@@ -418,6 +419,32 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(series, x); /* times 2^floor(x) */
 }
 
+/* 2^x as above with a relative error below 3e-6: what is capped is multiplied by the cap. */
+INLINE __m512 exact_power_of_two(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, 0x08), r = _mm512_sub_ps(x, whole);
+    __m512 series = _mm512_fmadd_ps(_mm512_set1_ps(0x1.5d87fep-10f), r, _mm512_set1_ps(0x1.3b2ab6p-7f));
+    series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(0x1.c6b08ep-5f));
+    series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(0x1.ebfbe0p-3f));
+    series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(0x1.62e430p-1f));
+    series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(series, whole);
+}
+
+/* Products s become cap * tanh(s / cap). */
+TARGET static void cap_step(const Job *job, const Step *step, float *scores) {
+    __m512 cap = _mm512_set1_ps(job->cap), one = _mm512_set1_ps(1);
+    __m512 factor = _mm512_set1_ps(-2 * 0x1.715476p+0f / job->cap);
+    __m512i sign = _mm512_set1_epi32((int)0x80000000);
+    for (int tile = 0; tile < 2; tile++, scores += 2 * GROUP * EDGE * EDGE)
+        for (int i = 0; i < 2 * step->strips * EDGE; i++) {
+            __m512 score = _mm512_loadu_ps(scores + i * EDGE);
+            __m512 e = exact_power_of_two(_mm512_mul_ps(_mm512_abs_ps(score), factor)); /* exp(-2 |x|) */
+            __m512 capped = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), cap);
+            __m512i signs = _mm512_and_si512(_mm512_castps_si512(score), sign);
+            _mm512_storeu_si512(scores + i * EDGE, _mm512_or_si512(_mm512_castps_si512(capped), signs));
+        }
+}
+
 /* Scores of slots that a query does not see become -infinity. */
 TARGET static void mask_strip(const int32_t *position, const int32_t *expiry, const int32_t *at,
                               float *scores) {
@@ -537,7 +564,9 @@ TARGET static void write_queries(const Job *job, const Scratch *s, int64_t r, in
             memset(to, 0, (size_t)a->head_dim * 2);
             continue;
         }
-        __m512 scale = _mm512_set1_ps(1 / _mm512_reduce_add_ps(_mm512_loadu_ps(s->sum[i])));
+        float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(s->sum[i]));
+        if (a->sinks) sum += exp2f(a->sinks[head] * 0x1.715476p+0f - s->top[i]);
+        __m512 scale = _mm512_set1_ps(1 / sum);
         const float *acc = s->acc + (i / EDGE * parts * 2 * EDGE + i % EDGE) * EDGE;
         for (int64_t d = 0; d < parts; d++, acc += 2 * EDGE * EDGE) {
             __m512 low = _mm512_mul_ps(_mm512_loadu_ps(acc), scale);
@@ -594,6 +623,7 @@ TARGET static void attend_block(const Job *job, Scratch *s, int64_t r, int64_t t
         carried.weights = s->weights[(n + 1) & 1];
         carried.scores = s->scores[(n + 1) & 1];
         if (n >= 0 && n < steps) {
+            if (job->cap > 0) cap_step(job, &step[n % 3], s->scores[n & 1]);
             mask_step(row, s, &step[n % 3], s->scores[n & 1]);
             weigh(job, s, &step[n % 3], s->scores[n & 1], s->weights[n & 1], &carried);
         }
@@ -709,6 +739,7 @@ bool prefill_attend(const Asked *asked) {
     /* Over ln 2; and not 0, because -infinity times 0 is not -infinity. */
     float scale = (float)fmax(fabs(asked->scale) * 1.4426950408889634, 1e-30);
     Job whole = {.asked = asked, .scale = scale, .negative = asked->scale < 0}, *job = &whole;
+    job->cap = (float)(asked->softcap * 1.4426950408889634 / scale);
     job->rows = asked->batch * asked->kv_heads;
     job->group = asked->heads / asked->kv_heads;
     job->queries = job->group * asked->queries;

@@ -20,17 +20,20 @@ from octavo.attention.cuda.launch import Launcher
 from octavo.attention.cuda.tiles import (
     LOG2E,
     attended,
+    capped,
     codes_of,
     for_codes,
+    joined,
     number,
     power_of_2,
     precision,
     product,
     scale_of,
     scaled,
+    scoring_of,
     stages,
 )
-from octavo.attention.pages import Pages
+from octavo.attention.pages import Pages, Scoring
 
 BLOCK = 64  # keys that are read at once
 SCANNED = 1024  # tokens that are listed at once
@@ -73,6 +76,7 @@ def attend(
     pages: Pages | None = None,  # None: nothing is cached
     table: Tensor | None = None,  # [B, H, M] int32
     length: Tensor | None = None,  # [B, H] int32
+    scoring: Scoring | None = None,
 ) -> Tensor:  # [B, n, Hq, D]
     """`reference.attend` of the last n tokens of a chunk. Columns outside a sequence's span give zeros.
 
@@ -87,6 +91,7 @@ def attend(
     stored = pages or Pages(some, some, None, None, span.first, span.first)
     table = span.first if table is None else table
     length = span.first if length is None else length
+    sinks, cap, sunk = scoring_of(scoring, span.first)
     exact = query.dtype == torch.float32
     tall = 64 if exact or not query.is_cuda else 128
     block = 32 if exact and query.is_cuda else BLOCK  # registers and memory of a core suffice for no more
@@ -95,14 +100,14 @@ def attend(
         (query, key, value, stored.key, stored.value, scale_of(stored.key_scale, stored),
          scale_of(stored.value_scale, stored), stored.expiry, out),
         (span.first if marked is None else marked.view(torch.uint8), span.first if listed is None else listed.column,
-         span.first if listed is None else listed.before, span.first, span.columns, span.start, table, length),
+         span.first if listed is None else listed.before, span.first, span.columns, span.start, table, length, sinks),
         scale * LOG2E,
         (window, n, N, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
          *(marked.stride() if marked is not None else (0, 0, 0)),
          *((*table.stride()[:2], *length.stride()) if pages is not None else (0, 0, 0, 0)),
          stored.key.stride(0), stored.expiry.stride(0), *out.stride()[:2]),
         (Hq // H, D, power_of_2(D), stored.key.shape[1], tall, block, BLOCK, marked is not None,
-         pages is not None, 0 if pages is None else codes_of(pages), precision(query)),
+         pages is not None, 0 if pages is None else codes_of(pages), precision(query), cap, sunk),
         num_warps=8 if tall == 128 and D > 64 else 4, num_stages=stages(2 if exact else 3, key, query),
     )  # fmt: skip
     return out
@@ -133,17 +138,18 @@ def _list(
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "marked", "column", "before", "span_first", "span_count", "span_start", "table", "length",
+        "marked", "column", "before", "span_first", "span_count", "span_start", "table", "length", "sinks",
     ],
 )  # fmt: skip
 def _attend(
     query, key, value, page_k, page_v, page_k_scale, page_v_scale, page_expiry, out,
-    marked, column, before, span_first, span_count, span_start, table, length,
+    marked, column, before, span_first, span_count, span_start, table, length, sinks,
     scale,
     window, n, N, query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
     marked_b, marked_h, marked_n, table_b, table_h, length_b, length_h, page_key, page_slot, out_b, out_n,
     G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, TALL: tl.constexpr, BLOCK: tl.constexpr,
     LISTED: tl.constexpr, EVICTS: tl.constexpr, PAGED: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see most, so they begin first
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -180,7 +186,7 @@ def _attend(
                 x = product(coded_q, tl.trans(k), PRECISION) * scale
                 if CODES > 0:
                     x = x * shrunk[:, None] * tl.load(page_k_scale + place, mask=ok, other=0.0)[None, :]
-                x = tl.where(now[:, None] <= until[None, :], x, float("-inf"))
+                x = tl.where(now[:, None] <= until[None, :], capped(x, CAP), float("-inf"))
                 p, m, s, acc = attended(x, m, s, acc)
                 if CODES > 0:
                     p, largest = scaled(p, tl.load(page_v_scale + place, mask=ok, other=0.0))
@@ -201,7 +207,8 @@ def _attend(
                     inside = ok[:, None] & (d[None, :] < D)
                     k = tl.load(from_key + c[:, None] * key_n + d[None, :], mask=inside, other=0.0)
                     v = tl.load(from_value + c[:, None] * value_n + d[None, :], mask=inside, other=0.0)
-                    x = tl.where(ok[None, :], product(q, tl.trans(k), PRECISION) * scale, float("-inf"))
+                    x = capped(product(q, tl.trans(k), PRECISION) * scale, CAP)
+                    x = tl.where(ok[None, :], x, float("-inf"))
                     p, m, s, acc = attended(x, m, s, acc)
                     acc += product(p.to(q.dtype), v, PRECISION)
         for some in range(near, bottom, BLOCK):
@@ -214,9 +221,10 @@ def _attend(
             if EVICTS:
                 marks = tl.load(marked + b * marked_b + h * marked_h + c * marked_n, mask=ok, other=0)
                 seen = seen & ((marks[None, :] == 0) | (at[:, None] - c[None, :] <= window))
-            x = tl.where(seen, product(q, tl.trans(k), PRECISION) * scale, float("-inf"))
+            x = tl.where(seen, capped(product(q, tl.trans(k), PRECISION) * scale, CAP), float("-inf"))
             p, m, s, acc = attended(x, m, s, acc)
             acc += product(p.to(q.dtype), v, PRECISION)
+    s = joined(s, m, sinks, head, SINKS)
     acc = tl.where(asks[:, None], acc / tl.maximum(s, 1e-30)[:, None], 0.0)
     to = out + b * out_b + line.to(tl.int64) * out_n + head * D
     tl.store(to[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=(line < n)[:, None] & (d[None, :] < D))

@@ -22,18 +22,21 @@ from octavo.attention.cuda.launch import Launcher
 from octavo.attention.cuda.tiles import (
     LOG2E,
     attended,
+    capped,
     coded,
     codes_of,
     for_codes,
+    joined,
     number,
     power_of_2,
     precision,
     product,
     scale_of,
     scaled,
+    scoring_of,
     stages,
 )
-from octavo.attention.pages import Pages
+from octavo.attention.pages import Pages, Scoring
 
 TALL = 64  # queries of a group that one program attends with
 COUNTED = 1024  # rows that are looked at in one operation
@@ -63,6 +66,7 @@ def attend(
     new: Written | None = None,
     rows: Tensor | None = None,  # [B] int32
     programs: int | None = None,
+    scoring: Scoring | None = None,
 ) -> Tensor:  # [B, n, Hq, D]
     """`reference.attend` without a chunk. `begin` is what `begins` gives for `length`, None: made here.
 
@@ -78,7 +82,7 @@ def attend(
     if out.numel() == 0:
         return out
     begin = begins(length) if begin is None else begin
-    kind = stream.kind_of(query, pages, G, new, rows is not None)
+    kind = None if scoring is not None else stream.kind_of(query, pages, G, new, rows is not None)
     if kind is not None:
         lines = G
         programs = stream.programs_for(kind, query.device) if programs is None else programs * stream.WARPS
@@ -88,10 +92,11 @@ def attend(
         lines = -(-G * n // tall_for(G * n)) * tall_for(G * n)
         programs = programs_for(query.device) if programs is None else programs
         part = torch.empty((R + programs) * lines * (D + 1), dtype=torch.float32, device=query.device)
-        _attend_in_triton(programs, part, out, query, at, pages, table, length, scale, begin, new, rows)
+        _attend_in_triton(programs, part, out, query, at, pages, table, length, scale, begin, new, rows, scoring)
+    sinks, _, sunk = scoring_of(scoring, begin)
     _launch_merge(
-        (R, G * n, 1), (part, out), (begin,), 0.0, (R, programs, *out.stride()[:2]),
-        (H, G, n, D, power_of_2(D), lines, MERGED), num_warps=4,
+        (R, G * n, 1), (part, out), (begin, sinks), 0.0, (R, programs, *out.stride()[:2]),
+        (H, G, n, D, power_of_2(D), lines, MERGED, sunk), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -103,7 +108,7 @@ def tall_for(queries: int) -> int:
 
 def _attend_in_triton(
     programs: int, part: Tensor, out: Tensor, query: Tensor, at: Tensor, pages: Pages, table: Tensor, length: Tensor,
-    scale: float, begin: Tensor, new: Written | None, rows: Tensor | None,
+    scale: float, begin: Tensor, new: Written | None, rows: Tensor | None, scoring: Scoring | None,
 ) -> None:  # fmt: skip
     """Write `out` where one program has seen a whole row, else parts, for `_merge`."""
     (B, Hq, n, D), H, S = query.shape, table.shape[1], pages.key.shape[1]
@@ -111,17 +116,18 @@ def _attend_in_triton(
     tall = tall_for(G * n)
     tiles = -(-G * n // tall)
     key, value, slot, position = new or (query, query, length, at)
+    sinks, cap, sunk = scoring_of(scoring, begin)
     _launch_attend(
         (programs, tiles, 1),
         (query, pages.key, pages.value, scale_of(pages.key_scale, pages), scale_of(pages.value_scale, pages),
          pages.position, pages.expiry, part, out, key, value),
-        (at, table, length, begin, slot, position, at if rows is None else rows),
+        (at, table, length, begin, slot, position, at if rows is None else rows, sinks),
         scale * LOG2E,
         (R, *query.stride()[:3], at.stride(0), *table.stride()[:2], *length.stride(), *out.stride()[:2],
          pages.key.stride(0), pages.position.stride(0), *key.stride()[:2], *value.stride()[:2], *slot.stride()[:2],
          position.stride(0)),
         (H, G, n, D, power_of_2(D), S, tall, tiles, BLOCK, power_of_2(min(R, COUNTED)), new is not None,
-         rows is not None, codes_of(pages), precision(query)),
+         rows is not None, codes_of(pages), precision(query), cap, sunk),
         num_warps=WARPS, num_stages=stages(STAGES, pages.key, query), maxnreg=REGISTERS,
     )  # fmt: skip
 
@@ -135,18 +141,18 @@ def programs_for(device: torch.device) -> int:
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["at", "table", "length", "begins", "new_slot", "new_position", "rows"],
+    do_not_specialize_on_alignment=["at", "table", "length", "begins", "new_slot", "new_position", "rows", "sinks"],
     do_not_specialize=["R"],
 )
 def _attend(
     query, key, value, key_scale, value_scale, position, expiry, part, out, new_key, new_value,
-    at, table, length, begins, new_slot, new_position, rows,
+    at, table, length, begins, new_slot, new_position, rows, sinks,
     scale,
     R, query_b, query_h, query_n, at_b, table_b, table_h, length_b, length_h, out_b, out_n, page_key, page_slot,
     new_key_b, new_key_h, new_value_b, new_value_h, new_slot_b, new_slot_h, new_position_b,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, WRITES: tl.constexpr,
-    INDEXED: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr,
+    INDEXED: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     program, tile = tl.program_id(0), tl.program_id(1)
     total = tl.load(begins + R).to(tl.int64)
@@ -219,16 +225,20 @@ def _attend(
                 x = product(q, tl.trans(k), PRECISION) * scale
                 if CODES > 0:
                     x = x * shrunk[:, None] * tl.load(key_scale + place)[None, :]
-                p, m, s, acc = attended(tl.where(seen, x, float("-inf")), m, s, acc)
+                p, m, s, acc = attended(tl.where(seen, capped(x, CAP), float("-inf")), m, s, acc)
                 if CODES > 0:
                     p, largest = scaled(p, tl.load(value_scale + place))
                     acc += product(p.to(q.dtype), v, PRECISION) * largest
                 else:
                     acc += product(p.to(q.dtype), v, PRECISION)
             s = tl.where(now >= 0, s, 0.0)  # padding has seen nothing
-            acc = tl.where(s > 0, 1.0 / tl.maximum(s, 1e-30), 0.0)[:, None] * acc
+            whole = (begin >= my_first) & (end <= my_last)  # nobody else has a part of it
+            below = s
+            if whole:
+                below = joined(s, m, sinks, h * G + tl.minimum(line, G * N - 1) // N, SINKS)
+            acc = tl.where(s > 0, 1.0 / tl.maximum(below, 1e-30), 0.0)[:, None] * acc
             inside = real[:, None] & (d[None, :] < D)
-            if (begin >= my_first) & (end <= my_last):  # nobody else has a part of it
+            if whole:
                 to = out + b.to(tl.int64) * out_b + (line % N) * out_n + (h * G + line // N) * D
                 tl.store(to[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside)
             else:
@@ -240,11 +250,11 @@ def _attend(
         row += 1
 
 
-@triton.jit(do_not_specialize_on_alignment=["begins"], do_not_specialize=["R", "programs"])
+@triton.jit(do_not_specialize_on_alignment=["begins", "sinks"], do_not_specialize=["R", "programs"])
 def _merge(
-    part, out, begins, _, R, programs, out_b, out_n,
+    part, out, begins, sinks, _, R, programs, out_b, out_n,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     row, line = tl.program_id(0), tl.program_id(1)
     total = tl.load(begins + R).to(tl.int64)
@@ -271,6 +281,7 @@ def _merge(
         s = s * shrink + tl.sum(p, 0, keep_dims=True)
         m = top
     to = out + (row // H).to(tl.int64) * out_b + (line % N) * out_n + (row % H * G + line // N) * D
+    s = joined(s, m, sinks, row % H * G + line // N, SINKS)
     result = acc / tl.maximum(s, 1e-30)[:, None]
     tl.store(to + d[None, :], result.to(out.dtype.element_ty), mask=d[None, :] < D)
 

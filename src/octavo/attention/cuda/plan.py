@@ -32,11 +32,19 @@ class State(NamedTuple):
     lost: Tensor  # [R, L, H] int32
     newest: Tensor  # [R, L, H] int32
     table: Tensor  # [R, L, H, M] int32
-    marks: Tensor  # [R, L, H, window + 2] int32, or [R, L, H, 0] where nothing expires
+    marks: Tensor  # [R, L, H, ring + 1] int32, or [R, L, H, 0] where nothing expires
     raw: Tensor  # [P, words] int64, each page's memory
     references: Tensor  # [P] int32
     free: Tensor  # [P] int32
     free_count: Tensor  # [] int64
+
+
+class When(NamedTuple):
+    """When tokens expire and slots come free; see `octavo.config.Eviction` and `octavo.kv.held`."""
+
+    window: int  # 0: never
+    shift: int = 0
+    undo: int = 0
 
 
 class Planned(NamedTuple):
@@ -48,23 +56,23 @@ class Planned(NamedTuple):
     found: Tensor  # [] int32, how many free slots a search has found
 
 
-def plan(state: State, pages: Pages, rows: Tensor, search: Tensor, shift: int) -> Planned:
+def plan(state: State, pages: Pages, rows: Tensor, search: Tensor, when: When) -> Planned:
     """Choose a slot for the next token of the sequences in `rows` [B] int32, each once (-1: none), and count it in.
 
     `search` [] int32: 0 where `State.marks` names every slot that is free inside a row, else whole rows are searched.
-    `shift` 1: the newest token's slot will be written to as well, so its page is copied where it is shared.
+    With `shift` 1 the newest token's slot will be written to as well, so its page is copied where it is shared.
     """
     (B,), (_, L, H, M) = rows.shape, state.table.shape
     at = torch.empty(B, dtype=torch.int32, device=rows.device)
     slot = torch.empty(B, L, H, dtype=torch.int32, device=rows.device)
     begin = torch.empty(L, B * H + 1, dtype=torch.int32, device=rows.device)
     found = torch.zeros((), dtype=torch.int32, device=rows.device)
-    S, window = pages.position.shape[1], state.marks.shape[3] - 2
+    S, ring = pages.position.shape[1], state.marks.shape[3] - 1
     _launch_plan(
         (B * L * H, 1, 1), (pages.expiry, state.raw),
         (state.position, state.length, state.lost, state.newest, state.table, state.marks, state.references, state.free,
          state.free_count, rows, search, at, slot, found),
-        0.0, (M, pages.expiry.stride(0), state.raw.shape[1]), (L, H, S, window, shift, SEARCHED, COPIED), num_warps=1,
+        0.0, (M, pages.expiry.stride(0), state.raw.shape[1]), (L, H, S, ring, *when, SEARCHED, COPIED), num_warps=1,
     )  # fmt: skip
     _launch_place(
         (L, 1, 1), (pages.position, pages.expiry), (state.length, state.table, rows, at, slot, begin), 0.0,
@@ -73,19 +81,19 @@ def plan(state: State, pages: Pages, rows: Tensor, search: Tensor, shift: int) -
     return Planned(at, slot, begin, found)
 
 
-def note(state: State, pages: Pages, rows: Tensor, planned: Planned, marked: Tensor | None, shift: int) -> None:
+def note(state: State, pages: Pages, rows: Tensor, planned: Planned, marked: Tensor | None, when: When) -> None:
     """Write down which of the tokens expire (`marked` [L, B, H] bool, None: none), and move on by one position.
 
     With `shift` 1 each mark is about the token before.
     """
     (B,), (_, L, H, M) = rows.shape, state.table.shape
-    S, window = pages.position.shape[1], state.marks.shape[3] - 2
+    S, ring = pages.position.shape[1], state.marks.shape[3] - 1
     marks = rows if marked is None else marked.view(torch.uint8)
     _launch_note(
         (B * L * H, 1, 1), (pages.expiry,),
         (state.position, state.newest, state.table, state.marks, rows, planned.at, planned.slot, marks),
         0.0, (M, pages.expiry.stride(0), *(marked.stride() if marked is not None else (0, 0, 0))),
-        (L, H, S, window, shift, marked is not None), num_warps=1,
+        (L, H, S, ring, when.window, when.shift, marked is not None), num_warps=1,
     )  # fmt: skip
 
 
@@ -125,8 +133,8 @@ def _plan(
     expiry, raw,
     position, length, lost, newest, table, marks, references, free, free_count, rows, search, at, slots, found,
     _, M, page_slot, words,
-    L: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    SEARCHED: tl.constexpr, COPIED: tl.constexpr,
+    L: tl.constexpr, H: tl.constexpr, S: tl.constexpr, RING: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
+    UNDO: tl.constexpr, SEARCHED: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0)
     b, inner = cell // (L * H), cell % (L * H)
@@ -143,12 +151,14 @@ def _plan(
         last = tl.load(newest + mine)
         if last >= 0:
             _own(last, names, raw, references, free, free_count, words, S, COPIED)
+    limit = tl.maximum(now - UNDO, 0)  # slots that have expired before it are free
     slot = -1
     if WINDOW > 0:
-        marked = tl.load(marks + mine * (WINDOW + 2) + now % (WINDOW + 1))
+        # The token that expired just before `limit`; early on none, but a place of the ring that is still empty.
+        marked = tl.load(marks + mine * (RING + 1) + (now - UNDO - WINDOW - 1 + RING) % RING)
         if (marked >= 0) & (marked < used):
             page = tl.load(names + marked // S).to(tl.int64)
-            if tl.load(expiry + page * page_slot + marked % S) < now:
+            if tl.load(expiry + page * page_slot + marked % S) < limit:
                 slot = marked
     if (slot < 0) & (tl.load(search) != 0):
         nowhere = 2147483647
@@ -158,7 +168,7 @@ def _plan(
             each = some + tl.arange(0, SEARCHED)
             page = tl.load(names + each // S, mask=each < used, other=0).to(tl.int64)
             until = tl.load(expiry + page * page_slot + each % S, mask=each < used, other=nowhere)
-            first = tl.min(tl.where(until < now, each, nowhere), 0)
+            first = tl.min(tl.where(until < limit, each, nowhere), 0)
             some += SEARCHED
         if first != nowhere:
             slot = first
@@ -210,7 +220,7 @@ def _place(
 )  # fmt: skip
 def _note(
     expiry, position, newest, table, marks, rows, at, slots, marked, _, M, page_slot, marked_l, marked_b, marked_h,
-    L: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
+    L: tl.constexpr, H: tl.constexpr, S: tl.constexpr, RING: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
     DECIDED: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0)
@@ -230,7 +240,7 @@ def _note(
             page = tl.load(table + mine * M + about // S).to(tl.int64)
             until = tl.where(doomed, when + WINDOW, 2147483647)
             tl.store(expiry + page * page_slot + about % S, until)
-            tl.store(marks + mine * (WINDOW + 2) + when % (WINDOW + 1), tl.where(doomed, about, -1))
+            tl.store(marks + mine * (RING + 1) + when % RING, tl.where(doomed, about, -1))
         if inner == 0:
             tl.store(position + row, now + 1)
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.attention.pages import Pages
+from octavo.attention.pages import Pages, Scoring
 
 LOG2E = 1.4426950408889634  # exponentials are in base 2
 
@@ -113,6 +113,33 @@ def attended(x, m, s, acc):
     p = tl.exp2(x - top[:, None])
     shrink = tl.exp2(m - top)
     return p, top, s * shrink + tl.sum(p, 1), acc * shrink[:, None]
+
+
+def scoring_of(scoring: Scoring | None, stand_in: Tensor) -> tuple[Tensor, float, bool]:
+    """(sinks [Hq] float32 or what stands for none, the cap of scores in base 2 or 0 for none, whether sinks are)."""
+    if scoring is None:
+        return stand_in, 0.0, False
+    sinks = None if scoring.sinks is None else scoring.sinks.detach().float().contiguous()
+    return stand_in if sinks is None else sinks, (scoring.softcap or 0.0) * LOG2E, sinks is not None
+
+
+@triton.jit
+def capped(x, CAP: tl.constexpr):
+    """Scores in base 2 under a cap: CAP * tanh(x / CAP); 0 is none."""
+    if CAP == 0.0:
+        return x
+    else:
+        return CAP - 2.0 * CAP / (tl.exp2(tl.minimum(x * (2.8853900817779268 / CAP), 60.0)) + 1.0)  # 2 / ln 2
+
+
+@triton.jit
+def joined(s, m, sinks, head, SINKS: tl.constexpr):
+    """The sum of weights `s` relative to `m`, with the sinks of query heads `head` [Q] among them. A sink that is
+    larger than all scores by 2^120 leaves nothing of them anyway."""
+    if SINKS:
+        return s + tl.exp2(tl.minimum(tl.load(sinks + head) * 1.4426950408889634 - m, 120.0))
+    else:
+        return s
 
 
 @triton.jit

@@ -1,0 +1,137 @@
+"""Drafts under eviction: with an assistant, prompt lookup or early exit, tokens are those of plain greedy decoding."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from octavo import KVCache, attach, detach
+from octavo.config import UNDO
+from octavo.errors import CacheStateError, ConfigError
+from tiny import tiny_adapter, tiny_model, tokens
+from tiny_swift import model_of, pair
+from tiny_windows import windowed_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+def repetitive(length):
+    """A text that says things twice, so that prompt lookup finds something to draft."""
+    return tokens(1, -(-length // 3)).repeat(1, 3)[:, :length]
+
+
+def made(kind):
+    """A model that evicts within a few tokens, attached."""
+    if kind == "gates":
+        model = tiny_model()
+        return attach(model, tiny_adapter(model, window=9))
+    if kind == "chunks, shift 1":
+        model = tiny_model("qwen3")
+        return attach(model, tiny_adapter(model, window=6, shift=1), chunk=16)
+    if kind == "int8":
+        model = tiny_model().double()
+        return attach(model, tiny_adapter(model, window=9), chunk=16, kv_dtype="int8")
+    if kind == "swiftkv":
+        model = model_of()
+        return attach(model, pair(model, 1, True, window=9), chunk=16)
+    if kind == "windows":
+        return attach(windowed_model("gemma2"), chunk=16)
+    model = windowed_model("qwen3")
+    return attach(model, tiny_adapter(model, window=20), chunk=16)
+
+
+KINDS = ["gates", "chunks, shift 1", "int8", "swiftkv", "windows", "windows and gates"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_lookup_and_early_exit_answer_as_plain_decoding(kind):
+    model, ids = made(kind), repetitive(50)
+    expected = model.generate(ids, **GREEDY)
+    for drafted in ({"prompt_lookup_num_tokens": 5}, {"prompt_lookup_num_tokens": 20}, {"assistant_early_exit": 2}):
+        assert torch.equal(model.generate(ids, **drafted, **GREEDY), expected), drafted
+
+
+@pytest.mark.parametrize("draws", ["attached", "unattached"])
+def test_an_assistant_answers_as_plain_decoding(draws):
+    model, ids = made("gates"), repetitive(50)
+    assistant = tiny_model(seed=3, num_hidden_layers=3)
+    with torch.no_grad():  # much like the model, so that some drafts hold and some do not
+        for ours, theirs in zip(assistant.parameters(), model.parameters(), strict=True):
+            ours.copy_(theirs + 0.03 * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0)))
+    if draws == "attached":
+        attach(assistant, tiny_adapter(assistant, window=5))
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), expected)
+
+
+def test_a_cache_goes_on_after_drafts_and_is_refused_where_transformers_would_read_twice():
+    model, ids = made("gates"), repetitive(50)
+    for past in (KVCache(model), DynamicCache(config=model.config)):
+        text = model.generate(ids, past_key_values=past, prompt_lookup_num_tokens=6, **GREEDY)
+        text = torch.cat([text, ids[:, :7]], 1)
+        whole = {**GREEDY, "attention_mask": torch.ones_like(text)}
+        expected = model.generate(text, **whole)
+        assert torch.equal(model.generate(text, past_key_values=past, **whole), expected)
+        with pytest.raises(CacheStateError, match="reads the whole prompt"):
+            model.generate(text, past_key_values=past, prompt_lookup_num_tokens=6, **GREEDY)
+        assert past.get_seq_length() == expected.shape[1] - 1
+
+
+def test_memory_is_kept_back_only_where_drafts_are_asked_for():
+    model, ids = made("gates"), repetitive(50)
+    plain, drafting = KVCache(model), KVCache(model)
+    model.generate(ids, past_key_values=plain, **GREEDY)
+    model.generate(ids, past_key_values=drafting, prompt_lookup_num_tokens=40, **GREEDY)
+    assert (plain.undo, drafting.undo) == (0, 40)
+    assert plain.tables.length[list(plain.rows)].sum() < drafting.tables.length[list(drafting.rows)].sum()
+    with pytest.raises(CacheStateError, match="undo=0"):
+        plain.crop(-10)
+
+
+def test_a_cache_made_to_undo_is_cropped_exactly_and_joins_one_that_is_not():
+    model, ids = tiny_model(), tokens(2, 90)
+    attach(model, tiny_adapter(model, window=9), undo=12)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = KVCache(model)
+        model(ids[:, :60], past_key_values=cache)
+        for back in (12, 5, 11):
+            for i in range(60 - back, 60):
+                cache.crop(-1)
+                model(tokens(2, 1, seed=i), past_key_values=cache)  # drafts that do not hold
+                model(tokens(2, 3, seed=i), past_key_values=cache)
+                cache.crop(-4)
+                got = model(ids[:, cache.seen : cache.seen + 1], past_key_values=cache).logits
+                torch.testing.assert_close(got[:, 0], expected[:, cache.seen - 1], rtol=0, atol=1e-4)
+        rest = model(ids[:, cache.seen :], past_key_values=cache).logits
+    torch.testing.assert_close(rest, expected[:, 90 - rest.shape[1] :], rtol=0, atol=1e-4)
+
+
+def test_caches_with_and_without_drafts_run_as_one_batch():
+    model, ids = made("gates"), tokens(2, 80)
+    caches = [KVCache(model), KVCache(model)]
+    caches[1].activate_past_recording()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for i, cache in enumerate(caches):
+            model(ids[i : i + 1, :40], past_key_values=cache)
+            for at in range(40, 60):
+                model(ids[i : i + 1, at : at + 1], past_key_values=cache)
+        caches[0].join(caches[1])
+        assert caches[0].undo == UNDO
+        for _ in range(2):
+            got = [model(ids[:, at : at + 1], past_key_values=caches[0]).logits for at in range(60, 80)]
+            torch.testing.assert_close(torch.cat(got, 1), expected[:, 60:], rtol=0, atol=1e-4)
+            caches[0].crop(-20)
+
+
+@pytest.mark.parametrize("undo", [-1, 2.5, 10**9, True, "many"])
+def test_an_impossible_undo_is_refused(undo):
+    with pytest.raises(ConfigError, match="undo"):
+        attach(tiny_model(), undo=undo)
+
+
+def test_detach_gives_generate_back():
+    model = made("gates")
+    detach(model)
+    assert "generate" not in model.__dict__
