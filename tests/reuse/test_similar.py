@@ -11,7 +11,7 @@ from octavo.attachment.attachment import require_attachment
 from octavo.attachment.reuse import begin, store_in
 from octavo.attachment.similar import fill_between, rotated, turn, turns
 from octavo.errors import ConfigError
-from octavo.kv.capture import layout_of
+from octavo.kv.restoring import layout_of
 from octavo.reuse.align import Run, align
 from octavo.reuse.record import Space, token_array
 from octavo.reuse.similar import Coverage, put_together

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.attention import Pages, put, slots
-from octavo.attention.pages import CODES
+from octavo.attention import Pages, slots
+from octavo.attention.cpu import copies
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
-from octavo.kv.plan import extended, found, ranked
-from octavo.kv.pool import pages_for
-from octavo.kv.snapshot import Ragged, Snapshot, SnapshotLayout, counted
+from octavo.kv.plan import found, ranked
+from octavo.kv.restoring import layout_of
+from octavo.kv.snapshot import Ragged, Snapshot
 from octavo.kv.tables import Index, Tables
 
 AT_ONCE = 2**24  # slots that are searched in one operation, for each of which it holds some ten bytes
@@ -164,48 +164,6 @@ def snapshot_of(
     return Snapshot(chosen, tuple(segments), tuple(ends), layout_of(tables, shift), identity, tokens)
 
 
-def layout_of(tables: Tables, shift: int) -> SnapshotLayout:
-    """What the rows of these tables look like."""
-    layout = tables.pool.layout
-    layers, heads = tables.length.shape[1:]
-    return SnapshotLayout(layers, heads, layout.head_dim, layout.dtype, tables.window, shift)
-
-
-def restore_into(tables: Tables, row: int, layout: SnapshotLayout, parts: Sequence[Ragged], boundary: int) -> None:
-    """Make an empty row what its sequence was at a boundary, to the bit; another order of slots aside.
-
-    `parts` together are all slots that were seen there, as `Snapshot.at` gives them: with shift 1 the last one has the
-    newest token of every head. Raises CacheStateError for another layout, and CacheBudgetError. Part of a change
-    (`pool.Changing`): a row that nobody has in the end is vacant again.
-    """
-    pool, S, shift = tables.pool, tables.pool.layout.page_size, layout.shift
-    ours = layout_of(tables, shift)
-    if layout != ours:
-        raise CacheStateError(f"this snapshot is of a cache of {layout}, not of {ours}")
-    parts = [Ragged(**{k: t.to(pool.device) for k, t in part.tensors.items()}) for part in parts]
-    counts = counted(parts)
-    with pool.lock:
-        most = int(counts.max())
-        tables.widen(most)
-        need = int(pages_for(counts, S).sum())
-        pool.reserve(need, need)
-        table = extended(pool, tables.table[row], torch.zeros_like(counts), counts, most)
-        tables.table[row], tables.length[row] = table, counts
-        flat, filled = table.flatten(0, 1), torch.zeros(counts.numel(), dtype=torch.int64, device=pool.device)
-        for part in parts:
-            n = part.counts.flatten().long()
-            head = torch.arange(len(n), device=pool.device).repeat_interleave(n)
-            slot = torch.arange(len(head), device=pool.device) - (n.cumsum(0) - n - filled)[head]
-            put(pool.pages, flat[head, slot // S].long(), slot % S, _content(part))
-            filled += n
-        if shift:
-            last = part.position == boundary - 1
-            tables.newest[row].view(-1)[head[last]] = slot[last].int()
-        tables.position[row] = boundary
-        tables.lost[row] = torch.where(counts < boundary, boundary - 1, -1).int()
-        tables.find_marks(slice(row, row + 1), tables.position[row : row + 1])
-
-
 def _segments(tables: Tables, row: int, chosen: Sequence[int], shift: int) -> list[Ragged]:
     """The slots kept for ever of the tokens that were decided up to each boundary, from the one before on."""
     search = _kept(tables, row)
@@ -217,13 +175,27 @@ def kept_and_tail(tables: Tables, row: int, first: int, shift: int) -> tuple[Rag
 
     As `capture` and `trimmed` give the tail, but all slots are read once for both.
     """
-    end, (there, position, expiry) = int(tables.position[row]), _read(tables, row)
+    pages, end = tables.pool.pages, int(tables.position[row])
+    newest = tables.newest[row].flatten() if shift else None
+    if copies.suits(pages):
+        kept = _copied(tables, row, (NEVER, NEVER), (first, end - shift), None, tail=False)
+        return kept, _copied(tables, row, (end, NEVER - 1), (max(0, end - tables.expiring), end), newest, tail=True)
+    there, position, expiry = _read(tables, row)
     wanted = expiry.ge(end).logical_and_(expiry < NEVER)
-    if shift:
-        spots = torch.arange(position.shape[-1], device=position.device)
-        wanted |= spots == tables.newest[row].flatten()[:, None]
+    if newest is not None:
+        wanted |= torch.arange(position.shape[-1], device=position.device) == newest[:, None]
     kept = _part(tables, row, there & (expiry == NEVER), position, first, end - shift)
     return kept, _picked(tables, row, wanted & there, position, tail=True)
+
+
+def _copied(
+    tables: Tables, row: int, expiry: tuple[int, int], position: tuple[int, int], newest: Tensor | None, *, tail: bool
+) -> Ragged:
+    """A row's slots whose expiry and position lie within bounds, and the `newest` [R]; see `copies.chosen`."""
+    pages, table = tables.pool.pages, tables.table[row].flatten(0, 1)
+    found = copies.chosen(pages, table, tables.length[row].flatten(), expiry, position, newest)
+    counts = found[2].view(tables.length.shape[1:])
+    return _ragged(pages, counts, copies.taken(pages, table, *found), tail=tail)
 
 
 def _kept(tables: Tables, row: int) -> tuple[Tensor, Tensor]:
@@ -285,11 +257,3 @@ def _ragged(pages: Pages, counts: Tensor, content: list[Tensor], *, tail: bool) 
     if not tail:
         del parts["expiry"]
     return Ragged(counts.int(), **parts)
-
-
-def _content(part: Ragged) -> list[Tensor]:
-    """Slots as `put` takes them."""
-    expiry = torch.full_like(part.position, NEVER) if part.expiry is None else part.expiry
-    parts = part._replace(expiry=expiry).tensors
-    named = [parts[name] for name in Pages._fields if name in parts]
-    return [t.view(torch.uint8) if t.dtype in CODES else t for t in named]

@@ -18,8 +18,9 @@ from torch import Tensor
 from octavo.attention.pages import CODES
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
-from octavo.kv.capture import kept_and_tail, layout_of, trimmed
+from octavo.kv.capture import kept_and_tail, trimmed
 from octavo.kv.memory import bookkeeping
+from octavo.kv.restoring import Stretch, layout_of, stretch, take, whole
 from octavo.kv.sequences import Sequences
 from octavo.kv.snapshot import Ragged, SnapshotLayout
 
@@ -85,20 +86,19 @@ class Piece(NamedTuple):
     tail: int
 
 
-def assembled(pieces: Sequence[Piece], newest: Extent | None, boundary: int) -> list[Ragged]:
+def assembled(pieces: Sequence[Piece], newest: Extent | None, boundary: int) -> list[Stretch]:
     """The slots that a query at a boundary sees, from pieces that follow each other up to it.
 
-    `newest`: with shift 1 the extent that has the slots of the newest token, which are the last part then. Parts are
-    new tensors only where something was cut off.
+    `newest`: with shift 1 the extent that has the slots of the newest token, which are the last part then.
     """
     parts = []
     for extent, first, last, tail in pieces:
-        parts.append(between(extent.kept, first, last))
+        parts.append(stretch(extent.kept, first, last))
         if tail < last:
-            marked = between(extent.marked, tail, last)
-            parts.append(marked._replace(expiry=marked.position + (extent.layout.window or 0)))
+            parts.append(stretch(extent.marked, tail, last, extent.layout.window or 0))
     if newest is not None:
-        parts.append(merged(newest.at(boundary - 1)))
+        slots = merged(newest.at(boundary - 1))
+        parts.append(whole(slots._replace(expiry=torch.full_like(slots.position, NEVER))))  # their marks are open
     return parts
 
 
@@ -195,12 +195,8 @@ def _heads(part: Ragged) -> Tensor:
 
 
 def _picked(part: Ragged, index: Tensor, counts: Tensor) -> Ragged:
-    tensors = {name: _take(t, index) for name, t in part.tensors.items() if name != "counts"}
+    tensors = {name: take(t, index) for name, t in part.tensors.items() if name != "counts"}
     return Ragged(counts, **tensors)
-
-
-def _take(t: Tensor, index: Tensor) -> Tensor:
-    return t.view(torch.uint8)[index].view(t.dtype) if t.dtype in CODES else t[index]  # indexing does not know float8
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

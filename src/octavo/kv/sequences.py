@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.attention import FEW, cuda
 from octavo.config import Eviction
 from octavo.errors import CacheStateError
-from octavo.kv.capture import Boundaries, restore_into
+from octavo.kv.capture import Boundaries
 from octavo.kv.captured import check_captured, promised, replayed
 from octavo.kv.chunk_step import ChunkStep
 from octavo.kv.decode_step import DecodeStep
@@ -28,6 +28,7 @@ from octavo.kv.memory import Memory, bookkeeping
 from octavo.kv.plan import named_elsewhere
 from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
+from octavo.kv.restoring import Stretch, restore_into
 from octavo.kv.rewind import cut, pages_to_own, restore_overwritten, rewind
 from octavo.kv.shape import CacheShape
 from octavo.kv.snapshot import Ragged, SnapshotLayout, counted
@@ -330,7 +331,7 @@ class Sequences(Held):
     # Snapshots
 
     @bookkeeping
-    def restore(self, layout: SnapshotLayout, parts: Sequence[Ragged], boundary: int) -> None:
+    def restore(self, layout: SnapshotLayout, parts: Sequence[Ragged | Stretch], boundary: int) -> None:
         """Become the one sequence that sees `parts` at a boundary; nothing may be held. Raises as `restore_into`."""
         assert not self.rows
         counts, pool = counted(parts), self.tables.pool
@@ -341,10 +342,6 @@ class Sequences(Held):
             self.quota.claim(pages, pages, (row,))
             restore_into(self.tables, row, layout, parts, boundary)
             self._holding.state = State(
-                rows=(row,),
-                seen=boundary,
-                lead=(0,),
-                longest=int(counts.max()),
-                boundaries=self.boundaries,
+                rows=(row,), seen=boundary, lead=(0,), longest=int(counts.max()), boundaries=self.boundaries,
                 epoch=self.state.epoch + 1,
-            )
+            )  # fmt: skip

@@ -42,7 +42,8 @@ class SimilarSettings:
 
     `embed`: token ids -> a vector, the same length each time; None: the mean of the model's input embeddings.
     `nominated`: stored prompts that are looked into. `least`: tokens of a run. `first`: tokens of each run that are
-    computed anew. `deviating`: share of the other tokens of runs that are computed too, those whose values in the
+    computed anew. `last`: tokens of the prompt's end that are computed anew, since a question after a document is read
+    in the light of the instruction before it. `deviating`: share of the other tokens of runs that are computed too, those whose values in the
     second layer differ most from what is stored (CacheBlend, arXiv 2405.16444); it costs two layers of all tokens, and
     means nothing under eviction. `most`: share of a prompt that may have to be computed; more is computed in full.
     `audit`: share of these requests that are computed in full as well, to see how far the next token's distribution is
@@ -55,13 +56,14 @@ class SimilarSettings:
     nominated: int = 4
     least: int = 32
     first: int = 32
+    last: int = 32
     deviating: float = 0.0
     most: float = 0.5
     audit: float = 0.02
     limit: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, low in (("nominated", 1), ("least", 2), ("first", 0)):
+        for name, low in (("nominated", 1), ("least", 2), ("first", 0), ("last", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}")
@@ -177,7 +179,7 @@ class Similar:
             fixed = min(reach(found), limit)
             sources = [ids, *(r.entry.tokens for r in records)]
             runs = [Run(0, 0, 0, fixed)] if fixed else []
-            for run in align(ids[:limit], sources[1:], settings.least, fixed):
+            for run in align(ids[: limit - settings.last], sources[1:], settings.least, fixed):
                 skipped = min(settings.first, run.length)
                 runs.append(Run(run.at + skipped, run.source + 1, run.first + skipped, run.length - skipped))
             held = [Coverage(store.index.find(space, source, layout)[1], len(source)) for source in sources]

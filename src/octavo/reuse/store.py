@@ -19,7 +19,7 @@ from typing import Any
 
 from octavo.errors import ConfigError
 from octavo.kv import PagedCache
-from octavo.kv.capture import layout_of
+from octavo.kv.restoring import layout_of
 from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse import admin
 from octavo.reuse.costs import Costs
