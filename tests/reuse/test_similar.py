@@ -19,7 +19,7 @@ from reuse.test_reuse_generate import MODELS
 from tiny import tiny_adapter, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EASY = {"least": 8, "first": 4, "most": 1.0, "audit": 0.0}
+EASY = {"least": 8, "first": 4, "last": 0, "most": 1.0, "audit": 0.0}
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 
 
@@ -185,6 +185,18 @@ def test_deviating_tokens_are_computed_too():
     assert kl[2] < kl[0]
 
 
+def test_the_end_of_a_prompt_is_computed():
+    saved = []
+    for last in (0, 1, 20):
+        store = store_of(last=last)
+        model = model_of(store)
+        first, second = moved()
+        ask(model, first)
+        ask(model, second)
+        saved.append(store.stats().similar_tokens)
+    assert saved == [95, 94, 75]
+
+
 def test_tenants_never_mix():
     store = store_of()
     model = model_of(store)
@@ -235,7 +247,17 @@ def test_an_embedding_of_ones_own_nominates():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"least": 1}, {"first": -1}, {"most": 2.0}, {"audit": "x"}, {"limit": -1}, {"embed": 3}, {"nominated": 0}]
+    "wrong",
+    [
+        {"least": 1},
+        {"first": -1},
+        {"last": 0.5},
+        {"most": 2.0},
+        {"audit": "x"},
+        {"limit": -1},
+        {"embed": 3},
+        {"nominated": 0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.attachment.forward import Forward
-from octavo.kv.extent import between
+from octavo.kv.ragged import between
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment

@@ -1,6 +1,6 @@
 """Snapshots out of pages, and back into the pages of a new row. See `octavo.kv.snapshot` for what they are."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,6 +30,23 @@ class Tail(NamedTuple):
     some: Tensor  # [L, H, K] bool
     content: list[Tensor]  # [L, H, K] or [L, H, K, D] each, as `octavo.attention.slots` gives it
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.some.nbytes + sum(t.nbytes for t in self.content)
+
+
+class Passed(NamedTuple):
+    """One row's tail at a boundary within a chunk (`octavo.kv.within`), with nothing that means nothing."""
+
+    position: Tensor  # [] int32, the boundary
+    part: Ragged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.part.tensors.values())
+
 
 class Boundaries:
     """Which boundaries of a batch are to be kept, and the tails that were taken at those that have been reached.
@@ -38,17 +55,18 @@ class Boundaries:
     changes the tails makes another one of these, which shares `wanted`, so that a batch can exchange it as a whole.
     """
 
-    def __init__(self, wanted: set[int] | None = None, tails: dict[int, tuple[Tail, ...]] | None = None) -> None:
+    def __init__(
+        self, wanted: set[int] | None = None, tails: dict[int, tuple[Tail | Passed, ...]] | None = None
+    ) -> None:
         self.wanted = set() if wanted is None else wanted
         self._tails = tails or {}  # by row of the tables
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tails."""
-        tails = [tail for each in self._tails.values() for tail in each]
-        return sum(tail.some.nbytes + sum(t.nbytes for t in tail.content) for tail in tails)
+        return sum(tail.nbytes for each in self._tails.values() for tail in each)
 
-    def of(self, row: int) -> tuple[Tail, ...]:
+    def of(self, row: int) -> tuple[Tail | Passed, ...]:
         """The tails of one row, in the order of their boundaries."""
         return self._tails.get(row, ())
 
@@ -56,6 +74,10 @@ class Boundaries:
         """With the tails of all rows where they are now. Asks nothing of the device."""
         new = {row: (*self.of(row), tail) for row, tail in zip(rows, capture(tables, index, shift), strict=True)}
         return Boundaries(self.wanted, self._tails | new)
+
+    def passed(self, tails: Mapping[int, Sequence[Passed]]) -> "Boundaries":
+        """With tails that were taken within a forward, by row."""
+        return Boundaries(self.wanted, self._tails | {row: (*self.of(row), *new) for row, new in tails.items()})
 
     def followed(self, rows: Iterable[tuple[int, int]]) -> "Boundaries":
         """The same for a batch of other rows: (row there, row here)."""
@@ -128,7 +150,7 @@ def _searched(tables: Tables, index: Index, layers: slice, now: Tensor, shift: i
 def snapshot_of(
     tables: Tables,
     row: int,
-    tails: Sequence[Tail],
+    tails: Sequence[Tail | Passed],
     boundaries: Sequence[int] | None,
     shift: int,
     identity: dict[str, Any],
@@ -144,7 +166,7 @@ def snapshot_of(
         end = int(tables.position[row])
         if end == 0:
             raise CacheStateError("this sequence has read nothing that a snapshot could hold")
-        known = {p: tail for tail in tails if (p := int(tail.position)) > 0}
+        known: dict[int, Tail | Passed] = {p: tail for tail in tails if (p := int(tail.position)) > 0}
         known[end] = capture(tables, slice(row, row + 1), shift)[0]
         chosen = tuple(sorted(known if boundaries is None else set(boundaries)))
         for p in chosen:
@@ -192,10 +214,17 @@ def _copied(
     tables: Tables, row: int, expiry: tuple[int, int], position: tuple[int, int], newest: Tensor | None, *, tail: bool
 ) -> Ragged:
     """A row's slots whose expiry and position lie within bounds, and the `newest` [R]; see `copies.chosen`."""
-    pages, table = tables.pool.pages, tables.table[row].flatten(0, 1)
-    found = copies.chosen(pages, table, tables.length[row].flatten(), expiry, position, newest)
-    counts = found[2].view(tables.length.shape[1:])
-    return _ragged(pages, counts, copies.taken(pages, table, *found), tail=tail)
+    return copied(tables.pool.pages, tables.table[row], tables.length[row], expiry, position, newest, tail=tail)
+
+
+def copied(
+    pages: Pages, table: Tensor, length: Tensor, expiry: tuple[int, int], position: tuple[int, int],
+    newest: Tensor | None = None, *, tail: bool,
+) -> Ragged:  # fmt: skip
+    """The same of some layers, `table` [l, H, M] and `length` [l, H]."""
+    flat = table.flatten(0, 1)
+    found = copies.chosen(pages, flat, length.flatten(), expiry, position, newest)
+    return _ragged(pages, found[2].view(length.shape), copies.taken(pages, flat, *found), tail=tail)
 
 
 def _kept(tables: Tables, row: int) -> tuple[Tensor, Tensor]:
@@ -226,8 +255,10 @@ def _picked(tables: Tables, row: int, wanted: Tensor, position: Tensor, *, tail:
     return _ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=tail)
 
 
-def trimmed(pages: Pages, tail: Tail) -> Ragged:
+def trimmed(pages: Pages, tail: Tail | Passed) -> Ragged:
     """A tail without what is not there."""
+    if isinstance(tail, Passed):
+        return tail.part
     names = _names(pages)
     content = [each.flatten(0, 1) for each in tail.content]
     head, place = _ordered(tail.some.flatten(0, 1), content[names.index("position")])

@@ -14,6 +14,7 @@ from octavo.config import NEVER
 from octavo.errors import CacheStateError
 from octavo.kv.plan import extended
 from octavo.kv.pool import pages_for
+from octavo.kv.ragged import take
 from octavo.kv.snapshot import Ragged, SnapshotLayout, counted
 from octavo.kv.tables import Tables
 
@@ -66,11 +67,6 @@ def _before(position: Tensor, bound: int, ends: Tensor) -> Tensor:
     """How many slots of each head have a position below `bound`, int64 [R]."""
     below = F.pad((position < bound).cumsum(0), (1, 0))
     return below[ends[1:]] - below[ends[:-1]]
-
-
-def take(t: Tensor, index: Tensor) -> Tensor:
-    """t[index]: indexing does not know float8."""
-    return t.view(torch.uint8)[index].view(t.dtype) if t.dtype in CODES else t[index]
 
 
 def layout_of(tables: Tables, shift: int) -> SnapshotLayout:

@@ -61,7 +61,8 @@ class Sequences(Held):
         if not captured:
             self.memory.reclaim()
         window = self.eviction.window if self.eviction else None
-        few = columns <= FEW and (window is None or columns <= window) and not trains
+        passes = self._passes(columns, valid)
+        few = columns <= FEW and (window is None or columns <= window) and not (trains or passes)
         state, back = self._open(batch, columns, captured)
         longest = promise.slots if promise else state.longest if few else back.longest
         windowed = self.lifetimes is not None
@@ -76,7 +77,7 @@ class Sequences(Held):
         elif few:
             self.step = DecodeStep(given, columns, valid)
         else:
-            self.step = back.chunk = ChunkStep(given, columns, valid, trains)
+            self.step = back.chunk = ChunkStep(given, columns, valid, trains, passes)
         return self.step
 
     @property
@@ -125,6 +126,8 @@ class Sequences(Held):
         real, boundaries = state.real, state.boundaries
         if real is not None or self._valid is not None:
             real = torch.cat([self.columns_read(), step.new.position >= 0], 1)
+        if isinstance(step, ChunkStep) and step.within is not None:
+            boundaries = boundaries.passed({row: step.within.tails(i) for i, row in enumerate(self.rows)})
         if seen in boundaries.wanted:
             boundaries = boundaries.reached(tables, self.rows, self.index, self.shift)
         return replace(

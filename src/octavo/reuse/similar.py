@@ -43,11 +43,12 @@ class SimilarSettings:
     `embed`: token ids -> a vector, the same length each time; None: the mean of the model's input embeddings.
     `nominated`: stored prompts that are looked into. `least`: tokens of a run. `first`: tokens of each run that are
     computed anew. `last`: tokens of the prompt's end that are computed anew, since a question after a document is read
-    in the light of the instruction before it. `deviating`: share of the other tokens of runs that are computed too, those whose values in the
-    second layer differ most from what is stored (CacheBlend, arXiv 2405.16444); it costs two layers of all tokens, and
-    means nothing under eviction. `most`: share of a prompt that may have to be computed; more is computed in full.
-    `audit`: share of these requests that are computed in full as well, to see how far the next token's distribution is
-    off; `limit`: the mean KL, in nats, of the last audits above which the mode turns itself off.
+    in the light of the instruction before it. `deviating`: share of the other tokens of runs that are computed too,
+    those whose values in the second layer differ most from what is stored (CacheBlend, arXiv 2405.16444); it costs two
+    layers of all tokens, and means nothing under eviction. `most`: share of a prompt that may have to be computed; more
+    is computed in full. `audit`: share of these requests that are computed in full as well, to see how far the next
+    token's distribution is off; `limit`: the mean KL, in nats, of the last audits above which the mode turns itself
+    off.
 
     Raises ConfigError for impossible values.
     """

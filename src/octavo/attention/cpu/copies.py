@@ -115,9 +115,7 @@ def clear(pages: Pages, ids: Tensor) -> None:
     _kernels.clear(_packed(pages, NONE, ids[:, None].int(), (0, 0), after))
 
 
-def _packed(
-    pages: Pages, flat: Sequence[int], table: Tensor, lengths: tuple[int, int], after: Sequence[int]
-) -> bytes:
+def _packed(pages: Pages, flat: Sequence[int], table: Tensor, lengths: tuple[int, int], after: Sequence[int]) -> bytes:
     """The request; addresses must outlive the call."""
     sizes = [0 if t is None else t.element_size() * (t.shape[2] if t.ndim == 3 else 1) for t in pages]
     at = [0 if t is None else t.data_ptr() for t in pages]
