@@ -125,7 +125,8 @@ def extent_of(sequences: Sequences, which: int, first: int, held: Sequence[Inter
         for p, tail in ends.items():
             a, b = max(at, first, p - (layout.window or 0)), min(high, p if p < end else end - shift)
             if a < b:
-                marked.append(_without(between(tail, a, b), kept, p - 1 if shift else end))
+                part = between(tail, a, b)
+                marked.append(_without(part, kept, p - 1) if shift else part)
                 there.append((a, b))
                 at = b
     slots = merged([*marked, _none_of(kept)])._replace(expiry=None)

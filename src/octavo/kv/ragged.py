@@ -43,6 +43,7 @@ def heads(part: Ragged) -> Tensor:
 
 
 def picked(part: Ragged, index: Tensor, counts: Tensor) -> Ragged:
+    """The slots at some indices, of which each head has `counts` [L, H]."""
     tensors = {name: take(t, index) for name, t in part.tensors.items() if name != "counts"}
     return Ragged(counts, **tensors)
 
@@ -54,8 +55,8 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 
 
 def take(t: Tensor, index: Tensor) -> Tensor:
-    """t[index]: indexing does not know float8."""
-    return t.view(torch.uint8)[index].view(t.dtype) if t.dtype in CODES else t[index]
+    """t[index]; neither indexing nor `index_select` knows float8."""
+    return t.view(torch.uint8).index_select(0, index).view(t.dtype) if t.dtype in CODES else t.index_select(0, index)
 
 
 def stacked(parts: Sequence[Ragged]) -> Ragged:
