@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from octavo import LLM, KVCache, ReuseStore, SamplingParams, SimilarSettings, attach
 from octavo.attachment.attachment import require_attachment
+from octavo.attachment.blend import second_values
 from octavo.attachment.reuse import begin, store_in
 from octavo.attachment.similar import fill_between, rotated, turn, turns
 from octavo.errors import ConfigError
@@ -195,6 +196,22 @@ def test_the_end_of_a_prompt_is_computed():
         ask(model, second)
         saved.append(store.stats().similar_tokens)
     assert saved == [95, 94, 75]
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_deviation_is_measured_against_what_a_cache_would_hold(borrowed):
+    model, ids = tiny_model(), tokens(1, 40)
+    if borrowed:
+        model.config.dms_separate_alpha = False
+    attach(model, chunk=16)
+    assert require_attachment(model).borrowed is borrowed
+    cache = KVCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    (whole,) = cache.snapshot().segments
+    first, count = (int(whole.counts[:n].sum()) for n in (1, 2))
+    stored = whole.value[first:count].view(whole.counts.shape[1], 40, -1)
+    torch.testing.assert_close(second_values(require_attachment(model), ids[0]), stored, atol=1e-5, rtol=1e-5)
 
 
 def test_tenants_never_mix():
