@@ -14,8 +14,8 @@ from octavo.attachment.similar import fill_between, rotated, turn, turns
 from octavo.errors import ConfigError
 from octavo.kv.restoring import layout_of
 from octavo.reuse.align import Run, align
+from octavo.reuse.draft import Coverage, put_together
 from octavo.reuse.record import Space, token_array
-from octavo.reuse.similar import Coverage, put_together
 from reuse.test_reuse_generate import MODELS
 from tiny import tiny_adapter, tiny_model, tokens
 
@@ -212,6 +212,36 @@ def test_deviation_is_measured_against_what_a_cache_would_hold(borrowed):
     first, count = (int(whole.counts[:n].sum()) for n in (1, 2))
     stored = whole.value[first:count].view(whole.counts.shape[1], 40, -1)
     torch.testing.assert_close(second_values(require_attachment(model), ids[0]), stored, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_are_counted_and_go_with_their_prompts():
+    store = store_of()
+    model = model_of(store)
+    first, second = moved()
+    ask(model, first)
+    before = store.stats().memory_nbytes
+    ask(model, second)
+    index, width = store.index, model.config.hidden_size
+    assert store.stats().memory_nbytes >= before + 2 * 4 * width, "the prompt's and its answer's"
+    assert index.index_nbytes == sum(record.index_nbytes for record in index.records.values())
+    (vectors,) = store.similar._vectors.values()
+    assert sorted(map(str, vectors.ids())) == sorted(index.records)
+    store.clear()
+    assert (len(vectors), store.stats().memory_nbytes) == (0, 0)
+
+
+def test_others_leave_for_an_embedding_within_the_budget():
+    store = store_of()
+    model = model_of(store)
+    first, second = moved()
+    ask(model, first)
+    store = ReuseStore(store.stats().memory_nbytes + 100, shortest=8, similar=SimilarSettings(**EASY))
+    model = model_of(store)
+    ask(model, first)
+    ask(model, second)
+    stats = store.stats()
+    assert (stats.similar_hits, stats.memory_records) == (1, 1), "the answer's record made room"
+    assert stats.memory_nbytes <= store.index.memory.rules.budget
 
 
 def test_tenants_never_mix():
