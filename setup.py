@@ -25,8 +25,8 @@ def _extension(room: str, name: str, sources: list[str], headers: list[str], fla
 _attention = _extension(
     "attention.cpu",
     "_kernels",
-    ["module.c", "decode.c", "prefill.c"],
-    ["job.h", "threads.h", "decode_kernels.h"],
+    ["module.c", "decode.c", "prefill.c", "copies.c"],
+    ["job.h", "threads.h", "decode_kernels.h", "copies.h"],
     flags=["-O3", "-ffp-contract=fast"],
 )
 

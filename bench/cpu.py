@@ -8,21 +8,19 @@ transformers' `DynamicCache` and SDPA on the same text and feeds the same tokens
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 import octavo
 from octavo.attachment.adapters import load_adapter
+from octavo.bench.source import surroundings
 from octavo.cli.demo import TEXT
 from octavo.models import load_plain
 from octavo.retrofit.data import read_text
@@ -107,16 +105,7 @@ def _report(rows: list[dict[str, Any]], out: Path | None) -> None:
 
 def record(out: Path | None, **measured: Any) -> dict[str, Any]:
     """What was measured, with the commit, the hardware, the versions and the command line; written to `out`."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    whole = {
-        "command": sys.argv,
-        "commit": commit,
-        "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **measured,
-    }
+    whole = {**surroundings(), **measured}
     if out is not None:
         out.write_text(json.dumps(whole, indent=2) + "\n")
     return whole

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 import octavo
 from octavo.attachment.supported import fingerprint
-from octavo.bench.engine import mixed, report, steps, subjects
+from octavo.bench.engine import mixed, steps, subjects
+from octavo.bench.source import surroundings
 from octavo.cli import bench as command
 from octavo.dms import Adapter
 from octavo.errors import CacheBudgetError, ConfigError, TextFileError
@@ -160,7 +161,7 @@ def test_peers_that_stop_are_not_waited_for(tiny):
 
 def test_the_commit_is_that_of_the_source_or_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert report.surroundings(CPU)["commit"] is None
+    assert surroundings(CPU)["commit"] is None
 
 
 def test_made_up_gates_keep_about_what_they_should():

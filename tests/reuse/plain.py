@@ -26,11 +26,12 @@ def told(prefix):
     return torch.randn(L, H, D, generator=g), torch.rand(L, H, generator=g) < 0.7
 
 
-def read(cache, tokens, end):
-    """Read tokens up to `end` into a cache, in forwards that end at multiples of a chunk and at kept boundaries."""
+def read(cache, tokens, end, passes=False):
+    """Read tokens up to `end` into a cache, in forwards that end at multiples of a chunk and, unless one `passes` them,
+    at kept boundaries."""
     while cache.seen < end:
         first = cache.seen
-        wanted = [p for p in cache.sequences.boundaries.wanted if p > first]
+        wanted = [] if passes else [p for p in cache.sequences.boundaries.wanted if p > first]
         last = min([end, first + CHUNK - first % CHUNK, *wanted])
         made = [told(tuple(tokens[: i + 1])) for i in range(first, last)]
         key = torch.stack([k for k, _ in made], 2)[:, None]  # [L, 1, H, N, D]

@@ -1,6 +1,7 @@
 """The engine with a store answers as it does without one, and reads only what is new."""
 
 import pytest
+import torch
 
 from octavo import LLM, ReuseStore, SamplingParams
 from reuse.test_reuse_generate import MODELS, SETTINGS, Counted
@@ -50,3 +51,20 @@ def test_preempted_cancelled_and_several_samples():
     assert [o.tokens for o in llm.generate([prompt], many)] == [o.tokens for o in plain.generate([prompt], many)]
     assert store.stats().hits >= 3
     assert all(record.users == 0 for record in store.index.records.values())
+
+
+@pytest.mark.parametrize(("turns", "reused"), [(0, 0), (1, 40), (2, 120)])
+def test_a_history_that_is_seen_at_once_can_be_gone_on_from_where_its_turns_end(turns, reused):
+    store, stop = ReuseStore("20MB", **SETTINGS, turns=turns), 2
+    model, plain, ids = MODELS["gates, shift 1"](reuse=store), MODELS["gates, shift 1"](), tokens(1, 200).clamp(min=3)
+    for each in (model, plain):
+        each.generation_config.eos_token_id = each.generation_config.pad_token_id = stop
+    ids[0, [39, 79, 119]] = stop  # a system prompt and two turns
+    other = torch.cat([ids[:, :120], tokens(1, 30, seed=7).clamp(min=3)], 1)
+    other[0, 120] = 3 + (ids[0, 120] == 3)
+    options = {"do_sample": False, "max_new_tokens": 6}
+    for prompt in (ids, other):
+        mask = torch.ones_like(prompt)
+        expected = plain.generate(prompt, attention_mask=mask, **options)
+        assert torch.equal(model.generate(prompt, attention_mask=mask, **options), expected)
+    assert store.stats().reused == reused

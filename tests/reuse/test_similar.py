@@ -8,18 +8,19 @@ from hypothesis import strategies as st
 
 from octavo import LLM, KVCache, ReuseStore, SamplingParams, SimilarSettings, attach
 from octavo.attachment.attachment import require_attachment
+from octavo.attachment.blend import second_values
 from octavo.attachment.reuse import begin, store_in
 from octavo.attachment.similar import fill_between, rotated, turn, turns
 from octavo.errors import ConfigError
-from octavo.kv.capture import layout_of
+from octavo.kv.restoring import layout_of
 from octavo.reuse.align import Run, align
+from octavo.reuse.draft import Coverage, put_together
 from octavo.reuse.record import Space, token_array
-from octavo.reuse.similar import Coverage, put_together
 from reuse.test_reuse_generate import MODELS
 from tiny import tiny_adapter, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EASY = {"least": 8, "first": 4, "most": 1.0, "audit": 0.0}
+EASY = {"least": 8, "first": 4, "last": 0, "most": 1.0, "audit": 0.0}
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 
 
@@ -185,6 +186,64 @@ def test_deviating_tokens_are_computed_too():
     assert kl[2] < kl[0]
 
 
+def test_the_end_of_a_prompt_is_computed():
+    saved = []
+    for last in (0, 1, 20):
+        store = store_of(last=last)
+        model = model_of(store)
+        first, second = moved()
+        ask(model, first)
+        ask(model, second)
+        saved.append(store.stats().similar_tokens)
+    assert saved == [95, 94, 75]
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_deviation_is_measured_against_what_a_cache_would_hold(borrowed):
+    model, ids = tiny_model(), tokens(1, 40)
+    if borrowed:
+        model.config.dms_separate_alpha = False
+    attach(model, chunk=16)
+    assert require_attachment(model).borrowed is borrowed
+    cache = KVCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    (whole,) = cache.snapshot().segments
+    first, count = (int(whole.counts[:n].sum()) for n in (1, 2))
+    stored = whole.value[first:count].view(whole.counts.shape[1], 40, -1)
+    torch.testing.assert_close(second_values(require_attachment(model), ids[0]), stored, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_are_counted_and_go_with_their_prompts():
+    store = store_of()
+    model = model_of(store)
+    first, second = moved()
+    ask(model, first)
+    before = store.stats().memory_nbytes
+    ask(model, second)
+    index, width = store.index, model.config.hidden_size
+    assert store.stats().memory_nbytes >= before + 2 * 4 * width, "the prompt's and its answer's"
+    assert index.index_nbytes == sum(record.index_nbytes for record in index.records.values())
+    (vectors,) = store.similar._vectors.values()
+    assert sorted(map(str, vectors.ids())) == sorted(index.records)
+    store.clear()
+    assert (len(vectors), store.stats().memory_nbytes) == (0, 0)
+
+
+def test_others_leave_for_an_embedding_within_the_budget():
+    store = store_of()
+    model = model_of(store)
+    first, second = moved()
+    ask(model, first)
+    store = ReuseStore(store.stats().memory_nbytes + 100, shortest=8, similar=SimilarSettings(**EASY))
+    model = model_of(store)
+    ask(model, first)
+    ask(model, second)
+    stats = store.stats()
+    assert (stats.similar_hits, stats.memory_records) == (1, 1), "the answer's record made room"
+    assert stats.memory_nbytes <= store.index.memory.rules.budget
+
+
 def test_tenants_never_mix():
     store = store_of()
     model = model_of(store)
@@ -235,7 +294,17 @@ def test_an_embedding_of_ones_own_nominates():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"least": 1}, {"first": -1}, {"most": 2.0}, {"audit": "x"}, {"limit": -1}, {"embed": 3}, {"nominated": 0}]
+    "wrong",
+    [
+        {"least": 1},
+        {"first": -1},
+        {"last": 0.5},
+        {"most": 2.0},
+        {"audit": "x"},
+        {"limit": -1},
+        {"embed": 3},
+        {"nominated": 0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from octavo.config import Eviction
 from octavo.kv.capture import capture, kept_and_tail, snapshot_of, trimmed
-from octavo.kv.extent import between
+from octavo.kv.ragged import between
 from octavo.reuse import ReuseStore
 from reuse.plain import Model, read
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.attachment.forward import Forward
-from octavo.kv.extent import between
+from octavo.kv.ragged import between
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
@@ -38,15 +38,22 @@ class _Values(Forward):
 
 
 @torch.no_grad()
-def deviating(attachment: "Attachment", tokens: Any, taken: Sequence[Any], share: float) -> list[int]:
-    """The positions of that share of the tokens of moved text whose stored values are most off, in order."""
+def second_values(attachment: "Attachment", tokens: Any) -> Tensor | None:
+    """The values [H, N, D] that the second layer has for a prompt, on the host; None: a model of one layer."""
     ids = torch.as_tensor(tokens, dtype=torch.int64)[None].to(attachment.model.device)
-    forward, found = _Values(attachment.attention, attachment.lifetimes), []
+    forward = _Values(attachment.attention, attachment.lifetimes, borrowed=attachment.borrowed)
     try:
         attachment.original(input_ids=ids, use_cache=False, octavo_forward=forward)
-        return []  # a model of one layer
+        return None
     except _EnoughError:
-        truth = forward.values[LAYER][0].cpu()  # [H, N, D]
+        return forward.values[LAYER][0].cpu()
+
+
+def deviating(attachment: "Attachment", tokens: Any, taken: Sequence[Any], share: float) -> list[int]:
+    """The positions of that share of the tokens of moved text whose stored values are most off, in order."""
+    truth, found = second_values(attachment, tokens), []
+    if truth is None:
+        return []
     for piece in taken:
         if piece.exact:
             continue

@@ -109,6 +109,8 @@ def _chunks(
             f"boundary {min(inside)} lies within an input that must run in one piece, since gradients are wanted or "
             "RoPE depends on its length; call the model under torch.no_grad(), or end the input there"
         )
+    if cache.sequences.passes_boundaries(valid):
+        kept = set()
     try:
         for first, last, keep in chunk_bounds(before, columns, chunk, wanted, kept):
             part = kwargs if last - first == columns else part_of(kwargs, first, last)

@@ -71,6 +71,7 @@ class Reuse(Protocol):
         restore: bool = True,
         wait: bool = True,
         learned: Sequence[int] = (),
+        ends: Sequence[int] = (),
     ) -> Reading:
         """Restore what is known of a prompt into an empty cache."""
 
@@ -102,13 +103,21 @@ def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -
     except Exception as e:
         _warn("could not use similar prompts", e)
     try:
-        return store.open(cache, cache.identity(), tokens, **options)
+        return store.open(cache, cache.identity(), tokens, ends=turn_ends(cache.attachment.model, tokens), **options)
     except CacheBudgetError:
         return None
     except Exception as e:  # an answer must not depend on the store
         _warn("failed and is not used", e)
         cache.reset()
         return None
+
+
+def turn_ends(model: PreTrainedModel, tokens: Sequence[int]) -> list[int]:
+    """How many of a prompt's tokens there are up to each that ends a turn of a chat, as it ends an answer."""
+    config: Any = model.generation_config
+    named = getattr(config, "eos_token_id", None)
+    stops = {named} if isinstance(named, int) else set(named or ())
+    return [i for i, token in enumerate(map(int, tokens), 1) if token in stops and i < len(tokens)]
 
 
 def store_in(reading: Reading, cache: KVCache, which: int = 0, tokens: Any = None) -> None:

@@ -17,8 +17,8 @@ from octavo.attachment.blend import deviating, without
 from octavo.attachment.cache import KVCache
 from octavo.attachment.compiled import ROTARY
 from octavo.attachment.forward import Forward
-from octavo.kv.capture import layout_of
-from octavo.kv.extent import between
+from octavo.kv.ragged import between
+from octavo.kv.restoring import layout_of
 from octavo.kv.scattered import begin_between, complete
 from octavo.kv.snapshot import Ragged
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from octavo.bench.source import surroundings
 from octavo.cli.terminal import check_writable
 from octavo.errors import CacheBudgetError, ConfigError
 
@@ -65,7 +66,7 @@ def engine(
     load = load_of(measured, mixed, *ranges) if mixed else None
     on_gpu = place.type == "cuda"
     ways = _ways(measured, pages, {"cuda_graphs": on_gpu, "compile": compile and on_gpu})
-    bandwidth, where = copy_bandwidth(place), report.surroundings(place)
+    bandwidth, where = copy_bandwidth(place), surroundings(place)
     found: list[Step] = []
     runs: list[Run] = []
 

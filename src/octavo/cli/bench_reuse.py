@@ -1,8 +1,6 @@
 """`octavo bench reuse`: the options, the parts in turn, the table and the JSON."""
 
 import json
-import platform
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from octavo.bench.source import surroundings
 from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of
 from octavo.errors import ConfigError
 
@@ -26,7 +25,8 @@ def reuse(
     adapter: AdapterName = "auto",
     dtype: Dtype = None,
     device: Device = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
+    peer: Annotated[bool, typer.Option(help="Replay traces with transformers' generate_batch too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all figures; a plot of traces lies beside.")] = None,
 ) -> None:
     """First tokens of prompts seen before, what a miss costs, bytes, traces with and without a store, similar prompts,
     policies."""
@@ -35,9 +35,11 @@ def reuse(
         raise ConfigError(f"--part takes {', '.join(PARTS)}, separated by commas, not {part!r}")
     if out is not None:
         check_writable(out)
-    found: dict[str, Any] = {"command": " ".join(["octavo", *sys.argv[1:]]), "machine": platform.platform()}
+    found: dict[str, Any] = {}
     if set(parts) != {"policies"}:
-        found |= _with_model(parts, text, document, questions, rounds, (model, adapter, dtype, device))
+        found |= _with_model(parts, text, document, questions, rounds, peer, (model, adapter, dtype, device))
+    else:
+        found |= surroundings()
     if "policies" in parts:
         from octavo.bench.reuse.policies import compared
 
@@ -45,17 +47,24 @@ def reuse(
     _show(found)
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
+        if "traces" in found:
+            from octavo.bench.reuse.plot import plot
+
+            plot(found, out.with_suffix(".png"))
     print(json.dumps({name: found[name] for name in ("first", "bytes") if name in found}))
 
 
 def _with_model(
-    parts: list[str], text: Path | None, document: int, questions: int, rounds: int, chosen: tuple[Any, ...]
+    parts: list[str],
+    text: Path | None,
+    document: int,
+    questions: int,
+    rounds: int,
+    peer: bool,
+    chosen: tuple[Any, ...],
 ) -> dict[str, Any]:
-    import torch
-    import transformers
-
     import octavo
-    from octavo.bench.reuse.measure import first_tokens, replay, stored_bytes, timed
+    from octavo.bench.reuse.measure import first_tokens, stored_bytes, timed
     from octavo.bench.reuse.traces import Cuts, traces
     from octavo.cli.demo import TEXT
     from octavo.retrofit.data import read_text
@@ -66,27 +75,43 @@ def _with_model(
     ids = tokenizer(read_text(text or TEXT), verbose=False)["input_ids"]
     cuts = Cuts(ids, 0)
     kind = str(model.dtype).removeprefix("torch.")
-    found: dict[str, Any] = {
-        "dtype": kind, "adapter": adapter, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "device": str(model.device),
-    }  # fmt: skip
+    found = surroundings(model.device)
+    found |= {"dtype": kind, "adapter": adapter, "device": str(model.device)}
+    found["subject"] = f"{name or 'the default model'}, {kind}, adapter {adapter}"
     timed(model, cuts.piece(600))
     if "first" in parts:
         measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": kind})
         found["first"] = measured.figures
     if "bytes" in parts:
         found["bytes"] = stored_bytes(model, cuts)
-    if "traces" in parts:
-        found["traces"] = [
-            asdict(replay(model, trace, store))
-            for trace in traces(ids, min(document, 3000), questions)
-            for store in (None, octavo.ReuseStore("4GiB"))
-        ]
     if "similar" in parts:
         from octavo.bench.reuse.similar import alike
 
         found["similar"] = [asdict(each) for each in alike(model, tokenizer, cuts, min(document, 3000), rounds)]
+    if "traces" in parts:  # the last, since it leaves the model unattached
+        found["traces"] = _traces(model, traces(ids, min(document, 3000), questions), peer)
     return found
+
+
+def _traces(model: Any, chosen: list[Any], peer: bool) -> list[dict[str, Any]]:
+    """All traces in all ways: with `generate`, and where there is a `peer` with transformers' continuous batching."""
+    import octavo
+    from octavo.bench.reuse.replay import Generate, batched, replay
+
+    rows = []
+    for trace in chosen:
+        similar = octavo.ReuseStore("4GiB", similar=octavo.SimilarSettings(audit=0.0))
+        for name, store in (
+            ("no reuse", None), ("reuse store", octavo.ReuseStore("4GiB")), ("reuse store, similar prompts", similar)
+        ):  # fmt: skip
+            rows.append(asdict(replay(trace, Generate(name, model, store))))
+    if peer:
+        octavo.detach(model)
+        room = max(sum(len(ask.tokens) for ask in trace.asks) for trace in chosen) + 8192
+        for trace in chosen:
+            with batched(model, room) as way:
+                rows.append(asdict(replay(trace, way)))
+    return rows
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -106,11 +131,12 @@ def _show(found: dict[str, Any]) -> None:
         b = found["bytes"]
         console.print(f"{b['tokens']:,} tokens: {b['stored']:,} B stored, dense {b['dense']:,} B, 1/{b['ratio']:.2f}")
     if "traces" in found:
-        table = Table("trace", "store", "prompt tokens", "computed", "reused", "first tokens, s", "bytes")
+        table = Table("trace", "way", "prompt tokens", "computed", "reused", "first tokens, s", "bytes")
         for row in found["traces"]:
+            held = "" if row["nbytes"] is None else f"{row['nbytes']:,}"
             table.add_row(
-                row["trace"], "yes" if row["store"] else "no", f"{row['prompt_tokens']:,}", f"{row['computed']:,}",
-                f"{row['hit_rate']:.1%}", f"{row['first_s']:.2f}", f"{row['nbytes']:,}",
+                row["trace"], row["way"], f"{row['prompt_tokens']:,}", f"{row['computed']:,}",
+                f"{row['hit_rate']:.1%}", f"{row['first_s']:.2f}", held,
             )  # fmt: skip
         console.print(table)
     if "similar" in found:

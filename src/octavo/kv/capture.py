@@ -1,19 +1,19 @@
 """Snapshots out of pages, and back into the pages of a new row. See `octavo.kv.snapshot` for what they are."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from octavo.attention import Pages, put, slots
-from octavo.attention.pages import CODES
+from octavo.attention import Pages, slots
+from octavo.attention.cpu import copies
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
-from octavo.kv.plan import extended, found, ranked
-from octavo.kv.pool import pages_for
-from octavo.kv.snapshot import Ragged, Snapshot, SnapshotLayout, counted
+from octavo.kv.plan import found, ranked
+from octavo.kv.restoring import layout_of
+from octavo.kv.snapshot import Ragged, Snapshot
 from octavo.kv.tables import Index, Tables
 
 AT_ONCE = 2**24  # slots that are searched in one operation, for each of which it holds some ten bytes
@@ -30,6 +30,23 @@ class Tail(NamedTuple):
     some: Tensor  # [L, H, K] bool
     content: list[Tensor]  # [L, H, K] or [L, H, K, D] each, as `octavo.attention.slots` gives it
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.some.nbytes + sum(t.nbytes for t in self.content)
+
+
+class Passed(NamedTuple):
+    """One row's tail at a boundary within a chunk (`octavo.kv.within`), with nothing that means nothing."""
+
+    position: Tensor  # [] int32, the boundary
+    part: Ragged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.part.tensors.values())
+
 
 class Boundaries:
     """Which boundaries of a batch are to be kept, and the tails that were taken at those that have been reached.
@@ -38,17 +55,18 @@ class Boundaries:
     changes the tails makes another one of these, which shares `wanted`, so that a batch can exchange it as a whole.
     """
 
-    def __init__(self, wanted: set[int] | None = None, tails: dict[int, tuple[Tail, ...]] | None = None) -> None:
+    def __init__(
+        self, wanted: set[int] | None = None, tails: dict[int, tuple[Tail | Passed, ...]] | None = None
+    ) -> None:
         self.wanted = set() if wanted is None else wanted
         self._tails = tails or {}  # by row of the tables
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tails."""
-        tails = [tail for each in self._tails.values() for tail in each]
-        return sum(tail.some.nbytes + sum(t.nbytes for t in tail.content) for tail in tails)
+        return sum(tail.nbytes for each in self._tails.values() for tail in each)
 
-    def of(self, row: int) -> tuple[Tail, ...]:
+    def of(self, row: int) -> tuple[Tail | Passed, ...]:
         """The tails of one row, in the order of their boundaries."""
         return self._tails.get(row, ())
 
@@ -56,6 +74,10 @@ class Boundaries:
         """With the tails of all rows where they are now. Asks nothing of the device."""
         new = {row: (*self.of(row), tail) for row, tail in zip(rows, capture(tables, index, shift), strict=True)}
         return Boundaries(self.wanted, self._tails | new)
+
+    def passed(self, tails: Mapping[int, Sequence[Passed]]) -> "Boundaries":
+        """With tails that were taken within a forward, by row."""
+        return Boundaries(self.wanted, self._tails | {row: (*self.of(row), *new) for row, new in tails.items()})
 
     def followed(self, rows: Iterable[tuple[int, int]]) -> "Boundaries":
         """The same for a batch of other rows: (row there, row here)."""
@@ -128,7 +150,7 @@ def _searched(tables: Tables, index: Index, layers: slice, now: Tensor, shift: i
 def snapshot_of(
     tables: Tables,
     row: int,
-    tails: Sequence[Tail],
+    tails: Sequence[Tail | Passed],
     boundaries: Sequence[int] | None,
     shift: int,
     identity: dict[str, Any],
@@ -144,7 +166,7 @@ def snapshot_of(
         end = int(tables.position[row])
         if end == 0:
             raise CacheStateError("this sequence has read nothing that a snapshot could hold")
-        known = {p: tail for tail in tails if (p := int(tail.position)) > 0}
+        known: dict[int, Tail | Passed] = {p: tail for tail in tails if (p := int(tail.position)) > 0}
         known[end] = capture(tables, slice(row, row + 1), shift)[0]
         chosen = tuple(sorted(known if boundaries is None else set(boundaries)))
         for p in chosen:
@@ -164,48 +186,6 @@ def snapshot_of(
     return Snapshot(chosen, tuple(segments), tuple(ends), layout_of(tables, shift), identity, tokens)
 
 
-def layout_of(tables: Tables, shift: int) -> SnapshotLayout:
-    """What the rows of these tables look like."""
-    layout = tables.pool.layout
-    layers, heads = tables.length.shape[1:]
-    return SnapshotLayout(layers, heads, layout.head_dim, layout.dtype, tables.window, shift)
-
-
-def restore_into(tables: Tables, row: int, layout: SnapshotLayout, parts: Sequence[Ragged], boundary: int) -> None:
-    """Make an empty row what its sequence was at a boundary, to the bit; another order of slots aside.
-
-    `parts` together are all slots that were seen there, as `Snapshot.at` gives them: with shift 1 the last one has the
-    newest token of every head. Raises CacheStateError for another layout, and CacheBudgetError. Part of a change
-    (`pool.Changing`): a row that nobody has in the end is vacant again.
-    """
-    pool, S, shift = tables.pool, tables.pool.layout.page_size, layout.shift
-    ours = layout_of(tables, shift)
-    if layout != ours:
-        raise CacheStateError(f"this snapshot is of a cache of {layout}, not of {ours}")
-    parts = [Ragged(**{k: t.to(pool.device) for k, t in part.tensors.items()}) for part in parts]
-    counts = counted(parts)
-    with pool.lock:
-        most = int(counts.max())
-        tables.widen(most)
-        need = int(pages_for(counts, S).sum())
-        pool.reserve(need, need)
-        table = extended(pool, tables.table[row], torch.zeros_like(counts), counts, most)
-        tables.table[row], tables.length[row] = table, counts
-        flat, filled = table.flatten(0, 1), torch.zeros(counts.numel(), dtype=torch.int64, device=pool.device)
-        for part in parts:
-            n = part.counts.flatten().long()
-            head = torch.arange(len(n), device=pool.device).repeat_interleave(n)
-            slot = torch.arange(len(head), device=pool.device) - (n.cumsum(0) - n - filled)[head]
-            put(pool.pages, flat[head, slot // S].long(), slot % S, _content(part))
-            filled += n
-        if shift:
-            last = part.position == boundary - 1
-            tables.newest[row].view(-1)[head[last]] = slot[last].int()
-        tables.position[row] = boundary
-        tables.lost[row] = torch.where(counts < boundary, boundary - 1, -1).int()
-        tables.find_marks(slice(row, row + 1), tables.position[row : row + 1])
-
-
 def _segments(tables: Tables, row: int, chosen: Sequence[int], shift: int) -> list[Ragged]:
     """The slots kept for ever of the tokens that were decided up to each boundary, from the one before on."""
     search = _kept(tables, row)
@@ -217,13 +197,34 @@ def kept_and_tail(tables: Tables, row: int, first: int, shift: int) -> tuple[Rag
 
     As `capture` and `trimmed` give the tail, but all slots are read once for both.
     """
-    end, (there, position, expiry) = int(tables.position[row]), _read(tables, row)
+    pages, end = tables.pool.pages, int(tables.position[row])
+    newest = tables.newest[row].flatten() if shift else None
+    if copies.suits(pages):
+        kept = _copied(tables, row, (NEVER, NEVER), (first, end - shift), None, tail=False)
+        return kept, _copied(tables, row, (end, NEVER - 1), (max(0, end - tables.expiring), end), newest, tail=True)
+    there, position, expiry = _read(tables, row)
     wanted = expiry.ge(end).logical_and_(expiry < NEVER)
-    if shift:
-        spots = torch.arange(position.shape[-1], device=position.device)
-        wanted |= spots == tables.newest[row].flatten()[:, None]
+    if newest is not None:
+        wanted |= torch.arange(position.shape[-1], device=position.device) == newest[:, None]
     kept = _part(tables, row, there & (expiry == NEVER), position, first, end - shift)
     return kept, _picked(tables, row, wanted & there, position, tail=True)
+
+
+def _copied(
+    tables: Tables, row: int, expiry: tuple[int, int], position: tuple[int, int], newest: Tensor | None, *, tail: bool
+) -> Ragged:
+    """A row's slots whose expiry and position lie within bounds, and the `newest` [R]; see `copies.chosen`."""
+    return copied(tables.pool.pages, tables.table[row], tables.length[row], expiry, position, newest, tail=tail)
+
+
+def copied(
+    pages: Pages, table: Tensor, length: Tensor, expiry: tuple[int, int], position: tuple[int, int],
+    newest: Tensor | None = None, *, tail: bool,
+) -> Ragged:  # fmt: skip
+    """The same of some layers, `table` [l, H, M] and `length` [l, H]."""
+    flat = table.flatten(0, 1)
+    found = copies.chosen(pages, flat, length.flatten(), expiry, position, newest)
+    return _ragged(pages, found[2].view(length.shape), copies.taken(pages, flat, *found), tail=tail)
 
 
 def _kept(tables: Tables, row: int) -> tuple[Tensor, Tensor]:
@@ -254,8 +255,10 @@ def _picked(tables: Tables, row: int, wanted: Tensor, position: Tensor, *, tail:
     return _ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=tail)
 
 
-def trimmed(pages: Pages, tail: Tail) -> Ragged:
+def trimmed(pages: Pages, tail: Tail | Passed) -> Ragged:
     """A tail without what is not there."""
+    if isinstance(tail, Passed):
+        return tail.part
     names = _names(pages)
     content = [each.flatten(0, 1) for each in tail.content]
     head, place = _ordered(tail.some.flatten(0, 1), content[names.index("position")])
@@ -285,11 +288,3 @@ def _ragged(pages: Pages, counts: Tensor, content: list[Tensor], *, tail: bool) 
     if not tail:
         del parts["expiry"]
     return Ragged(counts.int(), **parts)
-
-
-def _content(part: Ragged) -> list[Tensor]:
-    """Slots as `put` takes them."""
-    expiry = torch.full_like(part.position, NEVER) if part.expiry is None else part.expiry
-    parts = part._replace(expiry=expiry).tensors
-    named = [parts[name] for name in Pages._fields if name in parts]
-    return [t.view(torch.uint8) if t.dtype in CODES else t for t in named]

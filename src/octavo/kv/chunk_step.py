@@ -15,6 +15,7 @@ from octavo.kv.plan import append, extended, found, grown, owned_many, place, ra
 from octavo.kv.pool import pages_for
 from octavo.kv.rewind import Overwritten
 from octavo.kv.step import Batch, Later, New, counted, newest_slot
+from octavo.kv.within import Within
 
 if TYPE_CHECKING:
     from octavo.attention.cuda.chunk import Span
@@ -31,7 +32,7 @@ class _Held(NamedTuple):
     marked: Tensor | None  # [B, H, N] bool, None: none is
 
 
-class _Layers(NamedTuple):
+class Layers(NamedTuple):
     """The new tokens of some layers one after another, ready to be stored."""
 
     layers: slice
@@ -64,12 +65,15 @@ class ChunkStep:
 
     decides_at_commit = False  # what a chunk forgets is decided layer by layer, before the layer attends
 
-    def __init__(self, batch: Batch, columns: int, valid: Tensor | None, trains: bool) -> None:
+    def __init__(
+        self, batch: Batch, columns: int, valid: Tensor | None, trains: bool, passes: tuple[int, ...] = ()
+    ) -> None:
         tables = batch.tables
         self.batch = batch
         self.filled = 0
         self.left: Tensor | None = None
         self.new = counted(tables.position[batch.index].clone(), columns, valid)
+        self.within = Within(batch, self.new, passes) if passes else None  # tails at boundaries that this goes past
         # Nothing is cached and nothing is padded; where nothing can expire for any query, attention is causal.
         first = batch.longest == 0 and valid is None
         self._plain = [first and batch.sees_all(layer, columns) for layer in range(tables.length.shape[1])]
@@ -154,9 +158,9 @@ class ChunkStep:
             marks = [h.marked for h in held if h.marked is not None]  # of all layers or of none
             expiry = self._expiry(layers, key, torch.stack(marks, 1) if marks else None)
             with self.batch.tables.pool.lock, self.batch.tables.pool.changing():
-                self._store(_Layers(layers, key, value, expiry))
+                self._store(Layers(layers, key, value, expiry))
 
-    def _store(self, chunk: _Layers) -> None:
+    def _store(self, chunk: Layers) -> None:
         batch, tables, new = self.batch, self.batch.tables, self.new
         pool, S = tables.pool, tables.pool.layout.page_size
         rows = batch.index, chunk.layers
@@ -172,6 +176,8 @@ class ChunkStep:
             placed = append(before, stored)
         if batch.shared:
             whole = owned_many(pool, whole, placed.slot, stored, before, batch.reserve)
+        if self.within is not None:
+            self.within.take(chunk)
         columns = new.position.shape[1]
         batch.reserve(before.numel() * pages_for(columns, S), Later(lambda: grown(before, placed.length, S)))
         whole = extended(pool, whole, before, placed.length, columns)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from octavo.attention.pages import CODES
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
-from octavo.kv.capture import kept_and_tail, layout_of, trimmed
+from octavo.kv.capture import kept_and_tail, trimmed
 from octavo.kv.memory import bookkeeping
+from octavo.kv.ragged import between, heads, host, merged, picked
+from octavo.kv.restoring import Stretch, layout_of, stretch, whole
 from octavo.kv.sequences import Sequences
 from octavo.kv.snapshot import Ragged, SnapshotLayout
 
@@ -85,20 +85,19 @@ class Piece(NamedTuple):
     tail: int
 
 
-def assembled(pieces: Sequence[Piece], newest: Extent | None, boundary: int) -> list[Ragged]:
+def assembled(pieces: Sequence[Piece], newest: Extent | None, boundary: int) -> list[Stretch]:
     """The slots that a query at a boundary sees, from pieces that follow each other up to it.
 
-    `newest`: with shift 1 the extent that has the slots of the newest token, which are the last part then. Parts are
-    new tensors only where something was cut off.
+    `newest`: with shift 1 the extent that has the slots of the newest token, which are the last part then.
     """
     parts = []
     for extent, first, last, tail in pieces:
-        parts.append(between(extent.kept, first, last))
+        parts.append(stretch(extent.kept, first, last))
         if tail < last:
-            marked = between(extent.marked, tail, last)
-            parts.append(marked._replace(expiry=marked.position + (extent.layout.window or 0)))
+            parts.append(stretch(extent.marked, tail, last, extent.layout.window or 0))
     if newest is not None:
-        parts.append(merged(newest.at(boundary - 1)))
+        slots = merged(newest.at(boundary - 1))
+        parts.append(whole(slots._replace(expiry=torch.full_like(slots.position, NEVER))))  # their marks are open
     return parts
 
 
@@ -126,7 +125,8 @@ def extent_of(sequences: Sequences, which: int, first: int, held: Sequence[Inter
         for p, tail in ends.items():
             a, b = max(at, first, p - (layout.window or 0)), min(high, p if p < end else end - shift)
             if a < b:
-                marked.append(_without(between(tail, a, b), kept, p - 1 if shift else end))
+                part = between(tail, a, b)
+                marked.append(_without(part, kept, p - 1) if shift else part)
                 there.append((a, b))
                 at = b
     slots = merged([*marked, _none_of(kept)])._replace(expiry=None)
@@ -145,65 +145,17 @@ def joined(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     return tuple(out)
 
 
-def between(part: Ragged, first: int, last: int) -> Ragged:
-    """The slots at positions `first` up to, not including, `last`; the same tensors where that is all of them."""
-    wanted = (part.position >= first) & (part.position < last)
-    if bool(wanted.all()):
-        return part
-    index = wanted.nonzero()[:, 0]
-    counts = torch.bincount(_heads(part)[index], minlength=part.counts.numel()).view(part.counts.shape)
-    return _picked(part, index, counts.int())
-
-
-def merged(parts: Sequence[Ragged]) -> Ragged:
-    """All slots of some parts as one part, ordered by layer, head and position."""
-    if len(parts) == 1:
-        return parts[0]
-    names = [name for name in Ragged._fields[1:] if all(getattr(part, name) is not None for part in parts)]
-    whole = Ragged(
-        torch.stack([part.counts for part in parts]).sum(0, dtype=torch.int32),
-        **{name: _cat([getattr(part, name) for part in parts]) for name in names},
-    )
-    order = (torch.cat([_heads(part) for part in parts]) * 2**31 + whole.position).argsort()
-    return _picked(whole, order, whole.counts)
-
-
-def host(part: Ragged) -> Ragged:
-    """The same on the host."""
-    return Ragged(**{name: t.cpu() for name, t in part.tensors.items()})
-
-
 def _none_of(part: Ragged) -> Ragged:
     """No slots, in the form of a part with expiries."""
-    empty = _picked(part, torch.zeros(0, dtype=torch.int64), torch.zeros_like(part.counts))
+    empty = picked(part, torch.zeros(0, dtype=torch.int64), torch.zeros_like(part.counts))
     return empty._replace(expiry=torch.full((0,), NEVER, dtype=torch.int32))
 
 
 def _without(part: Ragged, kept: Ragged, position: int) -> Ragged:
     """Some slots but those of a position that turned out to be kept for ever: of a boundary's newest token, which has a
     slot in every head there, only the marked ones."""
-    there = _heads(kept)[kept.position == position]
-    stays = (part.position != position) | ~torch.isin(_heads(part), there)
+    there = heads(kept)[kept.position == position]
+    stays = (part.position != position) | ~torch.isin(heads(part), there)
     index = stays.nonzero()[:, 0]
-    counts = torch.bincount(_heads(part)[index], minlength=part.counts.numel()).view(part.counts.shape)
-    return _picked(part, index, counts.int())
-
-
-def _heads(part: Ragged) -> Tensor:
-    """Each slot's head, counted over all layers, int64 [n]."""
-    return torch.arange(part.counts.numel()).repeat_interleave(part.counts.flatten().long())
-
-
-def _picked(part: Ragged, index: Tensor, counts: Tensor) -> Ragged:
-    tensors = {name: _take(t, index) for name, t in part.tensors.items() if name != "counts"}
-    return Ragged(counts, **tensors)
-
-
-def _take(t: Tensor, index: Tensor) -> Tensor:
-    return t.view(torch.uint8)[index].view(t.dtype) if t.dtype in CODES else t[index]  # indexing does not know float8
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    if tensors[0].dtype not in CODES:
-        return torch.cat(tensors)
-    return torch.cat([t.view(torch.uint8) for t in tensors]).view(tensors[0].dtype)
+    counts = torch.bincount(heads(part)[index], minlength=part.counts.numel()).view(part.counts.shape)
+    return picked(part, index, counts.int())

@@ -18,6 +18,7 @@ from octavo.kv.shape import CacheShape
 from octavo.kv.state import Holding, State
 from octavo.kv.step import Batch
 from octavo.kv.tables import Index
+from octavo.kv.within import knows_tails
 
 
 class Held:
@@ -111,6 +112,15 @@ class Held:
     def shift(self) -> int:
         """See `Eviction`."""
         return self.eviction.shift if self.eviction else 0
+
+    def passes_boundaries(self, valid: Tensor | None) -> bool:
+        """Whether a forward with this padding may go past boundaries that are to be kept, and need not end there."""
+        return valid is None and self.state.real is None and knows_tails(self.tables)
+
+    def _passes(self, columns: int, valid: Tensor | None) -> tuple[int, ...]:
+        """How far ahead the boundaries are that a forward of so many columns goes past."""
+        ahead = sorted(p - self.seen for p in self.boundaries.wanted)
+        return tuple(n for n in ahead if 0 < n < columns) if self.passes_boundaries(valid) else ()
 
     def columns_read(self) -> Tensor:
         """Which columns seen are no padding, [B, seen] bool."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention import PageLayout
+from octavo.attention.cpu import copies
 from octavo.errors import CacheBudgetError
 from octavo.kv.demand import Demand
 from octavo.kv.late import capturing
@@ -168,7 +169,10 @@ class PagePool:
         flat, wanted = ids.flatten(), wanted.flatten()
         given = wanted & (self.references[flat] == 1)
         # First of all, so that an interrupt leaves no page that is free and not zero.
-        self.raw.index_fill_(0, torch.where(given, flat, NOWHERE), 0)
+        if copies.suits(self.pages):
+            copies.clear(self.pages, flat[given])
+        else:
+            self.raw.index_fill_(0, torch.where(given, flat, NOWHERE), 0)
         self.references.index_add_(0, flat, -wanted.int())
         rank = given.cumsum(0)
         # What is not given goes right above the new top of the stack, where anything may stand.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.attention import cuda
 from octavo.errors import CacheStateError
-from octavo.kv.capture import Boundaries, restore_into
+from octavo.kv.capture import Boundaries
 from octavo.kv.captured import check_captured, promised, replayed
 from octavo.kv.chunk_step import ChunkStep
 from octavo.kv.decode_step import DecodeStep
@@ -27,6 +27,7 @@ from octavo.kv.memory import bookkeeping
 from octavo.kv.plan import named_elsewhere
 from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
+from octavo.kv.restoring import Stretch, restore_into
 from octavo.kv.rewind import cut, pages_to_own, restore_overwritten, rewind
 from octavo.kv.snapshot import Ragged, SnapshotLayout, counted
 from octavo.kv.state import Back, State, cropped, joined, selected
@@ -56,7 +57,8 @@ class Sequences(Held):
         if not captured:
             self.memory.reclaim()
         window = self.eviction.window if self.eviction else None
-        few = columns <= self.few and not trains
+        passes = self._passes(columns, valid)
+        few = columns <= self.few and not (trains or passes)
         state, back = self._open(batch, columns, captured)
         longest = promise.slots if promise else state.longest if few else back.longest
         windowed = self.lifetimes is not None
@@ -68,7 +70,7 @@ class Sequences(Held):
         elif few:
             self.step = DecodeStep(given, columns, valid)
         else:
-            self.step = back.chunk = ChunkStep(given, columns, valid, trains)
+            self.step = back.chunk = ChunkStep(given, columns, valid, trains, passes)
         return self.step
 
     @property
@@ -117,6 +119,8 @@ class Sequences(Held):
         real, boundaries = state.real, state.boundaries
         if real is not None or self._valid is not None:
             real = torch.cat([self.columns_read(), step.new.position >= 0], 1)
+        if isinstance(step, ChunkStep) and step.within is not None:
+            boundaries = boundaries.passed({row: step.within.tails(i) for i, row in enumerate(self.rows)})
         if seen in boundaries.wanted:
             boundaries = boundaries.reached(tables, self.rows, self.index, self.shift)
         return replace(
@@ -328,7 +332,7 @@ class Sequences(Held):
     # Snapshots
 
     @bookkeeping
-    def restore(self, layout: SnapshotLayout, parts: Sequence[Ragged], boundary: int) -> None:
+    def restore(self, layout: SnapshotLayout, parts: Sequence[Ragged | Stretch], boundary: int) -> None:
         """Become the one sequence that sees `parts` at a boundary; nothing may be held. Raises as `restore_into`."""
         assert not self.rows
         counts, pool = counted(parts), self.tables.pool
@@ -339,10 +343,6 @@ class Sequences(Held):
             self.quota.claim(pages, pages, (row,))
             restore_into(self.tables, row, layout, parts, boundary)
             self._holding.state = State(
-                rows=(row,),
-                seen=boundary,
-                lead=(0,),
-                longest=int(counts.max()),
-                boundaries=self.boundaries,
+                rows=(row,), seen=boundary, lead=(0,), longest=int(counts.max()), boundaries=self.boundaries,
                 epoch=self.state.epoch + 1,
-            )
+            )  # fmt: skip

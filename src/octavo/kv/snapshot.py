@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -191,7 +191,12 @@ class Snapshot:
         return named
 
 
-def counted(parts: Sequence[Ragged]) -> Tensor:
+class _Counted(Protocol):
+    @property
+    def counts(self) -> Tensor: ...
+
+
+def counted(parts: Sequence[_Counted]) -> Tensor:
     """Slots of each layer and head in some parts together, int32 [L, H]."""
     return torch.stack([part.counts for part in parts]).sum(0, dtype=torch.int32)
 

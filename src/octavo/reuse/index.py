@@ -5,7 +5,7 @@ Nothing here locks or warns; `octavo.reuse.store` does both.
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 
 from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse.cover import Usable, usable
@@ -27,6 +27,7 @@ class Index:
                 memory, lambda r: r.nbytes, self._may_leave_memory, lambda r: 0 if r.path else r.index_nbytes
             )
         self.disk = Shelf(disk, lambda r: r.file_nbytes, self._may_leave_disk)
+        self.watch: Callable[[Record], None] | None = None  # told of each record that comes or goes
         self.now = 0.0  # what the store's clock said last
         self.soonest = math.inf  # when the first record expires, or earlier
         self._order = itertools.count(1)
@@ -68,6 +69,8 @@ class Index:
         for parent in parents:
             record.parents.add(parent)
             parent.children.add(record)
+        if self.watch is not None:
+            self.watch(record)
 
     def adopt(self, record: Record) -> bool:
         """Take in a record that was found on disk; False where nothing holds the slots before its own."""
@@ -77,6 +80,15 @@ class Index:
         if parents is None:
             return False
         self.add(record, parents)
+        return True
+
+    def weigh(self, record: Record, nbytes: int) -> bool:
+        """Count more bookkeeping of a record that is here, after others have left for it; False where it has no room
+        or the record has gone."""
+        if record.gone or (self.memory is not None and self.clear_memory(nbytes, "", {record}) is None) or record.gone:
+            return False
+        record.beside += nbytes
+        self.index_nbytes += nbytes
         return True
 
     def drop(self, record: Record) -> list[Record]:
@@ -101,6 +113,8 @@ class Index:
         for shelf in self.shelves:
             shelf.remove(record)
         record.gone = True
+        if self.watch is not None:
+            self.watch(record)
 
     def used(self, record: Record) -> None:
         """Take note that a request goes on from a record."""

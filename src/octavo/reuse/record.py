@@ -93,6 +93,7 @@ class Record:
     users: int = 0
     pinned: float = -math.inf
     expires: float = math.inf
+    beside: int = 0  # bytes of its embedding
     gone: bool = False  # it was deleted, and a file that is still being written must not stay
     parents: set["Record"] = field(default_factory=set)
     children: set["Record"] = field(default_factory=set)
@@ -110,7 +111,7 @@ class Record:
     @property
     def index_nbytes(self) -> int:
         """Bytes of memory that it takes without its slots."""
-        return int(self.entry.tokens.nbytes) + OVERHEAD
+        return int(self.entry.tokens.nbytes) + OVERHEAD + self.beside
 
 
 def token_array(prompt: Any) -> Tokens:

@@ -24,7 +24,8 @@ from octavo.errors import ConfigError
 from octavo.kv.extent import Extent
 from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse.align import Run, align
-from octavo.reuse.cover import Usable, longest, reach
+from octavo.reuse.cover import longest, reach
+from octavo.reuse.draft import Coverage, Draft, put_together
 from octavo.reuse.record import Record, Space, Tokens, token_array
 from octavo.vdb import VectorDatabase
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from octavo.reuse.store import ReuseStore
 
 Embed = Callable[[Sequence[int]], Sequence[float]]
+EMBEDDED = 256  # bytes of an embedding beside its numbers: its key, and its places in two indices
 RECENT = 8  # audits whose mean decides
 LOOKED_INTO = 32  # prompts by which `ReuseStore.explain` judges, which has no embeddings
 
@@ -42,11 +44,13 @@ class SimilarSettings:
 
     `embed`: token ids -> a vector, the same length each time; None: the mean of the model's input embeddings.
     `nominated`: stored prompts that are looked into. `least`: tokens of a run. `first`: tokens of each run that are
-    computed anew. `deviating`: share of the other tokens of runs that are computed too, those whose values in the
-    second layer differ most from what is stored (CacheBlend, arXiv 2405.16444); it costs two layers of all tokens, and
-    means nothing under eviction. `most`: share of a prompt that may have to be computed; more is computed in full.
-    `audit`: share of these requests that are computed in full as well, to see how far the next token's distribution is
-    off; `limit`: the mean KL, in nats, of the last audits above which the mode turns itself off.
+    computed anew. `last`: tokens of the prompt's end that are computed anew, since a question after a document is read
+    in the light of the instruction before it. `deviating`: share of the other tokens of runs that are computed too,
+    those whose values in the second layer differ most from what is stored (CacheBlend, arXiv 2405.16444); it costs two
+    layers of all tokens, and means nothing under eviction. `most`: share of a prompt that may have to be computed; more
+    is computed in full. `audit`: share of these requests that are computed in full as well, to see how far the next
+    token's distribution is off; `limit`: the mean KL, in nats, of the last audits above which the mode turns itself
+    off.
 
     Raises ConfigError for impossible values.
     """
@@ -55,13 +59,14 @@ class SimilarSettings:
     nominated: int = 4
     least: int = 32
     first: int = 32
+    last: int = 32
     deviating: float = 0.0
     most: float = 0.5
     audit: float = 0.02
     limit: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, low in (("nominated", 1), ("least", 2), ("first", 0)):
+        for name, low in (("nominated", 1), ("least", 2), ("first", 0), ("last", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}")
@@ -83,33 +88,6 @@ class Taken(NamedTuple):
     by: int
     marked: bool
     exact: bool
-
-
-class Lent(NamedTuple):
-    """The same of a record, whose extent may be on disk."""
-
-    record: Record
-    first: int
-    last: int
-    by: int
-    marked: bool
-    exact: bool
-
-
-@dataclass(frozen=True)
-class Draft:
-    """How a prompt without its last token is put together: what is `lent`, and the positions to be `computed`, in
-    order. `fixed`: tokens of the prompt's beginning that are exact."""
-
-    tokens: Tokens
-    lent: tuple[Lent, ...]
-    computed: NDArray[np.int64]
-    fixed: int
-
-    @property
-    def reused(self) -> int:
-        """Tokens that need not be computed."""
-        return len(self.tokens) - 1 - len(self.computed)
 
 
 class SimilarReading:
@@ -136,9 +114,11 @@ class Similar:
         self.off = False
         self._lock = threading.Lock()
         self._vectors: dict[str, VectorDatabase] = {}  # by namespace
+        self._news: dict[str, dict[str, Record]] = {}  # by namespace and key: who came or went since it was looked at
         self._dice = random.Random(0)
         self._audits: deque[float] = deque(maxlen=RECENT)
         self._audited: list[float] = [0, 0.0]  # how many, and the sum of their KL
+        store.index.watch = self._note
 
     def draft(self, identity: Mapping[str, Any], layout: SnapshotLayout, prompt: Any, embed: Embed) -> Draft | None:
         """How similar prompts help with one; None: too little, or not at all. `embed` is used where no other is set."""
@@ -177,7 +157,7 @@ class Similar:
             fixed = min(reach(found), limit)
             sources = [ids, *(r.entry.tokens for r in records)]
             runs = [Run(0, 0, 0, fixed)] if fixed else []
-            for run in align(ids[:limit], sources[1:], settings.least, fixed):
+            for run in align(ids[: limit - settings.last], sources[1:], settings.least, fixed):
                 skipped = min(settings.first, run.length)
                 runs.append(Run(run.at + skipped, run.source + 1, run.first + skipped, run.length - skipped))
             held = [Coverage(store.index.find(space, source, layout)[1], len(source)) for source in sources]
@@ -251,40 +231,34 @@ class Similar:
         """Keys of the records whose prompts are nearest, the nearest first."""
         self._follow(space, embed)
         with self._lock:
-            if space not in self._vectors:
+            if space not in self._vectors or not len(self._vectors[space]):
                 return []
             hits = self._vectors[space].search(_vector(embed, ids), k=self.settings.nominated)
             return [str(key) for key in hits.ids]
 
+    def _note(self, record: Record) -> None:
+        """Take note of a record that came or went; inside the store's lock."""
+        with self._lock:
+            space, key = record.entry.space, record.key
+            self._news.setdefault(space, {})[key] = record
+            if record.gone and space in self._vectors and key in self._vectors[space]:
+                self._vectors[space].remove(key)  # its bytes are not counted any more
+
     def _follow(self, space: str, embed: Embed) -> None:
         """Let the index of a namespace hold what the store holds, whoever has stored or deleted it."""
-        with self.store.lock:
-            there = {r.key: r.entry.tokens for r in self.store.index.records.values() if r.entry.space == space}
         with self._lock:
-            known = set() if space not in self._vectors else {str(key) for key in self._vectors[space].ids()}
-            for key in known - set(there):
-                self._vectors[space].remove(key)
-            for key in set(there) - known:
-                vector = _vector(embed, there[key])
-                if space not in self._vectors:
-                    self._vectors[space] = VectorDatabase(len(vector), metric="cosine")
-                self._vectors[space].add(vector, ids=key)
-
-
-class Coverage:
-    """Which usable record has each token of a source, and whether with its marked slots."""
-
-    def __init__(self, found: Sequence[Usable], length: int) -> None:
-        self.records = [each.record for each in found]
-        self.owner = np.full(length, -1)  # index of the record, -1: nobody has it
-        self.whole = np.zeros(length, bool)  # with its marked slots
-        for i, each in enumerate(found):
-            part = self.owner[each.first : each.last]
-            part[part < 0] = i
-        for i, each in enumerate(found):
-            for a, b in each.held:
-                new = ~self.whole[a:b]
-                self.owner[a:b][new], self.whole[a:b] = i, True
+            news = self._news.pop(space, {})
+        for key, record in news.items():
+            vector = None if record.gone else _vector(embed, record.entry.tokens)
+            with self.store.lock:  # the budget holds embeddings too
+                fits = vector is not None and self.store.index.weigh(record, vector.nbytes + EMBEDDED)
+            with self._lock:
+                vectors = self._vectors.get(space)
+                if vector is None or not fits:
+                    continue
+                if vectors is None:
+                    vectors = self._vectors[space] = VectorDatabase(len(vector), metric="cosine")
+                vectors.add(vector, ids=key)
 
 
 def made(store: "ReuseStore", settings: bool | SimilarSettings) -> Similar | None:
@@ -293,38 +267,6 @@ def made(store: "ReuseStore", settings: bool | SimilarSettings) -> Similar | Non
         raise ConfigError(f"similar must be True, False or octavo.SimilarSettings, not {settings!r}")
     chosen = SimilarSettings() if settings is True else settings
     return Similar(store, chosen) if isinstance(chosen, SimilarSettings) else None
-
-
-def put_together(ids: Tokens, runs: Sequence[Run], held: Sequence[Coverage], window: int | None, fixed: int) -> Draft:
-    """Who gives which token: what is not held, or lacks marked slots that a computed token must see, is computed."""
-    limit = len(ids) - 1
-    source, place = np.full(limit, -1), np.zeros(limit, np.int64)
-    whole = np.zeros(limit, bool)
-    for run in runs:
-        inside, there = slice(run.at, run.at + run.length), slice(run.first, run.first + run.length)
-        has = held[run.source].owner[there] >= 0
-        source[inside] = np.where(has, run.source, -1)
-        place[inside] = np.arange(run.first, run.first + run.length)
-        whole[inside] = held[run.source].whole[there] & has
-    seen = np.ones(limit, bool)  # whether a computed token sees the marked slots of a position
-    if window is not None:
-        following = limit
-        for p in range(limit - 1, -1, -1):
-            seen[p] = following - p <= window
-            if source[p] >= 0 and seen[p] and not whole[p]:
-                source[p] = -1
-            if source[p] < 0:
-                following = p
-    lent: list[Lent] = []
-    for p in np.flatnonzero(source >= 0).tolist():
-        coverage, first = held[source[p]], int(place[p])
-        marked, exact = bool(seen[p] and window), p < fixed
-        piece = Lent(coverage.records[coverage.owner[first]], first, first + 1, p - first, marked, exact)
-        if lent and lent[-1]._replace(first=first, last=first + 1) == piece and lent[-1].last == first:
-            lent[-1] = lent[-1]._replace(last=first + 1)
-        else:
-            lent.append(piece)
-    return Draft(ids, tuple(lent), np.flatnonzero(source < 0), fixed)
 
 
 def _vector(embed: Embed, ids: Tokens) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from octavo.errors import ConfigError
 from octavo.kv import PagedCache
-from octavo.kv.capture import layout_of
+from octavo.kv.restoring import layout_of
 from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse import admin
 from octavo.reuse.costs import Costs
@@ -44,8 +44,8 @@ class ReuseStore:
     `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. `disk`:
     a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files. `policy`:
     "slru" or "lru" (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`:
-    bytes on each tier by tenant. `back`, `every`, `shortest`: see `octavo.reuse.wanted.Keeping`. `similar`: whether
-    and how similar prompts help, which is approximate (`octavo.reuse.similar`). `clock`: epoch seconds, for tests.
+    bytes on each tier by tenant. `back`, `every`, `shortest`, `turns`: `octavo.reuse.wanted.Keeping`. `similar`:
+    whether and how similar prompts help, approximately (`octavo.reuse.similar`). `clock`: epoch seconds, for tests.
 
     For several threads at once. What fails here (a full disk, a damaged file) costs a warning and a hit, never an
     answer. Raises ConfigError for impossible settings, OutputFileError where the folder cannot be made.
@@ -63,6 +63,7 @@ class ReuseStore:
         back: int = 128,
         every: int | None = None,
         shortest: int = 64,
+        turns: int = 2,
         similar: bool | SimilarSettings = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -70,9 +71,9 @@ class ReuseStore:
             raise ConfigError("a store needs a tier: give memory, disk or both")
         self._settings: dict[str, Any] = {
             "memory": memory, "disk": disk, "disk_budget": disk_budget, "policy": policy, "ttl": ttl, "quotas": quotas,
-            "back": back, "every": every, "shortest": shortest, "similar": similar,
+            "back": back, "every": every, "shortest": shortest, "turns": turns, "similar": similar,
         }  # fmt: skip
-        self.keeping = Keeping(back, every, shortest)
+        self.keeping = Keeping(back, every, shortest, turns)
         bounds = {tenant: at_least_one(size, f"quota of {tenant!r}") for tenant, size in (quotas or {}).items()}
         in_memory = None if memory is None else Rules(at_least_one(memory, "memory"), policy, bounds)
         on_disk = Rules(None if disk_budget is None else at_least_one(disk_budget, "disk_budget"), policy, bounds)
@@ -136,23 +137,24 @@ class ReuseStore:
         restore: bool = True,
         wait: bool = True,
         learned: Sequence[int] = (),
+        ends: Sequence[int] = (),
     ) -> Reading:
         """Restore the longest known prefix of a prompt into an empty cache, and have it keep what later ones will need.
 
         `identity`: what the model is, JSON values by field. `tokens` [n] are the prompt's; at most n - 1 are restored.
         `padding`: columns before the prompt in a batch, of which nothing is restored (`restore` False). `wait`: for a
-        thread that computes the same prefix now. `learned`: more boundaries to keep. Raises CacheBudgetError where the
-        pages have no room; the cache is empty then.
+        thread that computes the same prefix now. `learned`: more boundaries to keep; `ends`: where turns of a chat end.
+        Raises CacheBudgetError where the pages have no room; the cache is empty then.
         """
-        ids, terms = token_array(tokens), self._terms.get()
-        space, layout = Space(identity, terms.tenant), layout_of(cache.tables, cache.sequences.shift)
+        ids, terms, layout = token_array(tokens), self._terms.get(), layout_of(cache.tables, cache.sequences.shift)
+        space = Space(identity, terms.tenant)
         while True:
             opened: list[Reading] = []  # `_begin` fills it, so that an interrupt at its return leaves nothing open
             try:
                 with self.lock:
                     self._look()
                     matched, chosen = self._plan(space.name, ids, layout) if restore else (0, NOTHING)
-                    kept = self.keeping.boundaries(layout, len(ids), (matched, *learned))
+                    kept = self.keeping.boundaries(layout, len(ids), (matched, *learned), ends)
                     kept = tuple(p for p in kept if p > chosen.boundary)
                     flight = self._flight(space.name, ids, layout, chosen.boundary) if wait else None
                     if flight is None:
@@ -238,10 +240,8 @@ class ReuseStore:
 
     def in_memory(self, record: Record) -> bool:
         """Whether the memory tier has a record."""
-        with self.lock:
-            return self.index.memory is not None and record in self.index.memory.records
-
-    # What every operation does
+        memory = self.index.memory
+        return memory is not None and record in memory.records
 
     def _look(self) -> None:
         """Inside the lock: take in what time and other processes have changed."""

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "copies.h"
 #include "job.h"
 
 static bool amx;
@@ -91,6 +92,47 @@ static PyObject *py_prefill(PyObject *module, PyObject *packed) {
     return attended(packed, prefill_attend);
 }
 
+/* Copies between pages and flat memory: `what` of copies.h. */
+static PyObject *copied(PyObject *packed, int what) {
+    char *bytes;
+    Py_ssize_t size;
+    Copies asked;
+    if (PyBytes_AsStringAndSize(packed, &bytes, &size) < 0) return NULL;
+    if (size != sizeof asked) return PyErr_Format(PyExc_ValueError, "copies: a request has %zu bytes", sizeof asked);
+    memcpy(&asked, bytes, sizeof asked);
+    if (asked.page_size < 1 || asked.rows < 0 || asked.last < asked.from) {
+        PyErr_SetString(PyExc_ValueError, "copies: page size, rows or positions are not possible");
+        return NULL;
+    }
+    asked.threads = larger(1, smaller(asked.threads, MOST_THREADS));
+    bool enough;
+    Py_BEGIN_ALLOW_THREADS
+    enough = copies_run(&asked, what);
+    Py_END_ALLOW_THREADS
+    if (!enough) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_fill(PyObject *module, PyObject *packed) {
+    (void)module;
+    return copied(packed, FILL);
+}
+
+static PyObject *py_choose(PyObject *module, PyObject *packed) {
+    (void)module;
+    return copied(packed, CHOOSE);
+}
+
+static PyObject *py_take(PyObject *module, PyObject *packed) {
+    (void)module;
+    return copied(packed, TAKE);
+}
+
+static PyObject *py_clear(PyObject *module, PyObject *packed) {
+    (void)module;
+    return copied(packed, CLEAR);
+}
+
 static PyObject *py_amx(PyObject *module, PyObject *none) {
     (void)module, (void)none;
     return PyBool_FromLong(amx);
@@ -121,6 +163,10 @@ static PyObject *py_set_chunk_work(PyObject *module, PyObject *work) {
 static PyMethodDef methods[] = {
     {"decode", py_decode, METH_O, "decode(request): attention of few queries; see job.h."},
     {"prefill", py_prefill, METH_O, "prefill(request): attention of a chunk in bfloat16 on AMX; see job.h."},
+    {"fill", py_fill, METH_O, "fill(request): flat slots into pages; see copies.h."},
+    {"choose", py_choose, METH_O, "choose(request): which slots of rows are wanted, by position; see copies.h."},
+    {"take", py_take, METH_O, "take(request): slots of pages into flat memory; see copies.h."},
+    {"clear", py_clear, METH_O, "clear(request): pages without content; see copies.h."},
     {"amx", py_amx, METH_NOARGS, "amx() -> whether processor and system grant AMX to this process."},
     {"isa", py_isa, METH_NOARGS, "isa() -> what `decode` runs on: scalar, avx2 or avx512."},
     {"set_isa", py_set_isa, METH_O, "set_isa(name): use another instruction set, for tests."},
@@ -132,6 +178,7 @@ static PyMethodDef methods[] = {
 static int prepare(PyObject *module) {
     (void)module;
     decode_prepare();
+    copies_prepare();
     amx = prefill_prepare();
     return 0;
 }

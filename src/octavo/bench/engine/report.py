@@ -1,37 +1,17 @@
 """The tables of `octavo bench engine`, and its record."""
 
 import json
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 from octavo.bench.engine.mixed import Run
 from octavo.bench.engine.steps import Step
-from octavo.bench.source import git
 from octavo.errors import ConfigError
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Where and with what a run was made; `gpu` is None where it was made on the CPU."""
-    return {
-        "command": sys.argv[1:],
-        "commit": git("rev-parse", "HEAD") or None,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-    }
 
 
 def peer_steps(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import octavo
-from octavo.bench.reuse.traces import ANSWER, Cuts, Trace
+from octavo.bench.reuse.traces import Cuts
 
 QUESTION = 30  # tokens after the document
 DENSE_PROMPT = 8192
@@ -44,20 +44,6 @@ class First:
             "disk_ratio": self.cold_s / self.disk_s,
             "miss_overhead": self.miss_s / self.cold_s - 1,
         }
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """One trace, with a store or without. Seconds are sums; `hit_rate` is the share of prompt tokens reused."""
-
-    trace: str
-    store: bool
-    requests: int
-    prompt_tokens: int
-    computed: int
-    first_s: float
-    hit_rate: float
-    nbytes: int
 
 
 class _FirstToken(BaseStreamer):  # type: ignore[misc]
@@ -100,6 +86,11 @@ def with_store(model: PreTrainedModel, store: octavo.ReuseStore | None) -> None:
     attachment.reuse = store
 
 
+def _settle(model: PreTrainedModel) -> None:
+    """Clear the pages of the call before, so that each call pays for its own alone."""
+    octavo.KVCache(model).memory.reclaim()
+
+
 def first_tokens(model: PreTrainedModel, cuts: Cuts, document: int, rounds: int, options: dict[str, Any]) -> First:
     """See `First`; the ways take turns, so that whatever else the machine does meets all of them."""
     cold, miss, memory, disk, call = [], [], [], [], []
@@ -108,9 +99,11 @@ def first_tokens(model: PreTrainedModel, cuts: Cuts, document: int, rounds: int,
             place = Path(folder) / str(i)
             text = cuts.piece(document)
             with_store(model, None)
+            _settle(model)
             cold.append(timed(model, cuts.piece(document + QUESTION))[0])
             store = octavo.ReuseStore("1GiB", place)
             with_store(model, store)
+            _settle(model)
             miss.append(timed(model, text + cuts.piece(QUESTION))[0])
             store.flush()
             first, whole = first_and_whole(model, text + cuts.piece(QUESTION))
@@ -152,22 +145,3 @@ def stored_bytes(model: PreTrainedModel, cuts: Cuts) -> dict[str, float]:
     stats, shape = store.stats(), octavo.KVCache(model).shape
     dense = 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize * length
     return {"tokens": length, "stored": stats.memory_nbytes, "dense": dense, "ratio": dense / stats.memory_nbytes}
-
-
-def replay(model: PreTrainedModel, trace: Trace, store: octavo.ReuseStore | None) -> Replayed:
-    """Run a trace; seconds are until each first token, the rest of an answer is computed but not counted."""
-    with_store(model, store)
-    before: list[int] = []
-    prompt, seconds, computed = 0, 0.0, 0
-    for ask in trace.asks:
-        tokens = [*before, *ask.tokens] if ask.goes_on else ask.tokens
-        reused = store.stats().reused if store is not None else 0
-        took, _ = timed(model, tokens)
-        reused = store.stats().reused - reused if store is not None else 0
-        prompt, seconds, computed = prompt + len(tokens), seconds + took, computed + len(tokens) - reused
-        if trace.asks[1:2] and trace.asks[1].goes_on:
-            before = timed(model, tokens, ANSWER)[1][0].tolist()
-    nbytes = store.stats().memory_nbytes if store is not None else 0
-    return Replayed(
-        trace.name, store is not None, len(trace.asks), prompt, computed, seconds, 1 - computed / prompt, nbytes
-    )

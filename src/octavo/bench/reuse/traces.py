@@ -1,5 +1,6 @@
 """Requests as they come in practice, made of a text's tokens; the same for the same text and seed."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -44,6 +45,10 @@ def traces(ids: Sequence[int], document: int, questions: int, seed: int = 0) -> 
     for _ in range(questions):
         at = cuts.dice.randrange(document)
         edited.append(Ask([*other[:at], *cuts.piece(5), *other[at:], *cuts.piece(30)]))
+    parts, orders = [cuts.piece(document // 4) for _ in range(4)], []
+    for _ in range(questions):
+        cuts.dice.shuffle(parts)
+        orders.append(Ask([*itertools.chain(*parts), *cuts.piece(30)]))
     noise = [Ask(cuts.piece(document // 2)) for _ in range(max(1, questions // 2))]
     mixed = [ask for pair in zip(shared[: len(noise)], noise, strict=True) for ask in pair]
     return [
@@ -51,5 +56,6 @@ def traces(ids: Sequence[int], document: int, questions: int, seed: int = 0) -> 
         Trace("a chat of eight turns", chat),
         Trace("a system prompt", prompts),
         Trace("a document that is edited", edited),
+        Trace("documents in changing order", orders),
         Trace("questions among prompts that come once", mixed),
     ]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import octavo
-from octavo.bench.source import git
+from octavo.bench.source import git, processor
 from octavo.bench.vdb.bars import RECALLS, curves, graph_shapes, judge, losses, reference, rounds_at_recall, where
 from octavo.bench.vdb.engines import STREAM
 from octavo.bench.vdb.timing import Measurement, Spread, cases, installed, package, spread, times_better
@@ -32,7 +32,7 @@ def surroundings() -> dict[str, Any]:
         "command": sys.argv,
         "commit": git("rev-parse", "HEAD"),
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "kernels": kernels(),
@@ -240,13 +240,3 @@ def _version(name: str) -> str | None:
 
 def _load() -> tuple[float, ...]:
     return os.getloadavg() if hasattr(os, "getloadavg") else ()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
-    model = f"family {names['cpu family']}, model {names['model']}" if "cpu family" in names else ""
-    return ", ".join(part for part in (names.get("model name", platform.machine()), model) if part)
