@@ -41,7 +41,7 @@ class _Values(Forward):
 def deviating(attachment: "Attachment", tokens: Any, taken: Sequence[Any], share: float) -> list[int]:
     """The positions of that share of the tokens of moved text whose stored values are most off, in order."""
     ids = torch.as_tensor(tokens, dtype=torch.int64)[None].to(attachment.model.device)
-    forward, found = _Values(attachment.attention, attachment.lifetimes), []
+    forward, found = _Values(attachment.layout), []
     try:
         attachment.original(input_ids=ids, use_cache=False, octavo_forward=forward)
         return []  # a model of one layer

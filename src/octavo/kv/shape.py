@@ -15,7 +15,8 @@ class CacheShape:
     """What a cache must know of a model. `dtype` is what the model computes in; `layers` may share `cached_layers`.
 
     `lifetimes`: of each KV layer, None where it attends to everything; empty where all do. `scored`: scores are more
-    than products (`octavo.attention.Scoring`).
+    than products (`octavo.attention.Scoring`). `heads`: how many of the `kv_heads` each KV layer really
+    has; empty where all have all.
     """
 
     layers: int
@@ -26,11 +27,12 @@ class CacheShape:
     device: torch.device
     lifetimes: tuple[Lifetime | None, ...] = ()
     scored: bool = False
+    heads: tuple[int, ...] = ()
 
     @property
     def windowed(self) -> bool:
-        """Whether tokens of any layer expire by themselves."""
-        return any(life is not None for life in self.lifetimes)
+        """Whether tokens of any layer, or of heads that a layer does not have, expire by themselves."""
+        return bool(self.heads) or any(life is not None for life in self.lifetimes)
 
     def layout(self, settings: CacheSettings) -> PageLayout:
         """The pages of such a cache."""
