@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo import attach, detach
+from octavo import KVCache, attach, detach
 from octavo.errors import UnsupportedModelError
-from tiny import tokens
+from tiny import tiny_adapter, tokens
 from tiny_decoders import tiny_decoder
 
-LENGTH, NEW, CLOSE = 45, 12, 1e-4
+LENGTH, PROMPT, NEW, CLOSE = 45, 38, 12, 1e-4
 
 
 class Outcome(NamedTuple):
@@ -83,6 +83,28 @@ def compared(model: PreTrainedModel, chunks: tuple[int, ...] = (16, 512), batche
                 return Outcome("wrong", f"{where}: logits of steps off by {off:.1e}")
         detach(model)
     return Outcome("exact", f"{worst:.0e}")
+
+
+def evicted(model: PreTrainedModel) -> float:
+    """How far logits of a model with random gates are off in pages, where they evict, from those under the hard mask.
+
+    In chunks with left padding, then token by token.
+    """
+    ids, mask = padded(2)
+    given = {"attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    attach(model, tiny_adapter(model, window=6), chunk=16)
+    with torch.no_grad():
+        expected = model(input_ids=ids, **given, use_cache=False).logits
+        cache, parts = KVCache(model), []
+        for first, last in ((0, PROMPT), *((i, i + 1) for i in range(PROMPT, LENGTH))):
+            part = {name: value[:, first:last] for name, value in given.items()}
+            part["attention_mask"] = mask[:, :last]
+            parts.append(model(input_ids=ids[:, first:last], **part, past_key_values=cache).logits)
+    assert cache.kept.amin() < LENGTH - 19, "nothing was evicted"
+    detach(model)
+    return float((torch.cat(parts, 1) - expected)[mask.bool()].abs().max())
 
 
 def outcome(kind: str, **how: tuple[int, ...]) -> Outcome:

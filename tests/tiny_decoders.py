@@ -122,7 +122,7 @@ def tiny_decoder(kind: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():  # larger weights than the default, so that what a window hides matters
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, 0.05 if kind.startswith("gemma4") else 0.1)  # whose scores are not scaled
     return model
 
 

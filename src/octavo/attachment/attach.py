@@ -113,6 +113,13 @@ def _check_layout(
     """Raise UnsupportedModelError for what is asked of a model with windows, softcapping, sinks or states and is not
     made."""
     name, scored, windowed = type(model).__name__, layout.scored, layout.windowed
+    if gates is not None and swiftkv is None and gates.made_on is None:
+        spec = gates.gates.spec
+        if (spec.layers, spec.kv_heads) != (len(layout.stores), layout.kv_heads):
+            raise AdapterMismatchError(
+                f"the gates {gates.name} are of {spec.layers} layers of {spec.kv_heads} KV heads, and {name} keeps keys of "
+                f"{len(layout.stores)} layers of {layout.kv_heads}"
+            )
     if layout.states and reuse is not None:
         raise UnsupportedModelError(
             f"{name} has layers with a state of their own, which a ReuseStore cannot keep; attach it without"

@@ -194,12 +194,13 @@ class Attachment:
         return 0 if self._memory is None else self._memory.nbytes
 
     def run(self, forward: Forward, **kwargs: Any) -> Any:
-        """The decoder's own forward, whose attention finds `forward`."""
-        if self.layout.keywords:
-            return self.original(**kwargs, octavo_forward=forward)
+        """The decoder's own forward, whose attention finds `forward`, and whose masks that there is one."""
+        told = {"octavo_forward": forward} if self.layout.keywords else {}
+        if told and (kwargs.get("attention_mask") is None or self.layout.states):
+            return self.original(**kwargs, **told)
         token = RUNNING.set(forward)
         try:
-            return self.original(**kwargs)
+            return self.original(**kwargs, **told)
         finally:
             RUNNING.reset(token)
 

@@ -37,6 +37,8 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
         raise PromptError("the prompt is empty; give at least one token")
     if isinstance(kwargs.get("attention_mask"), dict):
         kwargs["attention_mask"] = padding_of(kwargs["attention_mask"])
+    if isinstance(kwargs.get("logits_to_keep"), int):
+        kwargs["logits_to_keep"] = 0  # decoders that drop other tokens' last layers cannot join chunks
     _refuse(attachment, kwargs)
     model: Any = attachment.model
     past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
@@ -86,6 +88,8 @@ def _cached(attachment: "Attachment", cache: KVCache, kwargs: dict[str, Any], to
     if cache.seen and mask is not None and mask.ndim == 2 and mask.shape[1] > columns:
         cache.check_mask(mask)
     kwargs.update(past_key_values=cache, use_cache=True)
+    if mask is not None and mask.ndim == 2 and cache.states is None:
+        kwargs["attention_mask"] = None  # padding travels with the forward, and nothing else reads the mask
     return _chunks(attachment, cache, kwargs, tokens, valid, asked)
 
 

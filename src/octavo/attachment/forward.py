@@ -24,7 +24,7 @@ from octavo.swiftkv import SwiftKV
 from octavo.swiftkv.transform import Rotary
 
 NAME = "octavo"
-RUNNING: ContextVar["Forward | None"] = ContextVar("octavo_forward", default=None)  # where layers drop arguments
+RUNNING: ContextVar["Forward | None"] = ContextVar("octavo_forward", default=None)  # see `Attachment.run`
 
 
 @dataclass
@@ -258,13 +258,15 @@ def _attention(
     scoring = None if softcap is None and s_aux is None else Scoring(softcap, s_aux)
     kv_layer = forward.layout.reads[number]
     if forward.cache is not None:
-        return forward.paged(number, query, key, value, hidden, scale, scoring), None
+        return forward.paged(number, query, key, value, hidden, scale, scoring).contiguous(), None
     if forward.policy is not None and forward.layout.owns[number]:
         forward.kept[kv_layer] = forward.policy.log_keep(kv_layer, hidden, key)
-    log_keep = forward.kept.get(kv_layer)
+    kept = forward.kept.get(kv_layer)
+    log_keep = None if kept is None else kept[:, : key.shape[1]]  # gates have the most heads of any layer
     if forward.layout.last[number]:
         forward.kept.pop(kv_layer, None)
-    return forward.masked(query, key, value, log_keep, scale, forward.layout.lifetimes[kv_layer], scoring), None
+    lifetime = forward.layout.lifetimes[kv_layer]
+    return forward.masked(query, key, value, log_keep, scale, lifetime, scoring).contiguous(), None
 
 
 def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -275,5 +277,11 @@ def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kw
         raise UnsupportedModelError("attention dropout is not supported; call model.eval()")
 
 
+def _mask(**kwargs: Any) -> Tensor | None:
+    """The mask function beside it: inside a decoder nothing else reads what it gives, which need not look like a mask."""
+    made = mask(**kwargs)
+    return made if RUNNING.get() is None else None
+
+
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, mask)
+AttentionMaskInterface.register(NAME, _mask)

@@ -132,8 +132,15 @@ def rope_sees_length(config: Any) -> bool:
 
 
 def head_dim(config: Any) -> int:
-    """Elements of one key."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    """Elements of one key, the most where layers differ."""
+    return _most(config, "head_dim") or int(config.hidden_size // config.num_attention_heads)
+
+
+def _most(config: Any, name: str) -> int | None:
+    """A setting of a configuration, or the greatest where its layers have their own; None: it has none."""
+    each = list(getattr(config, "per_layer_config", None) or [config])  # before transformers 5.20 there are none
+    found = [value for one in each if (value := getattr(one, name, None)) is not None]
+    return max(map(int, found)) if found else None
 
 
 def shape_of(config: Any) -> dict[str, int]:
@@ -142,9 +149,11 @@ def shape_of(config: Any) -> dict[str, int]:
     layers = config.num_hidden_layers
     if state_layers(config) or getattr(config, "kv_sharing_modes", None):
         layers = sum(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=config).layers)
-    heads = getattr(config, "num_key_value_heads", None)
+    heads = _most(config, "num_key_value_heads")
     if heads is None:
         heads = 1 if getattr(config, "multi_query", False) else config.num_attention_heads
+    if config.model_type == "mimo_v2_flash":  # its layers with windows have twice as many as it says
+        heads *= 2
     hidden = getattr(config, "attention_hidden_size", None) or config.hidden_size
     return {"num_hidden_layers": layers, "hidden_size": hidden, "num_key_value_heads": heads}
 

@@ -128,7 +128,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scoring = None if softcap is None and sinks is None else Scoring(softcap, sinks)
-    return dense_attention(query, key, value, None, 0, scale, scoring=scoring), None
+    return dense_attention(query, key, value, None, 0, scale, scoring=scoring).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -180,7 +180,9 @@ def _run(model: PreTrainedModel, inner: PreTrainedModel, decoder: nn.Module, key
     trial = Trial(inner.config, keyword)
     with _running(inner, decoder, trial):
         ids = torch.tensor([TOKENS], device=_place(inner))
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=trial, use_cache=True)
+        # A language model that is joined gets no mask where nothing else than attention reads it.
+        mask = {} if model is inner else {"attention_mask": torch.ones_like(ids)}
+        model(input_ids=ids, past_key_values=trial, use_cache=True, **mask)
     return trial
 
 
