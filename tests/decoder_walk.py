@@ -26,6 +26,7 @@ from tiny_decoders import KINDS, tiny_decoder
 
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = ROOT / "src/octavo/models/decoders.json", ROOT / "docs/models.md"
+TEMPLATE = Path(__file__).with_name("models_page.md")  # the page's prose
 LENGTH, PROMPT, NEW, CLOSE = 45, 38, 12, 1e-4
 
 
@@ -157,7 +158,7 @@ def page(walked: dict[str, Any]) -> str:
     most = [by_type[kind] for kind in MOST_RUN]
     exact = sum(each["outcome"] == "exact" for each in most)
     counted = f"{counts['exact']} exact, {counts['refused']} refused by `attach`, {counts['no model']} not tried"
-    return PROSE.format(
+    return TEMPLATE.read_text().format(
         version=walked["transformers"], all=len(by_type), counted=counted, exact=exact, most=len(most),
         most_run=_table(most), others=_table([e for e in walked["classes"] if e["type"] not in MOST_RUN]),
     )  # fmt: skip
@@ -177,63 +178,6 @@ MOST_RUN = """
     cohere2 glm glm4 glm4_moe exaone4 lfm2 jamba bamba mamba nemotron nemotron_h ernie4_5 ernie4_5_moe hunyuan_v1_dense
     seed_oss minimax_m2 apertus
 """.split()
-
-PROSE = """# Which models can be attached
-
-Made by `PYTHONPATH=src:tests python tests/decoder_walk.py` with transformers {version}, which makes a tiny random model of each of the
-{all} types that `AutoModelForCausalLM` knows. *Exact*: attached without an adapter, in chunks of 16 and 512, alone and in a
-left-padded batch of two, in float32, logits and 12 greedy tokens are those of the unattached model within 1e-4; and with random gates,
-logits over pages from which tokens were evicted are those under the hard mask within 1e-4. *Refused*: `octavo.attach` raises
-`UnsupportedModelError` with the reason, before anything runs. *No model*: transformers makes none that small here. A test walks a few
-types in each run and all with `--full`, and compares this page with what it finds.
-
-Of all: {counted}. Of the {most} text-generation architectures that people run most ([below](#the-most-run), chosen from transformers'
-documentation): {exact} exact.
-
-`octavo models` prints the table, `octavo models ID` what `attach` would do with a model by its configuration alone.
-
-## What goes with what
-
-`attach` runs three tokens through a model to see which modules attend, to which keys, and what they tell their attention. So a model
-with code of its own is attached or refused like any other.
-
-| layers | pages | gates | snapshots, reuse store | `crop` |
-| --- | --- | --- | --- | --- |
-| full attention | yes | yes | yes | yes |
-| sliding and chunked windows | a window of slots | can only shorten it | snapshots; no store | within the window |
-| linear attention, Mamba, short convolutions | states beside the pages, as transformers keeps them | in the layers that attend | refused | refused |
-| layers that read another layer's keys (Gemma 3n, Gemma 4) | stored once | those of the layer that stores them | yes | yes |
-| layers of unequal heads or head sizes (Gemma 4, MiMo) | a head that a layer lacks holds one slot; shorter keys are filled up | yes | yes | within the window |
-
-Where a model reads pictures too, `attach` joins the language model inside it, and pictures enter as embeddings; masks in which the tokens
-of a picture see each other in both directions are refused when such a picture comes. Jamba's Mamba layers go on from a state with one
-token at a time, so its first prompt is read in one piece and later ones token by token.
-
-## Why latent attention is refused
-
-DeepSeek V2 and V3, Kimi, GLM 4 MoE Lite and others project keys and values of all heads from one latent vector, and transformers
-caches that latent and one rotary key per token and layer. What it gives to the attention function is every head's keys and values,
-made anew of all latents in each step. Octavo's pages would hold those, in these many elements per token and layer (from the models'
-configurations):
-
-| model | latent and rotary key | all heads' keys and values | ratio | ratio with 7 of 8 evicted |
-| --- | ---: | ---: | ---: | ---: |
-| DeepSeek V3 (128 heads) | 576 | 40,960 | 71 | 8.9 |
-| MiniCPM3 (40 heads) | 288 | 6,400 | 22 | 2.8 |
-| GLM 4 MoE Lite (20 heads) | 576 | 10,240 | 18 | 2.2 |
-| DeepSeek V2 Lite (16 heads) | 576 | 5,120 | 8.9 | 1.1 |
-
-So even with gates it would cost memory. DMS that pays there decides once per layer about a slot of the latent, which needs attention
-over latents (queries turned into their space), and gates trained for one decision per layer.
-
-## The most run
-
-{most_run}
-
-## All others
-
-{others}
-"""
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 RECORDED = json.loads(RECORD.read_text())
 BY_TYPE = {each["type"]: each for each in RECORDED["classes"]}
 REPRESENTATIVES = [  # one of each layout: what is new here beside tests/attachment/test_windows.py
-    "gpt2", "opt", "stablelm", "llama4_text", "mimo_v2_flash", "gemma4_text", "gemma3", "falcon_h1", "qwen3_next", "lfm2",
-    "zamba2", "jamba", "bloom", "deepseek_v3", "bert", "mamba", "doge", "moshi", "whisper", "inkling_text",
+    "gpt2", "opt", "stablelm", "llama4_text", "mimo_v2_flash", "gemma4_text", "gemma3", "falcon_h1", "qwen3_next",
+    "lfm2", "zamba2", "jamba", "bloom", "deepseek_v3", "bert", "mamba", "doge", "moshi", "whisper", "inkling_text",
 ]  # fmt: skip
 same_version = pytest.mark.skipif(
     transformers.__version__ != RECORDED["transformers"], reason="docs/models.md is of another version of transformers"

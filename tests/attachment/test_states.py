@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from octavo import KVCache, attach
-from octavo.attachment import attachment_of
+from octavo.attachment import Snapshot, attachment_of
 from octavo.attachment.states import States
 from octavo.errors import CacheStateError, UnsupportedModelError
 from tiny import feed, tiny_adapter, tokens
@@ -61,11 +61,15 @@ def test_sequences_join_and_leave_with_their_states(hybrid):
     torch.testing.assert_close(got, torch.stack([expected[0, 21], expected[2, 27]]), **CLOSE)
 
 
+def everything(cache):
+    return {(row, name): t for row in range(3) for name, t in cache.states.tensors(row).items()}
+
+
 @pytest.mark.parametrize("columns", [1, 5])
 def test_a_forward_that_fails_leaves_states_as_they_were(hybrid, columns):
     model, ids, expected = hybrid
     _, cache = feed(model, ids[:, :22], 20)
-    before = {name: t.clone() for name, t in cache.states.tensors().items()}
+    before = {name: t.clone() for name, t in everything(cache).items()}
 
     def fail(*_):
         raise MemoryError
@@ -75,10 +79,21 @@ def test_a_forward_that_fails_leaves_states_as_they_were(hybrid, columns):
         with pytest.raises(MemoryError):
             model(ids[:, 22 : 22 + columns], past_key_values=cache)
         hook.remove()
-        assert before.keys() == cache.states.tensors().keys()
-        assert all(torch.equal(t, before[name]) for name, t in cache.states.tensors().items())
+        assert before.keys() == everything(cache).keys()
+        assert all(torch.equal(t, before[name]) for name, t in everything(cache).items())
         got = model(ids[:, 22:24], past_key_values=cache).logits
     torch.testing.assert_close(got, expected[:, 22:24], **CLOSE)
+
+
+def test_a_snapshot_carries_pages_and_states(hybrid):
+    model, ids, expected = hybrid
+    _, cache = feed(model, ids[:, :22], 20)
+    taken = Snapshot.from_bytes(cache.snapshot(sequence=1, tokens=ids[1, :22]).to_bytes())
+    twin = KVCache.restore(model, taken)
+    with torch.no_grad():
+        got = model(ids[1:2, 22:30], past_key_values=twin).logits
+    torch.testing.assert_close(got, expected[1:2, 22:30], **CLOSE)
+    assert torch.equal(KVCache.restore(model, taken).kept[0], cache.kept[1])
 
 
 def test_what_states_do_not_go_with_is_refused(hybrid):
@@ -87,8 +102,10 @@ def test_what_states_do_not_go_with_is_refused(hybrid):
     assert not cache.is_croppable
     with pytest.raises(CacheStateError, match="layers with a state that has gone on"):
         cache.crop(-1)
-    with pytest.raises(CacheStateError, match="which snapshots do not carry"):
-        cache.snapshot()
+    with pytest.raises(CacheStateError, match="for the last token read alone"):
+        cache.snapshot([10])
+    with pytest.raises(CacheStateError, match="boundaries within a text cannot be kept"):
+        cache.keep([30])
     cache.crop(-20)
     with torch.no_grad():
         got = model(ids, past_key_values=cache).logits

@@ -2,7 +2,8 @@
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import Tensor
@@ -89,6 +90,8 @@ class KVCache(PagedCache):
             )
         boundary = snapshot.boundaries[-1] if boundary is None else boundary
         cache.sequences.restore(snapshot.layout, snapshot.at(boundary), boundary)
+        if cache.states is not None:
+            cache.states.load(snapshot.states, cache.shape.device)
         return cache
 
     def snapshot(
@@ -101,11 +104,18 @@ class KVCache(PagedCache):
         Waits for the device. Raises CacheStateError where a boundary was not kept, nothing was read, or what was read
         stood at other `position_ids` than the numbers of its tokens, at which `restore` goes on.
         """
-        if self.states is not None:
-            raise CacheStateError(f"a snapshot cannot hold this cache: {_STATEFUL}")
+        if self.states is not None and (boundaries is not None and list(boundaries) != [int(self.position[sequence])]):
+            raise CacheStateError(f"a snapshot holds this cache at its end alone: {_STATEFUL}")
         if self.moved is not None and bool(self.moved):
             raise CacheStateError(f"a snapshot cannot hold this cache: {_MOVED}")
-        return self.snapshot_under(self.identity(), boundaries, sequence, tokens)
+        taken = self.snapshot_under(self.identity(), boundaries, sequence, tokens)
+        return taken if self.states is None else replace(taken, states=self.states.tensors(sequence))
+
+    def keep(self, boundaries: Iterable[int]) -> None:
+        """Name boundaries that a snapshot will be asked for; see `PagedCache.keep`. States cannot be kept."""
+        if self.states is not None:
+            raise CacheStateError(f"boundaries within a text cannot be kept: {_STATEFUL}")
+        super().keep(boundaries)
 
     @property
     def attachment(self) -> "Attachment":
@@ -310,7 +320,7 @@ class KVCache(PagedCache):
 
 
 _CALLED = {"modules": "set of its modules' settings"}  # fields of an identity whose names say too little
-_STATEFUL = "its model has layers with a state of their own, as in linear attention, which snapshots do not carry"
+_STATEFUL = "its model has layers with a state, as in linear attention, which is there for the last token read alone"
 _MOVED = "its tokens were read at other position_ids than their numbers in the sequence, and nothing tells which"
 
 

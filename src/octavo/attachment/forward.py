@@ -278,7 +278,7 @@ def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kw
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
-    """The mask function beside it: inside a decoder nothing else reads what it gives, which need not look like a mask."""
+    """The mask function beside it; inside a decoder nothing else reads masks, and what it gives looks like none."""
     made = mask(**kwargs)
     return made if RUNNING.get() is None else None
 

@@ -99,9 +99,10 @@ class States:
             twin.layers[i].__dict__.update(_copied(layer))
         return twin
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that are there, by names that say layer, kind and number."""
-        return {".".join(map(str, name)): t for name, t in self._tensors()}
+    def tensors(self, sequence: int) -> dict[str, Tensor]:
+        """Those of one sequence [1, ...], copied, by names that say layer, kind and number."""
+        each = {".".join(map(str, name)): t for name, t in self._tensors()}
+        return {name: t[sequence : sequence + 1 or None].clone() for name, t in each.items()}
 
     def load(self, named: dict[str, Tensor], device: torch.device) -> None:
         """Make them what `tensors` gave, of one sequence."""
@@ -109,12 +110,11 @@ class States:
         for name, tensor in named.items():
             layer, kind, number = name.split(".")
             if kind not in _TENSORS or int(layer) not in self.layers:
-                raise CacheStateError(f"this model has no state {name}")
-            into = self.layers[int(layer)]
-            start = {"conv_states": tensor} if kind == "conv_states" else {"recurrent_states": tensor}
-            into.lazy_initialization(**{k: t.to(device) for k, t in start.items()}, state_idx=int(number))
-            getattr(into, kind)[int(number)].copy_(tensor)
-            into.has_previous_state[int(number)] = True
+                raise CacheStateError(f"this model has no state {name}, which the snapshot holds")
+            into, which = self.layers[int(layer)], int(number)
+            into.lazy_initialization(**{kind: tensor.to(device)}, state_idx=which)
+            getattr(into, kind)[which].copy_(tensor)
+            into.has_previous_state[which] = True
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str, int], Tensor]]:
         for i, layer in self.layers.items():
