@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from octavo.attachment import KVCache
-from octavo.attachment.supported import fingerprint
+from octavo.attachment.layout import joined
+from octavo.attachment.supported import fingerprint, shape_of
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
 
@@ -48,11 +49,11 @@ def tiny_adapter(
     model: PreTrainedModel, window: int = 20, shift: int = 0, granularity: Any = "head", rate: float = 0.5
 ) -> Adapter:
     """Random gates that mark about `rate` of the tokens."""
-    config = model.config
+    shape = shape_of(joined(model).config)
     spec = GateSpec(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_key_value_heads,
+        shape["num_hidden_layers"],
+        shape["hidden_size"],
+        shape["num_key_value_heads"],
         Eviction(window, shift),
         granularity=granularity,
     )

@@ -6,12 +6,14 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
     DeepseekV3Config,
     DynamicCache,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     GraniteConfig,
+    MambaConfig,
+    MoshiConfig,
     Olmo2Config,
     Phi3Config,
     StaticCache,
@@ -232,8 +234,10 @@ REFUSED = {
     "encoder-decoder": bart,
     "latent attention": deepseek,
     "both directions": lambda: small(Gemma3TextConfig, head_dim=16, use_bidirectional_attention=True),
-    "self_attn": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)),
-}  # fmt: skip
+    "attention interface": lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)),
+    "a window that its masks do not have": lambda: small(MoshiConfig, sliding_window=8),
+    "no past_key_values": lambda: small(MambaConfig),
+}
 
 
 @pytest.mark.parametrize("reason", REFUSED)

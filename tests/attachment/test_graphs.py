@@ -49,9 +49,7 @@ class ByHand:
             for module in (octavo.kv.sequences, octavo.kv.pool):
                 patch.setattr(module, "capturing", lambda device: True)
             captured = self.cache.begin_capture(rows, search)
-            forward = Forward(
-                attachment.attention, attachment.lifetimes, self.cache, attachment.modes.folded(mode), keep=1
-            )
+            forward = Forward(attachment.layout, self.cache, attachment.modes.folded(mode), keep=1)
             out = attachment.original(
                 input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True,
                 octavo_forward=forward,
@@ -278,7 +276,7 @@ def test_compiled_pieces_compute_the_same_and_leave_nothing_behind(monkeypatch):
     rotary = modeling_llama.apply_rotary_pos_emb
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        with compiled_code.compiled(model.base_model, attachment.attention):
+        with compiled_code.compiled(model.base_model, attachment.layout.attention):
             pieces = [
                 m
                 for m in model.modules()

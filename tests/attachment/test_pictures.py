@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo import attach, detach
+from octavo import KVCache, attach, detach
 from octavo.attachment import attachment_of
 from octavo.errors import UnsupportedModelError
 from tiny import tokens
@@ -36,7 +36,7 @@ def test_a_prompt_over_one_chunk_is_what_the_unattached_model_reads(kind, pictur
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected, answer = model(**inputs).logits[real], model.generate(**inputs, **options)
-        attach(model.model.language_model, chunk=16)
+        attach(model if picture else model.model.language_model, chunk=16)
         torch.testing.assert_close(model(**inputs).logits[real], expected, rtol=0, atol=1e-4)
         assert torch.equal(model.generate(**inputs, **options), answer)
 
@@ -53,9 +53,14 @@ def test_positions_are_cut_along_tokens_not_along_sequences(kind, axes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_model_is_refused_by_the_name_of_what_can_be_attached(kind):
-    model = picture_model(kind)
-    with pytest.raises(UnsupportedModelError, match="language_model"):
-        attach(model)
-    assert attachment_of(model) is None
-    detach(attach(model.base_model.language_model))
+def test_the_whole_model_is_attached_at_its_language_model(kind):
+    model, ids = picture_model(kind), tokens(1, 30)
+    attach(model, chunk=16)
+    assert attachment_of(model) is attachment_of(model.base_model.language_model)
+    cache = KVCache(model)
+    model.generate(ids % PICTURE, past_key_values=cache, do_sample=False, max_new_tokens=3)
+    assert cache.seen == 32
+    assert attachment_of(detach(model)) is None
+    assert model.base_model.language_model.config._attn_implementation == "sdpa"
+    with pytest.raises(UnsupportedModelError, match="reads more than text"):
+        attach(model, reuse=object())

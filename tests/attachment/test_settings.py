@@ -1,4 +1,6 @@
-"""What `attach` refuses before anything is made: settings that cannot be, layers that drop what a forward is told."""
+"""What `attach` refuses before anything is made: settings that cannot be, and what its trial of a model finds out."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -6,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, NemotronConfig, StableLmConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from octavo import KVCache, attach
+from octavo import KVCache, attach, detach
 from octavo.attachment import attachment_of, require_attachment
 from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
-from tiny import SHAPE, tiny_model, tokens
+from tiny import SHAPE, tiny_adapter, tiny_model, tokens
 
 WRONG = {
     "budget": [0, -1, 1.5, 10**19, 2**70, 1e30, float("inf"), float("nan"), "1GB", True, [1]],
@@ -63,15 +65,26 @@ def random_model(config):
 
 
 @pytest.mark.parametrize("config", [StableLmConfig, NemotronConfig])
-def test_layers_that_pass_nothing_on_are_refused_at_attach(config):
-    model, ids = random_model(config(**SHAPE)), tokens(1, 20)
+def test_layers_that_pass_nothing_on_are_told_by_their_call(config):
+    """Beside each other too, in threads of their own."""
+    model, other, ids = random_model(config(**SHAPE)), random_model(config(**SHAPE)), tokens(2, 40)
     with torch.no_grad():
         expected = model(ids).logits
-        with pytest.raises(UnsupportedModelError, match="DecoderLayer does not pass keyword arguments on to its atten"):
-            attach(model)
-        assert torch.equal(model(ids).logits, expected)
-    assert attachment_of(model) is None
+        attach(model, tiny_adapter(model, window=8), chunk=16)
+        attach(other, chunk=16)
+        hard = model(ids, use_cache=False).logits
+        with ThreadPoolExecutor(2) as pool:
+            got = list(
+                pool.map(lambda m: torch.no_grad()(m)(ids, past_key_values=KVCache(m)).logits, [model, other] * 3)
+            )
+        for evicted, whole in zip(got[::2], got[1::2], strict=True):
+            torch.testing.assert_close(evicted, hard, rtol=0, atol=1e-4)
+            torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4)
+        assert torch.equal(detach(model)(ids).logits, expected)
     assert not model.model.layers[0].self_attn._forward_pre_hooks
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(UnsupportedModelError, match="gradient checkpointing is not supported for"):
+        attach(model)(ids, labels=ids)
 
 
 class Deaf(LlamaDecoderLayer):
@@ -87,7 +100,7 @@ class Strict(LlamaDecoderLayer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Deaf, "Deaf does not pass keyword"), (Strict, "forward of Strict takes no")]
+    ("kind", "reason"), [(Deaf, "attends to other keys than those"), (Strict, "Strict.forward.. got an unexpected")]
 )
 def test_it_is_found_whatever_the_model_s_name(kind, reason):
     model = tiny_model()
@@ -97,13 +110,13 @@ def test_it_is_found_whatever_the_model_s_name(kind, reason):
         attach(model)
 
 
-def test_the_trial_of_a_layer_changes_nothing():
-    model, ids = tiny_model().train(), tokens(1, 20)
+def test_the_trial_changes_nothing():
+    model, ids = tiny_model(attention_dropout=0.5).train(), tokens(1, 20)
     ran = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *a: ran.append(1))
-    model.model.register_forward_hook(lambda *a: ran.append(1))
+    model.model.layers[0].mlp.register_forward_hook(lambda module, *a: ran.append(module.training))
     torch.manual_seed(3)
     before = torch.get_rng_state()
     attach(model)
-    assert (ran, torch.equal(torch.get_rng_state(), before)) == ([], True)
-    model(ids, labels=ids).loss.backward()
+    assert (ran, torch.equal(torch.get_rng_state(), before)) == ([False], True)
+    assert all(module.training for module in model.modules())
+    model.eval()(ids, labels=ids).loss.backward()

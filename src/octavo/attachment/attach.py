@@ -10,11 +10,11 @@ from octavo.attachment.adapters import Named, resolve
 from octavo.attachment.attachment import Attachment, attachment_of, require_attachment
 from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.chunks import default_chunk
-from octavo.attachment.forward import NAME
+from octavo.attachment.layout import Layout, joined
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse
 from octavo.attachment.settings import cache_settings
-from octavo.attachment.supported import check_supported, fingerprint, lifetimes, scores_alone
+from octavo.attachment.supported import fingerprint, layout_of
 from octavo.dms import Adapter
 from octavo.dms.checkpoint import MODEL_TYPES
 from octavo.errors import AdapterMismatchError, UnsupportedModelError
@@ -60,23 +60,23 @@ def attach(
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
     """
-    check_supported(model)
-    if attachment_of(model) is None and model.config._attn_implementation == NAME:
-        raise UnsupportedModelError(
-            f"another attached model holds this {type(model).__name__} or shares its configuration; "
-            "attach that one alone, or give this one a configuration of its own"
-        )
-    shape = Modes(model, None, None).shape(skips=False)
-    chunk = default_chunk(model.device) if chunk is None else chunk
-    settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile, undo)
-    gates, swiftkv = _checked(model, resolve(adapter))
-    _check_windows(model, gates, swiftkv, reuse)
-    joined = Attachment(model, gates, swiftkv, settings, reuse)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"expected a transformers model, not {type(model).__name__}")
     before = attachment_of(model)
     if before is not None:
         before.undo()
     try:
-        joined.join()
+        layout, inner = layout_of(model), joined(model)
+        shape = Modes(inner, layout, None, None).shape(skips=False)
+        chunk = default_chunk(inner.device) if chunk is None else chunk
+        settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile, undo)
+        gates, swiftkv = _checked(inner, resolve(adapter))
+        _check_layout(inner, layout, gates, swiftkv, reuse)
+        if reuse is not None and inner is not model:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} reads more than text, which a ReuseStore cannot tell apart; attach it without"
+            )
+        Attachment(inner, layout, gates, swiftkv, settings, reuse).join()
     except BaseException:
         restore(model, before)
         raise
@@ -110,12 +110,23 @@ def set_swiftkv(model: Model, on: bool) -> Model:
     return model
 
 
-def _check_windows(
-    model: PreTrainedModel, gates: Adapter | None, swiftkv: SwiftKVAdapter | None, reuse: Reuse | None
+def _check_layout(
+    model: PreTrainedModel, layout: Layout, gates: Adapter | None, swiftkv: SwiftKVAdapter | None, reuse: Reuse | None
 ) -> None:
-    """Raise UnsupportedModelError for what is asked of a model with windows, softcapping or sinks and is not made."""
-    name, scored = type(model).__name__, not scores_alone(model)
-    windowed = any(life is not None for life in lifetimes(model))
+    """Raise UnsupportedModelError for what is asked of a model with windows, softcapping, sinks or states and is not
+    made."""
+    name, scored, windowed = type(model).__name__, layout.scored, layout.windowed
+    if gates is not None and swiftkv is None and gates.made_on is None:
+        spec = gates.gates.spec
+        if (spec.layers, spec.kv_heads) != (len(layout.stores), layout.kv_heads):
+            raise AdapterMismatchError(
+                f"the gates {gates.name} are of {spec.layers} layers of {spec.kv_heads} KV heads, and {name} keeps "
+                f"keys of {len(layout.stores)} layers of {layout.kv_heads}"
+            )
+    if layout.states and reuse is not None:
+        raise UnsupportedModelError(
+            f"{name} has layers with a state of their own, which a ReuseStore cannot keep; attach it without"
+        )
     if swiftkv is not None and (windowed or scored):
         raise UnsupportedModelError(f"{name} has windows, softcapping or sinks, with which SwiftKV is not supported")
     if windowed and reuse is not None:
@@ -130,7 +141,7 @@ def _checked(
     model: PreTrainedModel, adapters: list[Adapter | SwiftKVAdapter]
 ) -> tuple[Adapter | None, SwiftKVAdapter | None]:
     """(gates, SwiftKV) from a list of at most one of each; raises AdapterMismatchError unless they fit this model."""
-    ours = fingerprint(model)
+    ours = fingerprint(model) if adapters else {}
     for each in adapters:
         check_fingerprint(each, ours)
     gates = next((a for a in adapters if isinstance(a, Adapter)), None)

@@ -22,12 +22,13 @@ from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.cache import KVCache
 from octavo.attachment.decoder import run_decoder
 from octavo.attachment.drafts import run_drafts
-from octavo.attachment.forward import NAME, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
+from octavo.attachment.forward import NAME, RUNNING, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
 from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
+from octavo.attachment.layout import Layout, decoder_of, joined
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import attention_modules, lifetimes, rope_sees_length
+from octavo.attachment.supported import rope_sees_length
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -38,8 +39,8 @@ from octavo.swiftkv.initial import MODEL_TYPES
 
 
 def attachment_of(model: PreTrainedModel) -> "Attachment | None":
-    """What `attach` joined to this model, or None."""
-    return model.__dict__.get("_octavo")
+    """What `attach` joined to this model, or to the language model inside it, or None."""
+    return model.__dict__.get("_octavo") or joined(model).__dict__.get("_octavo")
 
 
 def require_attachment(model: PreTrainedModel) -> "Attachment":
@@ -53,7 +54,7 @@ def require_attachment(model: PreTrainedModel) -> "Attachment":
 @torch.no_grad()
 def fill(model: PreTrainedModel, ids: Tensor, cache: "KVCache") -> None:
     """Read tokens [B, N] int64 into a cache without asking for logits: with SwiftKV they skip the later layers."""
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, octavo_keep=0)
+    decoder_of(joined(model))(input_ids=ids, past_key_values=cache, use_cache=True, octavo_keep=0)
 
 
 class Attachment:
@@ -69,20 +70,20 @@ class Attachment:
     def __init__(
         self,
         model: PreTrainedModel,
+        layout: Layout,
         adapter: Adapter | None,
         swiftkv: SwiftKVAdapter | None,
         settings: CacheSettings,
         reuse: Reuse | None = None,
     ) -> None:
-        self.model, self.reuse = model, reuse
-        self.modes = Modes(model, adapter, swiftkv)
+        self.model, self.layout, self.reuse = model, layout, reuse
+        self.modes = Modes(model, layout, adapter, swiftkv)
         self.settings = settings
-        self.attention, self.lifetimes = attention_modules(model), lifetimes(model)
         self.borrowed = lends_channel(model.config)
-        self.captures = settings.cuda_graphs and not any(self.lifetimes)  # what a captured step knows
+        plain = not (layout.windowed or layout.states)  # what a captured step knows
+        self.captures = settings.cuda_graphs and plain
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
-        base: Any = model.base_model
-        self.original: Callable[..., Any] = base.forward
+        self.original: Callable[..., Any] = decoder_of(model).forward
         self.digests = Digests()
         self._start()
         self._attention_before: str | None = None
@@ -110,11 +111,12 @@ class Attachment:
     def join(self) -> None:
         """Put everything in place; where that fails the model is as it was."""
         model = self.model
-        base: Any = model.base_model
+        base = decoder_of(model)
         try:
             self._attention_before = model.config._attn_implementation
             self.original = base.forward
-            for module in self.attention:
+            self.layout.number()
+            for module in self.layout.attention:
                 self._hooks.append(module.register_forward_pre_hook(remember_hidden, with_kwargs=True))
             model.set_attn_implementation(NAME)
             names = list(inspect.signature(base.forward).parameters)
@@ -158,6 +160,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._replaced, self._hooks = [], []
+        self.layout.forget()
         if self._attention_before is not None:
             self.model.set_attn_implementation(self._attention_before)
         self.model.__dict__.pop("_octavo", None)
@@ -196,6 +199,17 @@ class Attachment:
     def kv_nbytes(self) -> int:
         """Bytes of device memory that all caches of the model hold: pages, free or in use, and tables."""
         return 0 if self._memory is None else self._memory.nbytes
+
+    def run(self, forward: Forward, **kwargs: Any) -> Any:
+        """The decoder's own forward, whose attention finds `forward`, and whose masks that there is one."""
+        told = {"octavo_forward": forward} if self.layout.keywords else {}
+        if told and (kwargs.get("attention_mask") is None or self.layout.states):
+            return self.original(**kwargs, **told)
+        token = RUNNING.set(forward)
+        try:
+            return self.original(**kwargs, **told)
+        finally:
+            RUNNING.reset(token)
 
     # Modes and what they mean
 
@@ -264,12 +278,10 @@ class Attachment:
         `residual` [B, T, hidden] enters layer `first` (at most K with SwiftKV); `positions` [B, T] int64;
         `document` [B, T] int32 tells packed documents apart, -1 is padding. For training: gradients flow.
         """
-        base: Any = self.model.base_model
+        base = decoder_of(self.model)
         rotary = base.rotary_emb(residual, position_ids=positions)
         packed = None if document is None else Packed(document)
-        forward = Forward(
-            self.attention, self.lifetimes, policy=policy, transform=transform, packed=packed, borrowed=self.borrowed
-        )
+        forward = Forward(self.layout, policy=policy, transform=transform, packed=packed, borrowed=self.borrowed)
         streams = []
         for layer in base.layers[first:last]:
             residual = layer(

@@ -41,7 +41,7 @@ class _Values(Forward):
 def second_values(attachment: "Attachment", tokens: Any) -> Tensor | None:
     """The values [H, N, D] that the second layer has for a prompt, on the host; None: a model of one layer."""
     ids = torch.as_tensor(tokens, dtype=torch.int64)[None].to(attachment.model.device)
-    forward = _Values(attachment.attention, attachment.lifetimes, borrowed=attachment.borrowed)
+    forward = _Values(attachment.layout, borrowed=attachment.borrowed)
     try:
         attachment.original(input_ids=ids, use_cache=False, octavo_forward=forward)
         return None

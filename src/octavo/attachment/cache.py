@@ -2,14 +2,17 @@
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.attachment.identity import FORMAT, difference, identity
+from octavo.attachment.layout import joined
 from octavo.attachment.settings import byte_budget
+from octavo.attachment.states import InPages, States
 from octavo.config import UNDO
 from octavo.errors import CacheStateError, NotAttachedError
 from octavo.kv import PagedCache, Snapshot
@@ -38,7 +41,7 @@ class KVCache(PagedCache):
     approximate = False  # whether it was put together from similar prompts; then nothing of it is ever stored
 
     def __init__(self, model: PreTrainedModel, *, budget: int | None = None, swiftkv: bool | None = None) -> None:
-        attachment: Attachment | None = model.__dict__.get("_octavo")
+        attachment = _joined(model)
         if attachment is None:
             raise NotAttachedError(f"{type(model).__name__} is not attached; call octavo.attach(model) first")
         self.owner = attachment.key
@@ -48,6 +51,11 @@ class KVCache(PagedCache):
         shape = attachment.modes.shape(self.swiftkv_on)
         eviction, memory = attachment.modes.eviction(self.swiftkv_on), attachment.memory(shape)
         super().__init__(shape, eviction, memory, byte_budget(budget), attachment.settings.undo or 0)
+        layout = attachment.layout
+        self._kv_layer = {layer: i for i, layer in enumerate(layout.stores)}
+        self._shapes = layout.shapes[: shape.cached_layers]
+        self.states = States(attachment.model.config) if layout.states else None
+        self._list_layers(attachment.model.config.num_hidden_layers)
         self._set_moved(None)
 
     @classmethod
@@ -65,7 +73,7 @@ class KVCache(PagedCache):
                 f"restore takes an octavo.Snapshot, not {type(snapshot).__name__}; see Snapshot.load and from_bytes"
             )
         swiftkv = snapshot.identity.get("swiftkv") is not None
-        attachment: Attachment | None = model.__dict__.get("_octavo")
+        attachment = _joined(model)
         has = attachment is not None and attachment.swiftkv is not None
         cache = cls(model, budget=budget, swiftkv=swiftkv if has else None)
         ours, theirs = cache.identity(), snapshot.identity
@@ -83,6 +91,8 @@ class KVCache(PagedCache):
             )
         boundary = snapshot.boundaries[-1] if boundary is None else boundary
         cache.sequences.restore(snapshot.layout, snapshot.at(boundary), boundary)
+        if cache.states is not None:
+            cache.states.load(snapshot.states, cache.shape.device)
         return cache
 
     def snapshot(
@@ -95,9 +105,18 @@ class KVCache(PagedCache):
         Waits for the device. Raises CacheStateError where a boundary was not kept, nothing was read, or what was read
         stood at other `position_ids` than the numbers of its tokens, at which `restore` goes on.
         """
+        if self.states is not None and (boundaries is not None and list(boundaries) != [int(self.position[sequence])]):
+            raise CacheStateError(f"a snapshot holds this cache at its end alone: {_STATEFUL}")
         if self.moved is not None and bool(self.moved):
             raise CacheStateError(f"a snapshot cannot hold this cache: {_MOVED}")
-        return self.snapshot_under(self.identity(), boundaries, sequence, tokens)
+        taken = self.snapshot_under(self.identity(), boundaries, sequence, tokens)
+        return taken if self.states is None else replace(taken, states=self.states.tensors(sequence))
+
+    def keep(self, boundaries: Iterable[int]) -> None:
+        """Name boundaries that a snapshot will be asked for; see `PagedCache.keep`. States cannot be kept."""
+        if self.states is not None:
+            raise CacheStateError(f"boundaries within a text cannot be kept: {_STATEFUL}")
+        super().keep(boundaries)
 
     @property
     def attachment(self) -> "Attachment":
@@ -142,6 +161,106 @@ class KVCache(PagedCache):
         """How many tokens `crop` can always take back, of those that were read since it has been so many."""
         return self.sequences.undo
 
+    # Layers that have a state of their own
+
+    def _list_layers(self, count: int) -> None:
+        """What transformers finds as the cache's layers: those with a state, and something that stands for the rest."""
+        self.layers = [self.states.layers.get(i, InPages()) for i in range(count)] if self.states else []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `PagedCache.update`; `layer_idx` counts the model's layers."""
+        return super().update(key_states, value_states, self._kv_layer.get(layer_idx, layer_idx))
+
+    def begin(self, batch: int, columns: int, valid: Tensor | None, trains: bool = False) -> Any:
+        """Open a forward; see `PagedCache.begin`."""
+        step = super().begin(batch, columns, valid, trains)
+        if self.states is not None:
+            self.states.begin()
+        return step
+
+    def commit(self, marked: Tensor | None = None) -> None:
+        """End a forward that went well; see `PagedCache.commit`."""
+        super().commit(marked)
+        if self.states is not None:
+            self.states.commit()
+
+    def abandon(self) -> None:
+        """Take back a forward that failed; see `PagedCache.abandon`."""
+        if self.states is not None:
+            self.states.abandon()
+        super().abandon()
+
+    def leave(self, indices: Sequence[int]) -> None:
+        """End sequences; see `PagedCache.leave`."""
+        before, gone = len(self.rows), {i % max(1, len(self.rows)) for i in indices}
+        super().leave(indices)
+        if self.states is not None:
+            self.states.select([i for i in range(before) if i not in gone])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences; see `PagedCache.batch_select_indices`."""
+        there = len(self.rows)
+        super().batch_select_indices(indices)
+        if self.states is not None and there:
+            self.states.select([int(i) for i in indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; see `PagedCache.crop`. Where layers have a state, all or none can be removed."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if self.states is not None and 0 < remove < self.seen:
+            raise CacheStateError(
+                "tokens cannot be taken back: this model has layers with a state that has gone on, as in linear "
+                "attention; drafts and `crop` need a model whose layers all attend"
+            )
+        super().crop(tokens_to_remove)
+        if self.states is not None and not self.seen:
+            self.states.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for these sequences, states included; see `PagedCache.nbytes`."""
+        return super().nbytes + (self.states.nbytes if self.states is not None else 0)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that transformers' `DynamicCache` would hold for the same tokens in the model's dtype, states included.
+
+        It keeps the last tokens of a window.
+        """
+        shape, total = self.shape, 0
+        if self.states is None and not shape.windowed:
+            return super().dense_nbytes
+        for (heads, key, value), life in zip(self._shapes, shape.lifetimes, strict=True):
+            total += heads * (key + value) * (self.seen if life is None else min(self.seen, life.length - 1))
+        states = self.states.nbytes if self.states is not None else 0
+        return total * len(self.rows) * shape.dtype.itemsize + states
+
+    def __len__(self) -> int:
+        return len(self.layers) or super().__len__()
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have a state and no keys."""
+        states = self.states.layers if self.states is not None else {}
+        return [i in states and i not in self._kv_layer for i in range(len(self))]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer, as transformers sees it: all columns count, and windows are expiries."""
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """No layer: what stands for those in pages is none."""
+        return [False] * len(self)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can always undo."""
+        return super().is_croppable and self.states is None
+
     # Positions that are not the tokens' own
 
     def _set_moved(self, moved: Tensor | None) -> None:
@@ -171,6 +290,8 @@ class KVCache(PagedCache):
         if both is not None and not both.is_cuda and bool(both):
             raise CacheStateError(f"these caches cannot run as one batch: {_MOVED}")
         super().join(other)
+        if self.states is not None and isinstance(other, KVCache) and other.states is not None:
+            self.states.take(other.states)
         self.moved = both
         if both is not None and both.is_cuda:
             self._joined.post(both, None)
@@ -185,6 +306,8 @@ class KVCache(PagedCache):
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         super().reset()
+        if self.states is not None:
+            self.states.reset()
         self._set_moved(None)
         self.approximate = False
 
@@ -197,6 +320,9 @@ class KVCache(PagedCache):
         """The same tokens in a cache of its own, which shares pages with this one until they diverge."""
         twin = super().__deepcopy__(memo)
         twin._joined = Late(self.shape.device)
+        if self.states is not None:
+            twin.states = self.states.copy()
+            twin._list_layers(len(self.layers))
         return twin
 
     def __reduce__(self) -> NoReturn:
@@ -206,7 +332,14 @@ class KVCache(PagedCache):
 
 
 _CALLED = {"modules": "set of its modules' settings"}  # fields of an identity whose names say too little
+_STATEFUL = "its model has layers with a state, as in linear attention, which is there for the last token read alone"
 _MOVED = "its tokens were read at other position_ids than their numbers in the sequence, and nothing tells which"
+
+
+def _joined(model: PreTrainedModel) -> "Attachment | None":
+    """What `attach` joined to a model or to the language model inside it."""
+    found: Attachment | None = model.__dict__.get("_octavo") or joined(model).__dict__.get("_octavo")
+    return found
 
 
 def _short(value: Any) -> str:

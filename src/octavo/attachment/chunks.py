@@ -38,10 +38,13 @@ def chunk_bounds(
         first = last
 
 
-def part_of(kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
-    """The arguments of tokens first..last of a long forward; its 2-D mask is with the forward already."""
+def part_of(kwargs: dict[str, Any], first: int, last: int, masked: bool = False) -> dict[str, Any]:
+    """The arguments of tokens first..last of a long forward; its 2-D mask is with the forward already.
+
+    `masked`: layers that do not attend read the mask too, so it comes along up to those tokens.
+    """
     part = dict(kwargs)
-    for name in ("input_ids", "inputs_embeds"):
+    for name in ("input_ids", "inputs_embeds", "per_layer_inputs", "token_type_ids"):
         if part.get(name) is not None:
             part[name] = part[name][:, first:last]
     for name in ("position_ids", "cache_position"):  # [N], [B, N] or, where pictures have several axes, [axes, B, N]
@@ -49,7 +52,8 @@ def part_of(kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
             part[name] = part[name][..., first:last]
     mask = part.get("attention_mask")
     if mask is not None and mask.ndim == 2:
-        part["attention_mask"] = None
+        columns = kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"].shape[1]
+        part["attention_mask"] = mask[:, : mask.shape[1] - columns + last] if masked else None
     return part
 
 

@@ -11,6 +11,7 @@ from octavo.attachment import positions
 from octavo.attachment.cache import KVCache
 from octavo.attachment.chunks import chunk_bounds, join, part_of
 from octavo.attachment.forward import NAME, Forward, asked_for
+from octavo.attachment.masks import padding_of
 from octavo.attachment.standin import BoundCache, bind, release
 from octavo.errors import CacheError, CacheStateError, PromptError, UnsupportedModelError
 
@@ -34,10 +35,16 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
         return attachment.original(**kwargs)  # transformers says what is missing
     if tokens.shape[1] == 0:
         raise PromptError("the prompt is empty; give at least one token")
+    if isinstance(kwargs.get("attention_mask"), dict):
+        kwargs["attention_mask"] = padding_of(kwargs["attention_mask"])
+    if isinstance(kwargs.get("logits_to_keep"), int):
+        kwargs["logits_to_keep"] = 0  # decoders that drop other tokens' last layers cannot join chunks
     _refuse(attachment, kwargs)
     model: Any = attachment.model
     past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-    if model.training and getattr(model.base_model.layers[0], "gradient_checkpointing", False) and not _held(past):
+    if model.training and model.is_gradient_checkpointing and not _held(past):
+        if not attachment.layout.keywords:
+            raise UnsupportedModelError(f"gradient checkpointing is not supported for {type(model).__name__}")
         past, use_cache = None, False  # layers that run again must not fill a cache again
         kwargs.update(past_key_values=past, use_cache=use_cache)
     if past is None and not (model.config.use_cache if use_cache is None else use_cache):
@@ -59,14 +66,13 @@ def _uncached(attachment: "Attachment", kwargs: dict[str, Any], tokens: Tensor, 
         kwargs["position_ids"] = positions.of_tokens(valid)
     policy, transform = attachment.running() if mode is None else attachment.oracle(mode)
     forward = Forward(
-        attachment.attention,
-        attachment.lifetimes,
+        attachment.layout,
         policy=policy,
         valid=valid,
         transform=transform,
         borrowed=attachment.borrowed,
     )
-    return attachment.original(**kwargs, octavo_forward=forward)
+    return attachment.run(forward, **kwargs)
 
 
 def _cached(attachment: "Attachment", cache: KVCache, kwargs: dict[str, Any], tokens: Tensor, asked: int | None) -> Any:
@@ -82,6 +88,8 @@ def _cached(attachment: "Attachment", cache: KVCache, kwargs: dict[str, Any], to
     if cache.seen and mask is not None and mask.ndim == 2 and mask.shape[1] > columns:
         cache.check_mask(mask)
     kwargs.update(past_key_values=cache, use_cache=True)
+    if mask is not None and mask.ndim == 2 and cache.states is None:
+        kwargs["attention_mask"] = None  # padding travels with the forward, and nothing else reads the mask
     return _chunks(attachment, cache, kwargs, tokens, valid, asked)
 
 
@@ -102,18 +110,20 @@ def _chunks(
     whole = trains or attachment.needs_whole or kwargs.get("deepstack_visual_embeds") is not None
     chunk = cache.seen + columns if whole else attachment.settings.chunk
     wanted = columns if asked is None or trains or not cache.swiftkv_on else asked
+    if not (attachment.layout.continues or cache.states is None):  # the first input in one piece, then one by one
+        chunk, whole = (1, False) if cache.seen else (columns, columns > 1)
     parts, before, kept, moved = [], cache.seen, cache.sequences.boundaries.wanted, cache.moved
     inside = [p for p in kept if before < p < before + columns]
     if whole and inside:
         raise CacheStateError(
             f"boundary {min(inside)} lies within an input that must run in one piece, since gradients are wanted or "
-            "RoPE depends on its length; call the model under torch.no_grad(), or end the input there"
+            "RoPE or states of layers depend on it; call the model under torch.no_grad(), or end the input there"
         )
     if cache.sequences.passes_boundaries(valid):
         kept = set()
     try:
         for first, last, keep in chunk_bounds(before, columns, chunk, wanted, kept):
-            part = kwargs if last - first == columns else part_of(kwargs, first, last)
+            part = kwargs if last - first == columns else part_of(kwargs, first, last, cache.states is not None)
             real = None if valid is None else valid[:, first:last]
             parts.append(_step(attachment, cache, part, (batch, last - first), real, keep, trains))
     except BaseException:
@@ -145,15 +155,14 @@ def _step(
         if given is None and (counted := positions.next_in(cache, valid)) is not None:
             kwargs = {**kwargs, "position_ids": counted}
         forward = Forward(
-            attachment.attention,
-            attachment.lifetimes,
+            attachment.layout,
             cache,
             gates,
             keep=keep,
             transform=transform,
             borrowed=attachment.borrowed,
         )
-        out = attachment.original(**kwargs, octavo_forward=forward)
+        out = attachment.run(forward, **kwargs)
         forward.commit()
         cache.moved = moved
     except BaseException:
@@ -190,7 +199,7 @@ def _held(past: Any) -> bool:
 
 def _refuse(attachment: "Attachment", kwargs: dict[str, Any]) -> None:
     """Raise UnsupportedModelError for what would silently be ignored."""
-    config: Any = attachment.model.base_model.config
+    config: Any = attachment.model.config
     if config._attn_implementation != NAME:
         raise UnsupportedModelError(
             f"this model's attention was set to {config._attn_implementation!r} after octavo.attach; attach it anew, "

@@ -1,18 +1,21 @@
 """What runs inside a model's forward: the attention function, and the layers that SwiftKV transforms.
 
-Nothing is global: all that they need travels down with the call, as the keyword argument `octavo_forward`.
+Nothing is global: all that they need travels down with the call, as the keyword argument `octavo_forward`, or where a
+model's layers drop what they do not know, as a context variable of the running call.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface
 
 from octavo.attachment.borrowed import take_channel
+from octavo.attachment.layout import NUMBER, Layout
+from octavo.attachment.masks import mask
 from octavo.attention import Lifetime, Packed, Scoring, dense_attention
 from octavo.dms import FoldedGates, Policy
 from octavo.errors import NotAttachedError, UnsupportedModelError
@@ -21,6 +24,7 @@ from octavo.swiftkv import SwiftKV
 from octavo.swiftkv.transform import Rotary
 
 NAME = "octavo"
+RUNNING: ContextVar["Forward | None"] = ContextVar("octavo_forward", default=None)  # see `Attachment.run`
 
 
 @dataclass
@@ -31,8 +35,7 @@ class Forward:
     `packed` tells documents apart.
     """
 
-    attention: list[nn.Module]  # the model's attention modules
-    lifetimes: Sequence[Lifetime | None]  # of each of them: its window
+    layout: Layout  # of the model
     cache: PagedCache | None = None  # on which a step has begun
     gates: FoldedGates | None = None
     policy: Policy | None = None
@@ -45,6 +48,7 @@ class Forward:
     entering: Tensor | None = None  # what the keys of the layer that runs now come from, [B, N, hidden]
     undecided: list[Tensor] = field(default_factory=list)  # the same of all layers so far, where marks can wait
     shared: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)  # see `enter`
+    kept: dict[int, Tensor | None] = field(default_factory=dict)  # what `policy` says of KV layers that others read too
 
     def transforms(self, layer: int) -> bool:
         """Whether SwiftKV runs this layer."""
@@ -94,6 +98,21 @@ class Forward:
             self.cache.step.settle(layer)
         return out
 
+    def paged(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float,
+        scoring: Scoring | None,
+    ) -> Tensor:  # fmt: skip
+        """One attention module's attention over the cache, [B, N, Hq, value's D], after its keys have gone there."""
+        layout = self.layout
+        kv_layer, heads, D, width = layout.reads[number], layout.kv_heads, layout.head_dim, value.shape[-1]
+        group, query_heads = query.shape[1] // key.shape[1], query.shape[1]
+        if layout.owns[number]:
+            self.store(kv_layer, [hidden], [filled(key, heads, D)], [filled(value, heads, D)])
+        if scoring is not None and scoring.sinks is not None and query_heads < heads * group:
+            scoring = scoring._replace(sinks=nn.functional.pad(scoring.sinks, (0, heads * group - query_heads)))
+        out = self.attend(kv_layer, filled(query, heads * group, D), scale, layout.last[number], scoring)
+        return out if out.shape[2:] == (query_heads, width) else out[:, :, :query_heads, :width]
+
     def enter(self, residual: Tensor, rotary: Rotary) -> None:
         """Make the keys and values of all KV layers from K on, from the residual stream [B, N, hidden] before layer K.
 
@@ -102,7 +121,7 @@ class Forward:
         assert self.transform is not None
         spec = self.transform.spec
         n = self.transform.normalised(residual)
-        keys, values = self.transform.keys_values(n, self.attention, rotary)
+        keys, values = self.transform.keys_values(n, self.layout.attention, rotary)
         if self.cache is None:
             for i, layer in enumerate(range(spec.kv_layers, spec.cached_layers)):
                 log_keep = self.policy.log_keep(layer, n, keys[i]) if self.policy else None
@@ -126,6 +145,12 @@ class Forward:
         return dense_attention(query, key, value, log_keep, window, scale, self.valid, self.packed, *special)
 
 
+def filled(tensor: Tensor, heads: int, elements: int) -> Tensor:
+    """Heads [B, h, N, D] with zeros behind their elements and more heads of zeros: products stay what they are."""
+    more = heads - tensor.shape[1], elements - tensor.shape[-1]
+    return tensor if more == (0, 0) else nn.functional.pad(tensor, (0, more[1], 0, 0, 0, more[0]))
+
+
 def asked_for(name: str, kwargs: dict[str, Any], config: Any, default: bool = False) -> bool:
     """Whether a call asks for something: by its argument `name`, else by the model's configuration, else `default`."""
     value = kwargs.get(name)
@@ -146,13 +171,12 @@ def ask_for_logits(
 
 def remember_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Hook on attention modules: the gate reads what keys and values are projected from."""
-    forward: Forward | None = kwargs.get("octavo_forward")
+    forward: Forward | None = kwargs.get("octavo_forward") or RUNNING.get()
     if forward is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} was called without its decoder, which hands down the forward"
         )
-    layer: Any = module.layer_idx
-    if not forward.transforms(layer):
+    if not forward.transforms(getattr(module, "layer_idx", -1)):
         forward.entering = args[0] if args else kwargs["hidden_states"]
 
 
@@ -212,13 +236,14 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: [B, N, Hq, D]."""
+    octavo_forward = octavo_forward or RUNNING.get()
     if octavo_forward is None:
         raise NotAttachedError(
             f"attention '{NAME}' needs a model prepared by octavo.attach, "
             "and a model that shares its configuration with an attached one needs one of its own"
         )
     _refuse(module, attention_mask, dropout, kwargs)
-    layer: Any = module.layer_idx
+    number: int = module.__dict__[NUMBER]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     forward, hidden = octavo_forward, octavo_forward.entering
     if hidden is None:
@@ -231,36 +256,31 @@ def _attention(
         query, channel = take_channel(query, key.shape[1], forward.rotary)
         hidden = channel if forward.reads_channel else hidden
     scoring = None if softcap is None and s_aux is None else Scoring(softcap, s_aux)
+    kv_layer = forward.layout.reads[number]
     if forward.cache is not None:
-        forward.store(layer, [hidden], [key], [value])
-        return forward.attend(layer, query, scale, True, scoring), None
-    log_keep = forward.policy.log_keep(layer, hidden, key) if forward.policy else None
-    return forward.masked(query, key, value, log_keep, scale, forward.lifetimes[layer], scoring), None
+        return forward.paged(number, query, key, value, hidden, scale, scoring).contiguous(), None
+    if forward.policy is not None and forward.layout.owns[number]:
+        forward.kept[kv_layer] = forward.policy.log_keep(kv_layer, hidden, key)
+    kept = forward.kept.get(kv_layer)
+    log_keep = None if kept is None else kept[:, : key.shape[1]]  # gates have the most heads of any layer
+    if forward.layout.last[number]:
+        forward.kept.pop(kv_layer, None)
+    lifetime = forward.layout.lifetimes[kv_layer]
+    return forward.masked(query, key, value, log_keep, scale, lifetime, scoring).contiguous(), None
 
 
 def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise UnsupportedModelError for what Octavo's attention does not compute."""
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.ndim > 2:
         raise UnsupportedModelError("custom 4-D attention masks are not supported; pass a 2-D padding mask")
     if dropout:
         raise UnsupportedModelError("attention dropout is not supported; call model.eval()")
 
 
-def _mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> None:
-    """Padding travels with the forward, and causality and windows are the visibility rule; the rest is refused."""
-    if not _expressed(mask_function):
-        raise UnsupportedModelError("packed sequences and mask overlays are not supported; pad instead")
-
-
-def _expressed(mask_function: Any) -> bool:
-    """Whether this is causality or a window, alone or together: transformers composes masks of closures."""
-    if mask_function is causal_mask_function:
-        return True
-    maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
-    if maker in ("sliding_window_overlay", "chunked_overlay"):
-        return True
-    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions") if maker == "and_masks" else None
-    return bool(parts) and all(_expressed(part) for part in parts or ())
+def _mask(**kwargs: Any) -> Tensor | None:
+    """The mask function beside it; inside a decoder nothing else reads masks, and what it gives looks like none."""
+    made = mask(**kwargs)
+    return made if RUNNING.get() is None else None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.attachment.compiled import compiled
 from octavo.attachment.forward import Forward, asked_for
+from octavo.attachment.layout import decoder_of
 from octavo.attention import cuda
 from octavo.kv.fused_step import Replayed
 from octavo.kv.late import capturing
@@ -125,7 +126,7 @@ class Graphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         compiles = attachment.settings.compiled
-        with compiled(attachment.model.base_model, attachment.attention) if compiles else nullcontext():
+        with compiled(decoder_of(attachment.model), attachment.layout.attention) if compiles else nullcontext():
             self._step(cache, tokens, positions, rows, search, rehearsal=True)
             torch.cuda.synchronize(device)
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -148,18 +149,16 @@ class Graphs:
         try:
             step = cache.begin_capture(rows, search)
             forward = Forward(
-                attachment.attention,
-                attachment.lifetimes,
+                attachment.layout,
                 cache,
                 gates,
                 keep=1,
                 transform=transform,
                 borrowed=attachment.borrowed,
             )
-            out = attachment.original(
-                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
-                octavo_forward=forward,
-            )  # fmt: skip
+            out = attachment.run(
+                forward, input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
+            )
             if rehearsal:
                 step.rehearse(forward.decided())
             else:

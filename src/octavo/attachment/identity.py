@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from octavo.attachment.layout import NUMBER, decoder_of
 from octavo.dms import Gates
 from octavo.kv import CacheShape
 
@@ -40,7 +41,7 @@ _IGNORED = {  # in a configuration: names, versions, what is asked for, the outp
 }  # fmt: skip
 _PASSING = {  # in a module: what torch keeps there, and what changes without changing what it computes
     *nn.Module().__dict__, "_is_hf_initialized", "gradient_checkpointing", "max_seq_len_cached", "name_or_path",
-    "warnings_issued",
+    "warnings_issued", NUMBER,
 }  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def identity(attachment: "Attachment", shape: CacheShape, swiftkv: bool) -> dict
         "swiftkv": attachment.digests.of("swiftkv", transform) if transform else None,
         "gates": attachment.digests.of("gates", gates.gates, folded) if gates else None,
         **{f"config.{name}": value for name, value in _configured(model.config.to_dict()).items()},
-        "modules": _digest_of_modules(model.base_model),
-        "weights": attachment.digests.of("weights", model.base_model),
+        "modules": _digest_of_modules(decoder_of(model)),
+        "weights": attachment.digests.of("weights", decoder_of(model)),
     }
     named: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return named

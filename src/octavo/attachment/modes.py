@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from octavo.attachment.supported import head_dim, lifetimes
+from octavo.attachment.layout import Layout
 from octavo.config import Eviction
 from octavo.dms import Adapter, FoldedGates, HardGates, Policy
 from octavo.kv import CacheShape
@@ -15,8 +15,10 @@ from octavo.swiftkv import SwiftKV, SwiftKVAdapter
 class Modes:
     """The adapters of one model, `skips` True or False being the mode that is asked about, with SwiftKV or without."""
 
-    def __init__(self, model: PreTrainedModel, adapter: Adapter | None, swiftkv: SwiftKVAdapter | None) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, layout: Layout, adapter: Adapter | None, swiftkv: SwiftKVAdapter | None
+    ) -> None:
+        self.model, self.layout = model, layout
         self.adapter = adapter
         self.swiftkv = swiftkv
         self._cast: SwiftKV | None = None  # what `transform` gave last
@@ -34,13 +36,13 @@ class Modes:
 
     def shape(self, skips: bool) -> CacheShape:
         """What a cache of this mode must look like, where the model lies now."""
-        config = self.model.config
-        layers = config.num_hidden_layers  # fewer than the model has while generation drafts with an early exit
+        layout, there = self.layout, self.model.config.num_hidden_layers
+        layers = sum(layer < there for layer in layout.stores)  # fewer than all while generation exits early
         cached = self.swiftkv.transform.spec.kv_layer_of(layers - 1) + 1 if self.swiftkv and skips else layers
-        heads = config.num_key_value_heads
         where = self.model.dtype, self.model.device
-        lives = lifetimes(self.model)[:cached]
-        return CacheShape(layers, cached, heads, head_dim(config), *where, lives)
+        lives = layout.lifetimes[:cached]
+        heads = layout.heads[:cached]
+        return CacheShape(layers, cached, layout.kv_heads, layout.head_dim, *where, lives, heads)
 
     def oracle(self, skips: bool) -> tuple[Policy | None, SwiftKV | None]:
         """What a forward without a cache must run under to equal one with a cache of this mode."""

@@ -87,8 +87,7 @@ def fill_between(attachment: "Attachment", cache: KVCache, tokens: Any, taken: S
         after = int(position[first + chunk]) if first + chunk < len(position) else limit
         begin_between(cache, part, after)
         forward = Forward(
-            attachment.attention,
-            attachment.lifetimes,
+            attachment.layout,
             cache,
             gates,
             keep=0,
@@ -138,7 +137,7 @@ def turn(attachment: "Attachment", key: Tensor, by: int) -> Tensor:
 
 def rotated(attachment: "Attachment") -> Any:
     """The function by which the model turns queries and keys."""
-    return type(attachment.attention[0]).forward.__globals__[ROTARY]  # type: ignore[attr-defined]
+    return type(attachment.layout.attention[0]).forward.__globals__[ROTARY]  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

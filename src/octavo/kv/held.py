@@ -33,7 +33,7 @@ class Held:
         self, shape: CacheShape, eviction: Eviction | None, memory: Memory, budget: int | None = None, undo: int = 0
     ) -> None:
         self.shape, self.eviction, self.memory = shape, eviction, memory
-        self.lifetimes = Lifetimes(shape.lifetimes, shape.device) if shape.windowed else None
+        self.lifetimes = Lifetimes(shape.lifetimes, shape.device, shape.heads) if shape.windowed else None
         longest = self.lifetimes.longest if self.lifetimes else 0
         self.tables = memory.tables(shape.cached_layers, eviction.window if eviction else None, longest)
         self.undo = undo

@@ -14,7 +14,8 @@ STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what `CacheSettings
 class CacheShape:
     """What a cache must know of a model. `dtype` is what the model computes in; `layers` may share `cached_layers`.
 
-    `lifetimes`: of each KV layer, None where it attends to everything; empty where all do.
+    `lifetimes`: of each KV layer, None where it attends to everything; empty where all do. `heads`: how many of the
+    `kv_heads` each KV layer really has; empty where all have all.
     """
 
     layers: int
@@ -24,11 +25,12 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     lifetimes: tuple[Lifetime | None, ...] = ()
+    heads: tuple[int, ...] = ()
 
     @property
     def windowed(self) -> bool:
-        """Whether tokens of any layer expire by themselves."""
-        return any(life is not None for life in self.lifetimes)
+        """Whether tokens of any layer, or of heads that a layer does not have, expire by themselves."""
+        return bool(self.heads) or any(life is not None for life in self.lifetimes)
 
     def layout(self, settings: CacheSettings) -> PageLayout:
         """The pages of such a cache."""

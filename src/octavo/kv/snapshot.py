@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,7 @@ from octavo.errors import CacheStateError, OutputFileError, SnapshotFileError
 
 KIND, FORMAT = "snapshot", 1
 SETTINGS = "octavo"  # the one entry of the file's metadata: with several, their order would differ from file to file
+STATE = "state."  # how the names of tensors begin that are states
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64", "int8", "float8_e4m3fn")}
 
 
@@ -91,7 +92,8 @@ class Snapshot:
     expiry is NEVER). So the state at p_i is the segments up to it and its tail, whatever was read later.
 
     `identity`: what the model was, JSON values by field. `tokens` int32 [n], n >= the last boundary, or None: the ids
-    that were read, and those that are to be read next. `nbytes`: bytes of all tensors.
+    that were read, and those that are to be read next. `states`: what layers hold that have a state and no keys, by
+    name, at the last boundary alone. `nbytes`: bytes of all tensors.
     """
 
     boundaries: tuple[int, ...]
@@ -100,12 +102,15 @@ class Snapshot:
     layout: SnapshotLayout
     identity: dict[str, Any]
     tokens: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
 
     def at(self, boundary: int) -> list[Ragged]:
         """What makes up the state at a boundary; the last is its tail. Raises CacheStateError for another boundary."""
         if boundary not in self.boundaries:
             known = ", ".join(map(str, self.boundaries))
             raise CacheStateError(f"this snapshot has no boundary {boundary}; it has {known}")
+        if self.states and boundary != self.boundaries[-1]:
+            raise CacheStateError("this snapshot holds the states of its model's layers at its last boundary alone")
         which = self.boundaries.index(boundary)
         return [*self.segments[: which + 1], self.tails[which]]
 
@@ -185,6 +190,7 @@ class Snapshot:
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors by the names that they have in a file."""
         named = {} if self.tokens is None else {"tokens": self.tokens}
+        named |= {f"{STATE}{name}": tensor for name, tensor in self.states.items()}
         for kind, parts in (("segment", self.segments), ("tail", self.tails)):
             for i, part in enumerate(parts):
                 named |= {f"{kind}.{i}.{name}": tensor for name, tensor in part.tensors.items()}
@@ -208,7 +214,8 @@ def _assembled(
     segments, tails = (
         tuple(Ragged(**parts[f"{kind}.{i}"]) for i in range(len(boundaries))) for kind in ("segment", "tail")
     )
-    return Snapshot(boundaries, segments, tails, layout, identity, tensors.get("tokens"))
+    states = {name.removeprefix(STATE): tensor for name, tensor in tensors.items() if name.startswith(STATE)}
+    return Snapshot(boundaries, segments, tails, layout, identity, tensors.get("tokens"), states)
 
 
 def _parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -239,7 +246,7 @@ def _check(boundaries: tuple[int, ...], layout: SnapshotLayout, tensors: dict[st
         raise ValueError("boundaries must be whole numbers that fit into 32 bits, at least one")
     if any(a >= b for a, b in pairwise((0, *boundaries))):
         raise ValueError(f"boundaries {boundaries} do not rise from 1")
-    expected, parts = {"tokens"} & set(tensors), _parts(tensors)
+    expected, parts = {name for name in tensors if name == "tokens" or name.startswith(STATE)}, _parts(tensors)
     for prefix, tail in _prefixes(len(boundaries)):
         part = parts[prefix]
         if bool((part["counts"] < 0).any()):

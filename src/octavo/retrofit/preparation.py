@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from octavo.attachment import Attachment
-from octavo.attachment.supported import attention_modules
 from octavo.dms import Gates
 from octavo.retrofit.lesson import embedded_tokens
 from octavo.retrofit.packing import Rows
@@ -42,7 +41,7 @@ def _mean_squares(attachment: Attachment, transform: SwiftKV | None, rows: Rows)
 
     model = attachment.model
     base: Any = model.base_model
-    hooks = [m.register_forward_pre_hook(measure, with_kwargs=True) for m in attention_modules(model)]
+    hooks = [m.register_forward_pre_hook(measure, with_kwargs=True) for m in attachment.layout.own]
     try:
         if transform is None:
             with attachment.using(None):

@@ -1,0 +1,59 @@
+"""What is made of the masks that transformers wants: padding travels with the forward, and the rest is the rule.
+
+Models of several kinds of input make their language model's masks themselves, one for each kind of layer. What they get
+is the padding mask as it was, which the language model's decoder then finds in their place (`padding_of`).
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from octavo.errors import UnsupportedModelError
+
+_WINDOWS = ("sliding_window_overlay", "chunked_overlay")  # functions of transformers that make masks of windows
+
+
+def mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask function beside our attention functions: causality and windows are the rule, the rest is refused.
+
+    Gives the padding mask [B, N] back, which attention leaves aside.
+    """
+    if mask_function is bidirectional_mask_function:
+        raise UnsupportedModelError("it attends in both directions; only causal attention is supported")
+    if not _expressed(mask_function):
+        raise UnsupportedModelError("packed sequences and mask overlays are not supported; pad instead")
+    return attention_mask
+
+
+def padding_of(masks: dict[str, Any]) -> Tensor | None:
+    """The padding mask [B, N] in masks that `mask` has made, one for each kind of layer; None: nothing is padded.
+
+    Raises UnsupportedModelError for masks that were made otherwise.
+    """
+    made = [each for each in masks.values() if each is not None]
+    if any(not isinstance(each, Tensor) or each.ndim != 2 for each in made):
+        raise UnsupportedModelError("masks made beforehand are not supported; pass a 2-D padding mask")
+    return made[0] if made else None
+
+
+def is_windowed(mask_function: Any) -> bool:
+    """Whether a window is a part of this."""
+    maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
+    return maker in _WINDOWS or any(map(is_windowed, _parts(mask_function)))
+
+
+def _expressed(mask_function: Any) -> bool:
+    """Whether this is causality or a window, alone or together: transformers composes masks of closures."""
+    maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
+    parts = _parts(mask_function)
+    return mask_function is causal_mask_function or maker in _WINDOWS or (bool(parts) and all(map(_expressed, parts)))
+
+
+def _parts(mask_function: Any) -> tuple[Any, ...]:
+    """The masks that all must agree in one made by `and_masks`; none where it is another."""
+    if getattr(mask_function, "__qualname__", "").partition(".")[0] != "and_masks":
+        return ()
+    return tuple(inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ()))
