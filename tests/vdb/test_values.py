@@ -270,3 +270,24 @@ def test_a_graph_asks_the_rows_it_meets(condition: Metadata) -> None:
     exact = [set(hits.indices) for hits in db.search(queries, k=10, filter=condition, exact=True)]
     assert all(hits <= passing and len(hits) == 10 for hits in near + exact)
     assert sum(len(a & b) for a, b in zip(near, exact, strict=True)) >= 0.95 * 200
+
+
+@pytest.mark.parametrize("storage", ["f32", "f32+i8", "f16", "i8"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot"])
+def test_few_that_pass_are_searched_as_all_are(storage: Any, metric: Any) -> None:
+    """The answer is what passes of the answer without a filter, though rows few and far between are gathered."""
+    random = np.random.default_rng(5)
+    vectors = random.standard_normal((9000, 72), dtype=np.float32)
+    vectors[::97] *= 1e-20
+    vectors[5] = 0
+    queries = [*random.standard_normal((2, 72), dtype=np.float32), np.full(72, 1e25, np.float32)]
+    for threads in (1, 2):
+        db = VectorDatabase(72, metric, storage=storage, threads=threads)
+        db.add(vectors, metadata=[{"n": n} for n in range(len(vectors))])
+        db.remove(index=list(range(0, 9000, 50)))
+        everything = [db.search(query, 9000) for query in queries]
+        for count in (1, 3, 40, 64, 700, 1300):
+            passing = {int(n) for n in random.choice(9000, count, replace=False)}
+            for query, rows in zip(queries, everything, strict=True):
+                right = [i for i in rows.indices if i in passing][:10]
+                assert db.search(query, 10, filter={"n": {"$in": sorted(passing)}}).indices.tolist() == right
