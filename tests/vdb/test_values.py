@@ -291,3 +291,37 @@ def test_few_that_pass_are_searched_as_all_are(storage: Any, metric: Any) -> Non
             for query, rows in zip(queries, everything, strict=True):
                 right = [i for i in rows.indices if i in passing][:10]
                 assert db.search(query, 10, filter={"n": {"$in": sorted(passing)}}).indices.tolist() == right
+
+
+@pytest.mark.parametrize("kind", [int, float], ids=["ints", "floats"])
+def test_columns_that_are_asked_often_are_sorted(kind: Any) -> None:
+    """The same rows pass before a column is sorted by value, after it, and after rows have changed."""
+    random = np.random.default_rng(6)
+    rows = 3000
+    values: list[Any] = [kind(n) for n in random.integers(-40, 40, rows) * 10]
+    values[:4] = [kind(-(2**62)), kind(2**62), kind(0), -0.0 if kind is float else 0]
+    db = VectorDatabase(2, threads=1)
+    db.add(
+        random.standard_normal((rows, 2), dtype=np.float32),
+        metadata=[{"n": v, "m": i % 3} for i, v in enumerate(values)],
+    )
+    held: dict[int, Any] = dict(enumerate(values))
+    for round in range(60):
+        low, high = sorted(kind(n) for n in random.integers(-42, 42, 2) * 10)
+        high = low if round % 3 == 0 else high
+        wanted: list[tuple[dict[str, Any], list[int]]] = [
+            ({"n": {"$gte": low, "$lte": high}}, [i for i in held if low <= held[i] <= high]),
+            ({"n": {"$gt": low}}, [i for i in held if held[i] > low]),
+            ({"n": high}, [i for i in held if held[i] == high]),
+            ({"n": high, "m": {"$ne": round % 4}}, [i for i in held if held[i] == high and i % 3 != round % 4]),
+            ({"$or": [{"n": low}, {"m": 2}]}, [i for i in held if held[i] == low or i % 3 == 2]),
+        ]
+        for asked, right in wanted:
+            assert sorted(db.search([1, 0], rows, filter=asked).indices.tolist()) == right, asked
+        if round % 20 == 19:
+            gone = sorted(held)[round]
+            db.remove(index=gone)
+            del held[gone]
+            changed = sorted(held)[2 * round]
+            db.set_metadata({"n": kind(7), "m": changed % 3}, index=changed)
+            held[changed] = kind(7)

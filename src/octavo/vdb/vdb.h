@@ -56,7 +56,8 @@
  * graph answers with nothing else. The first search that asks for a name reads it from the records of all rows into a
  * column of 9 bytes a row, with the least and greatest value of every 1024 rows; later searches read again only what
  * has changed, and a condition that is asked again finds its bitset (the last 8 are kept) until a record changes.
- * Columns are no part of the file; vdb_compact and vdb_remove_vector, which renumber rows, make them forgotten.
+ * A column of ints alone, or floats alone, is sorted when it has been asked for eight times since a row changed (4 bytes
+ * a row): from then on a range that few rows are in is looked up. Columns are no part of the file; vdb_compact and vdb_remove_vector, which renumber rows, make them forgotten.
  *
  * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was
  * opened or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended
@@ -3704,6 +3705,10 @@ typedef struct vdb_column {
   size_t word_count, word_capacity;
   uint32_t *places; /* [place_count] open addressing by hash: 1 + number, 0 for none */
   size_t place_count;
+  uint32_t *order;  /* [order_count] rows that have it by value, once that is worth while: all ints, or all floats */
+  size_t order_count;
+  vdb_tag order_tag;
+  unsigned asked;   /* conditions since a row changed that looked at all of it */
 } vdb_column;
 
 static inline int vdb_columns_make(vdb_columns *columns) {
@@ -3738,7 +3743,16 @@ static inline void vdb_columns_leave(vdb_columns *columns) {
 #endif
 }
 
+/* Rows have changed, and with them their order. */
+VDB_RARE void vdb_column_unsort(vdb_column *column) {
+  VDB_FREE(column->order);
+  column->order = NULL;
+  column->order_count = 0;
+  column->asked = 0;
+}
+
 VDB_RARE void vdb_column_release(vdb_column *column) {
+  vdb_column_unsort(column);
   for (size_t i = 0; i < column->chunk_capacity; i++) VDB_FREE(column->chunks[i]);
   for (size_t i = 0; i < column->word_count; i++) VDB_FREE(column->words[i].text);
   VDB_FREE(column->chunks);
@@ -3774,7 +3788,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
   for (size_t i = 0; i < columns->count; i++) {
     const vdb_column *column = &columns->columns[i];
     bytes += column->chunk_capacity * sizeof(vdb_chunk *) + column->word_capacity * sizeof(vdb_word) +
-             column->place_count * sizeof(uint32_t);
+             (column->place_count + column->order_count) * sizeof(uint32_t);
     for (size_t c = 0; c < column->chunk_capacity; c++) bytes += column->chunks[c] ? sizeof(vdb_chunk) : 0;
     for (size_t w = 0; w < column->word_count; w++) bytes += column->words[w].size + 1;
   }
@@ -3906,6 +3920,64 @@ static inline int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_c
   return 1;
 }
 
+typedef struct {
+  uint64_t key;
+  uint32_t row;
+} vdb_keyed;
+
+/* Sorts by keys, byte by byte, those that are the same in all left out. The sorted ones are in what it returns. */
+static inline vdb_keyed *vdb_sort_keyed(vdb_keyed *from, vdb_keyed *to, size_t count) {
+  for (unsigned shift = 0; shift < 64; shift += 8) {
+    size_t places[256], next = 0;
+    memset(places, 0, sizeof places);
+    for (size_t i = 0; i < count; i++) places[from[i].key >> shift & 255]++;
+    if (places[from[0].key >> shift & 255] == count) continue;
+    for (unsigned i = 0; i < 256; i++) {
+      size_t here = places[i];
+      places[i] = next;
+      next += here;
+    }
+    for (size_t i = 0; i < count; i++) to[places[from[i].key >> shift & 255]++] = from[i];
+    vdb_keyed *sorted = to;
+    to = from;
+    from = sorted;
+  }
+  return from;
+}
+
+/* Whether a column holds nothing but ints or nothing but floats: `*tag`. */
+VDB_RARE int vdb_column_is_numbers(const vdb_column *column, vdb_tag *tag, size_t *count) {
+  uint32_t kinds = 0;
+  *count = 0;
+  for (size_t i = 0; i < column->chunk_capacity; i++) {
+    if (column->chunks[i]) kinds |= column->chunks[i]->kinds, *count += column->chunks[i]->used;
+  }
+  *tag = kinds == 1u << VDB_TAG_INT ? VDB_TAG_INT : VDB_TAG_FLOAT;
+  return *count && (kinds == 1u << VDB_TAG_INT || kinds == 1u << VDB_TAG_FLOAT);
+}
+
+/* The rows of a column in the order of their numbers. Nothing happens for want of memory. */
+VDB_RARE void vdb_column_sort(vdb_column *column) {
+  size_t count, filled = 0;
+  if (!vdb_column_is_numbers(column, &column->order_tag, &count)) return;
+  vdb_keyed *pairs = (vdb_keyed *)VDB_MALLOC(2 * count * sizeof(vdb_keyed));
+  column->order = (uint32_t *)VDB_MALLOC(count * sizeof(uint32_t));
+  for (size_t i = 0; pairs && column->order && i < column->chunk_capacity; i++) {
+    const vdb_chunk *chunk = column->chunks[i];
+    for (size_t place = 0; chunk && place < VDB_COLUMN_ROWS; place++) {
+      if (chunk->tags[place] == VDB_TAG_MISSING) continue;
+      uint64_t word = chunk->values[place], sign = (uint64_t)1 << 63;
+      int downward = column->order_tag == VDB_TAG_FLOAT && (word & sign); /* floats below 0 are ordered from behind */
+      pairs[filled].key = downward ? ~word : word ^ sign;
+      pairs[filled++].row = (uint32_t)(i * VDB_COLUMN_ROWS + place);
+    }
+  }
+  vdb_keyed *sorted = filled ? vdb_sort_keyed(pairs, pairs + count, filled) : pairs;
+  for (size_t i = 0; i < filled; i++) column->order[i] = sorted[i].row;
+  column->order_count = filled;
+  VDB_FREE(pairs);
+}
+
 /* Room in a column for indices below `rows`. */
 VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
   size_t chunks = (rows + VDB_COLUMN_ROWS - 1) / VDB_COLUMN_ROWS;
@@ -3918,7 +3990,10 @@ VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
 /* Reads what has changed since. Under a reader's lock and the mutex. */
 VDB_RARE vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
   size_t old = columns->rows, slots = db->slots, words = (columns->rows + 63) / 64;
-  if (columns->any_touched || slots > old) vdb_kept_release(columns);
+  if (columns->any_touched || slots > old) {
+    vdb_kept_release(columns);
+    for (size_t i = 0; i < columns->count; i++) vdb_column_unsort(&columns->columns[i]);
+  }
   for (size_t word = 0; word < words && columns->any_touched; word++) {
     for (uint64_t rest = columns->touched[word]; rest; rest &= rest - 1) {
       size_t row = 64 * word + (size_t)__builtin_ctzll(rest);
@@ -4347,6 +4422,79 @@ static int vdb_filter_asks(uint64_t index, void *context) {
   return vdb_filter_row(filtering->db, filtering->nodes, (size_t)index);
 }
 
+#define VDB_SORTED_AFTER 8u  /* conditions on a column whose rows have not changed: then it is sorted by value */
+#define VDB_SORTED_SHARE 32u /* a bitset is made of a sorted column where at most one row in so many is in the range */
+
+/* Whether a node asks for a range of the numbers that its column is sorted by. */
+VDB_RARE int vdb_node_is_range(const vdb_node *node) {
+  return node->asked->operation < VDB_ALL_OF && !node->negated && !node->kinds && !node->code_count && !node->hash_count &&
+         node->int_count < 2 && node->number_count < 2;
+}
+
+/* Where numbers that are not below a node's range begin in the order of its column, or, with `above`, those above it. */
+VDB_RARE size_t vdb_order_bound(const vdb_node *node, int above) {
+  const vdb_column *column = &node->column;
+  size_t low = 0, high = column->order_count;
+  while (low < high) {
+    size_t middle = (low + high) / 2;
+    uint32_t row = column->order[middle];
+    uint64_t word = column->chunks[row / VDB_COLUMN_ROWS]->values[row % VDB_COLUMN_ROWS];
+    int64_t integer;
+    double number;
+    memcpy(&integer, &word, 8);
+    memcpy(&number, &word, 8);
+    int before = column->order_tag == VDB_TAG_INT ? (above ? integer <= node->high : integer < node->low)
+                                                  : (above ? number <= node->most : number < node->least);
+    if (before) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+/* The node after one of those that must all pass: parts of a part that is ALL_OF are among them. */
+VDB_INLINE size_t vdb_next_of_all(const vdb_node *nodes, size_t part) {
+  return part + (nodes[part].asked->operation == VDB_ALL_OF ? 1 : nodes[part].size);
+}
+
+/* Whether a row passes all nodes that must pass but one, which it is known to pass. */
+static inline int vdb_filter_others(const vdb_filtering *filtering, const vdb_node *known, size_t row) {
+  const vdb_node *nodes = filtering->nodes;
+  for (size_t part = 0; part < nodes->size; part = vdb_next_of_all(nodes, part))
+    if (nodes[part].asked->operation != VDB_ALL_OF && nodes + part != known &&
+        !vdb_filter_row(filtering->db, nodes + part, row))
+      return 0;
+  return 1;
+}
+
+/* Makes the bitset from the few rows of the shortest range, if there is a sorted column that says so; each is asked the
+ * rest of the condition. 0 if there is none. Columns that are asked often enough without get sorted. */
+VDB_RARE int vdb_filter_from_order(vdb_filtering *filtering) {
+  const vdb_node *root = filtering->nodes, *best = NULL;
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
+  size_t from = 0, most = filtering->db->slots / VDB_SORTED_SHARE + 1;
+  for (size_t part = 0; part < root->size; part = vdb_next_of_all(root, part)) {
+    vdb_node *node = &filtering->nodes[part];
+    if (!vdb_node_is_range(node)) continue;
+    vdb_column *column = vdb_columns_find(columns, node->column.name);
+    if (!column->order && ++column->asked == VDB_SORTED_AFTER) vdb_column_sort(column);
+    node->column = *column;
+    if (!column->order_count) continue;
+    size_t begin = vdb_order_bound(node, 0), end = vdb_order_bound(node, 1), count = end > begin ? end - begin : 0;
+    if (count > most || (best && count == most)) continue;
+    best = node;
+    from = begin;
+    most = count;
+  }
+  if (!best) return 0;
+  memset(filtering->out, 0, filtering->words * sizeof(uint64_t));
+  for (size_t i = from; i < from + most; i++) {
+    uint32_t row = best->column.order[i];
+    if (row < filtering->db->slots && vdb_filter_others(filtering, best, row))
+      filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
+  }
+  return 1;
+}
+
 #define VDB_FILTER_SAMPLE 128u /* rows */
 #define VDB_FILTER_LEAST 16u   /* of them must pass for rows to be asked one by one */
 
@@ -4462,13 +4610,14 @@ VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *
   filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
   vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
   if (!error) error = vdb_condition_compile(&filtering, condition);
-  if (!error && by_row && vdb_filter_sample(&filtering)) {
+  int made = !error && vdb_filter_from_order(&filtering);
+  if (!error && !made && by_row && vdb_filter_sample(&filtering)) {
     columns->lent++;
     *by_row = filtering;
     return VDB_OK;
   }
   size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
-  if (!error) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
+  if (!error && !made) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
   vdb_filtering_end(&filtering);
   return error;
 }

@@ -56,7 +56,8 @@
  * graph answers with nothing else. The first search that asks for a name reads it from the records of all rows into a
  * column of 9 bytes a row, with the least and greatest value of every 1024 rows; later searches read again only what
  * has changed, and a condition that is asked again finds its bitset (the last 8 are kept) until a record changes.
- * Columns are no part of the file; vdb_compact and vdb_remove_vector, which renumber rows, make them forgotten.
+ * A column of ints alone, or floats alone, is sorted when it has been asked for eight times since a row changed (4 bytes
+ * a row): from then on a range that few rows are in is looked up. Columns are no part of the file; vdb_compact and vdb_remove_vector, which renumber rows, make them forgotten.
  *
  * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was
  * opened or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended
