@@ -270,3 +270,58 @@ def test_a_graph_asks_the_rows_it_meets(condition: Metadata) -> None:
     exact = [set(hits.indices) for hits in db.search(queries, k=10, filter=condition, exact=True)]
     assert all(hits <= passing and len(hits) == 10 for hits in near + exact)
     assert sum(len(a & b) for a, b in zip(near, exact, strict=True)) >= 0.95 * 200
+
+
+@pytest.mark.parametrize("storage", ["f32", "f32+i8", "f16", "i8"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot"])
+def test_few_that_pass_are_searched_as_all_are(storage: Any, metric: Any) -> None:
+    """The answer is what passes of the answer without a filter, though rows few and far between are gathered."""
+    random = np.random.default_rng(5)
+    vectors = random.standard_normal((9000, 72), dtype=np.float32)
+    vectors[::97] *= 1e-20
+    vectors[5] = 0
+    queries = [*random.standard_normal((2, 72), dtype=np.float32), np.full(72, 1e25, np.float32)]
+    for threads in (1, 2):
+        db = VectorDatabase(72, metric, storage=storage, threads=threads)
+        db.add(vectors, metadata=[{"n": n} for n in range(len(vectors))])
+        db.remove(index=list(range(0, 9000, 50)))
+        everything = [db.search(query, 9000) for query in queries]
+        for count in (1, 3, 40, 64, 700, 1300):
+            passing = {int(n) for n in random.choice(9000, count, replace=False)}
+            for query, rows in zip(queries, everything, strict=True):
+                right = [i for i in rows.indices if i in passing][:10]
+                assert db.search(query, 10, filter={"n": {"$in": sorted(passing)}}).indices.tolist() == right
+
+
+@pytest.mark.parametrize("kind", [int, float], ids=["ints", "floats"])
+def test_columns_that_are_asked_often_are_sorted(kind: Any) -> None:
+    """The same rows pass before a column is sorted by value, after it, and after rows have changed."""
+    random = np.random.default_rng(6)
+    rows = 3000
+    values: list[Any] = [kind(n) for n in random.integers(-40, 40, rows) * 10]
+    values[:4] = [kind(-(2**62)), kind(2**62), kind(0), -0.0 if kind is float else 0]
+    db = VectorDatabase(2, threads=1)
+    db.add(
+        random.standard_normal((rows, 2), dtype=np.float32),
+        metadata=[{"n": v, "m": i % 3} for i, v in enumerate(values)],
+    )
+    held: dict[int, Any] = dict(enumerate(values))
+    for round in range(60):
+        low, high = sorted(kind(n) for n in random.integers(-42, 42, 2) * 10)
+        high = low if round % 3 == 0 else high
+        wanted: list[tuple[dict[str, Any], list[int]]] = [
+            ({"n": {"$gte": low, "$lte": high}}, [i for i in held if low <= held[i] <= high]),
+            ({"n": {"$gt": low}}, [i for i in held if held[i] > low]),
+            ({"n": high}, [i for i in held if held[i] == high]),
+            ({"n": high, "m": {"$ne": round % 4}}, [i for i in held if held[i] == high and i % 3 != round % 4]),
+            ({"$or": [{"n": low}, {"m": 2}]}, [i for i in held if held[i] == low or i % 3 == 2]),
+        ]
+        for asked, right in wanted:
+            assert sorted(db.search([1, 0], rows, filter=asked).indices.tolist()) == right, asked
+        if round % 20 == 19:
+            gone = sorted(held)[round]
+            db.remove(index=gone)
+            del held[gone]
+            changed = sorted(held)[2 * round]
+            db.set_metadata({"n": kind(7), "m": changed % 3}, index=changed)
+            held[changed] = kind(7)

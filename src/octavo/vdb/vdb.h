@@ -6,9 +6,9 @@
  *
  * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata: bytes, or
  * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows:
- * exactly, by reading every row, or through an HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
- * -DVDB_MULTITHREADED, pthreads. POSIX systems. For Windows (x86-64, clang or mingw) it compiles; it has not been run
- * there, so nothing of it is tested:
+ * exactly, by reading every row, or through an HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no
+ * dependency but libm and, with -DVDB_MULTITHREADED, pthreads. POSIX systems; it is tested on Linux, and compiles for
+ * macOS. For Windows (x86-64, clang) it compiles; it has not been run there, so nothing of it is tested:
  *
  *     #include "vdb.h"
  *
@@ -22,12 +22,12 @@
  *     cc -std=c11 -O2 app.c -lm                               // or: cc -O2 -DVDB_MULTITHREADED app.c -lm -pthread
  *
  * Every function is `static inline`, so a program of one file needs nothing else. A program of several files defines
- * VDB_DECLARATIONS_ONLY before each #include but one, and VDB_IMPLEMENTATION before that one; where both are defined, in
- * one file, VDB_IMPLEMENTATION counts. The code takes a compiler some seconds at -O2, the declarations nothing: while a
- * program is being written, give the code a file of its own, or define VDB_PLAIN, which leaves out the kernels for
- * particular processors and takes two thirds of the time; answers are the same. The header is joined from parts by topic,
- * which Octavo's repository holds (src/octavo/vdb/parts); docs/tour.md says what is in which.
- * VDB_MALLOC and VDB_FREE replace the allocator; VDB_REALLOC is theirs too, and may be left out.
+ * VDB_DECLARATIONS_ONLY before each #include but one, and VDB_IMPLEMENTATION before that one; where both are defined,
+ * in one file, VDB_IMPLEMENTATION counts. The code takes a compiler some seconds at -O2, the declarations nothing:
+ * while a program is being written, give the code a file of its own, or define VDB_PLAIN, which leaves out the kernels
+ * for particular processors and takes two thirds of the time; answers are the same. The header is joined from parts by
+ * topic, which Octavo's repository holds (src/octavo/vdb/parts); docs/tour.md says what is in which. VDB_MALLOC and
+ * VDB_FREE replace the allocator; VDB_REALLOC is theirs too, and may be left out.
  *
  * MANUAL, in the order of the code
  *
@@ -36,7 +36,7 @@
  *   3 Numbers          16-bit floats, exact distances, checksums
  *   4 Kernels          scans for plain C, AVX2, AVX-512 (VNNI, BF16), AMX and NEON, chosen when first used
  *   5 Threads          many readers or one writer; a pool made once
- *   6 Rows             blocks of vectors, codes and norms; ids and metadata; columns of values, conditions on them
+ *   6 Rows             blocks of vectors, codes and norms, on disk too; ids and metadata; columns of values, conditions
  *   7 Exact search     bounds, shortlists, exact distances
  *   8 HNSW             graph search, parallel insertion, removal
  *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format, the journal
@@ -54,40 +54,45 @@
  *
  * It becomes a bitset over all rows, once for a call however many questions it asks: scans skip what is not in it, a
  * graph answers with nothing else. The first search that asks for a name reads it from the records of all rows into a
- * column of 9 bytes a row, with the least and greatest value of every 1024 rows; later searches read again only what has
- * changed, and a condition that is asked again finds its bitset (the last 8 are kept) until a record changes. Columns are
- * no part of the file; vdb_compact and vdb_remove_vector, which
- * renumber rows, make them forgotten.
+ * column of 9 bytes a row, with the least and greatest value of every 1024 rows; later searches read again only what
+ * has changed, and a condition that is asked again finds its bitset (the last 8 are kept) until a record changes.
+ * A column of ints alone, or floats alone, is sorted when it has been asked for eight times since a row changed (4 bytes
+ * a row): from then on a range that few rows are in is looked up. Columns are no part of the file; vdb_compact and vdb_remove_vector, which renumber rows, make them forgotten.
  *
- * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was opened
- * or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended is the
- * file's journal: behind the file's end as its header says it (bytes 16 to 23), a batch for each save, each at a multiple
- * of 64, little-endian, with CRC-32C checksums:
+ * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was
+ * opened or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended
+ * is the file's journal: behind the file's end as its header says it (bytes 16 to 23), a batch for each save, each at
+ * a multiple of 64, little-endian, with CRC-32C checksums:
  *
- *     head, 64 bytes  0 u8[8] "VDBJ" 0d 0a 1a 0a   8 u64 its place in the file   16 u64 n, bytes from there to the end
- *                     mark   24 u64 slots   32 u64 live rows   40 u64 free rows that stay as they were   48 u32 row where
- *                     graph searches begin   52 u32 rows inserted since all were made reachable   56 u32 checksum of the
- *                     end mark before, or of the header   60 u32 checksum of bytes 0 to 59
- *     content         u32 e, number of entries; u32 f, number of rows that have become free; u32[f]; zeros to a multiple
- *                     of 8; e entries; zeros to a multiple of 64
- *     entry           u32 row; u32 flags (1: it is there, 2: it comes whole); if whole f32 norm, scale, residual, u32 bytes
- *                     of id, u32 bytes of metadata (plus 2^31: values); HNSW: u32[1 + 2 links], u32 levels, for each level
- *                     u32[1 + links]; if whole vector, codes, id, 0, metadata; zeros to a multiple of 8
- *     end mark, 64    0 u8[8] "VDBE" 0d 0a 1a 0a   8 u64 place of the head   16 u64 n   24 u32 checksum of the n bytes
- *                     28 zeros   60 u32 checksum of bytes 0 to 59
+ *     head, 64 bytes  0 u8[8] "VDBJ" 0d 0a 1a 0a;  8 u64 its place in the file;  16 u64 n, bytes from there to the
+ *                     end mark;  24 u64 slots;  32 u64 live rows;  40 u64 free rows that stay as they were;  48 u32
+ *                     row where graph searches begin;  52 u32 rows inserted since all were made reachable;  56 u32
+ *                     checksum of the end mark before, or of the header;  60 u32 checksum of bytes 0 to 59
+ *     content         u32 e, number of entries; u32 f, number of rows that have become free; u32[f]; zeros to a
+ *                     multiple of 8; e entries; zeros to a multiple of 64
+ *     entry           u32 row; u32 flags (1: it is there, 2: it comes whole); if whole f32 norm, scale, residual, u32
+ *                     bytes of id, u32 bytes of metadata (plus 2^31: values); HNSW: u32[1 + 2 links], u32 levels, for
+ *                     each level u32[1 + links]; if whole vector, codes, id, 0, metadata; zeros to a multiple of 8
+ *     end mark, 64    0 u8[8] "VDBE" 0d 0a 1a 0a;  8 u64 place of the head;  16 u64 n;  24 u32 checksum of the n
+ *                     bytes;  28 zeros;  60 u32 checksum of bytes 0 to 59
  *
  * A batch is synced before its end mark is written, and the end mark is synced before vdb_save_changes returns. So a
- * process that is killed, or a machine that stops, leaves the file as it was or as it should be: a batch without an end
- * mark is as if it were not there, and the next save cuts it off. Everything else that does not match is damage, and
- * refused. The save takes a lock of the file (fcntl), and refuses with VDB_ERROR_CHANGED a file that another program has
- * changed or is changing. A whole file is written in place of a batch where that is as good: once the journal is longer than
- * an eighth of the file and 65,536 bytes, where rows have new numbers (vdb_compact, vdb_remove_vector), where a vector
- * was lent (vdb_get_vector), where the file may not be written to, and on Windows. Readers before 2.0's journal refuse a
- * file that has one; vdb_save writes one without.
+ * process that is killed, or a machine that stops, leaves the file as it was or as it should be: a batch without an
+ * end mark is as if it were not there, and the next save cuts it off. Everything else that does not match is damage,
+ * and refused. The save takes a lock of the file (fcntl), and refuses with VDB_ERROR_CHANGED a file that another
+ * program has changed or is changing. A whole file is written in place of a batch where that is as good: once the
+ * journal is longer than an eighth of the file and 65,536 bytes, where rows have new numbers (vdb_compact,
+ * vdb_remove_vector), where a vector was lent (vdb_get_vector), where the file may not be written to, and on Windows.
+ * Readers before 2.0's journal refuse a file that has one; vdb_save writes one without.
  *
- * VDB_OPEN_MAP shows a file as its journal says it is. The journal is read, with its checksums; what it changes in rows of
- * the file lies in private copies of their pages, what it adds in memory. So such a view takes memory for its journal,
- * with a graph also 8.5 bytes a row or so for the upper levels, and never changes the file.
+ * VDB_OPEN_MAP shows a file as its journal says it is. The journal is read, with its checksums; what it changes in
+ * rows of the file lies in private copies of their pages, what it adds in memory. So such a view takes memory for its
+ * journal, with a graph also 8.5 bytes a row or so for the upper levels, and never changes the file.
+ *
+ * MORE ROWS THAN MEMORY. With VDB_STORAGE_F32_I8 a search reads the codes of all rows, or of those that it walks by,
+ * and then few vectors. vdb_keep_on_disk keeps the vectors of a database that is being made on disk and all else in
+ * memory; opened with VDB_OPEN_MAP, vectors stay in the file. vdb_set_resident bounds how much of what lies on disk
+ * counts as the process's memory: ten million rows of 256 numbers are 13 GB of file and 2.7 GB of memory.
  *
  * GUARANTEES
  *
@@ -3017,11 +3022,11 @@ static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded
 
 /* --- what lies on disk ---
  *
- * Vectors of a mapped file, and those of a database whose vectors are kept on disk (vdb_keep_on_disk), are pages that the
- * system reads when they are needed and counts as this process's memory from then on. vdb_set_resident bounds how many: what
- * may have come in is added up, and at the bound all of it is given back to the system, which still has it in its cache.
- * Codes that are read by every search stay, if the bound has room for them, and the few vectors whose distances are then
- * measured are read, not mapped.
+ * Vectors of a mapped file, and those of a database whose vectors are kept on disk (vdb_keep_on_disk), are pages that
+ * the system reads when they are needed and counts as this process's memory from then on. vdb_set_resident bounds how
+ * many: what may have come in is added up, and at the bound all of it is given back to the system, which still has it
+ * in its cache. Codes that are read by every search stay, if the bound has room for them, and the few vectors whose
+ * distances are then measured are read, not mapped.
  */
 static inline void vdb_let_go(const vdb_database *db);
 
@@ -3063,8 +3068,9 @@ VDB_RARE void vdb_let_go(const vdb_database *db) {
     if (paging->scans || (i == 0 && db->options.storage == VDB_STORAGE_F32_I8))
       vdb_give_back_array(mapping, mapping->arrays[i], mapping->row_bytes[i]);
   if (!mapping->offsets) return;
-  vdb_give_back((unsigned char *)(uintptr_t)mapping->offsets, (unsigned char *)(uintptr_t)(mapping->offsets + mapping->slots));
-  vdb_give_back((unsigned char *)(uintptr_t)mapping->text, (unsigned char *)(uintptr_t)mapping->text + mapping->text_size);
+  unsigned char *offsets = (unsigned char *)(uintptr_t)mapping->offsets, *text = (unsigned char *)(uintptr_t)mapping->text;
+  vdb_give_back(offsets, offsets + mapping->slots * sizeof(uint64_t));
+  vdb_give_back(text, text + mapping->text_size);
 }
 
 /* `bytes` more of the file without a name, mapped; NULL with errno on failure. */
@@ -3133,7 +3139,7 @@ VDB_RARE const float *vdb_fetch_vector(const vdb_database *db, size_t row, float
     return (const float *)(const void *)vector;
   }
   while (done < bytes) {
-    long got = vdb_sys_pread(db->paging.file, (unsigned char *)room + done, bytes - done, (long)(at + done));
+    long got = vdb_sys_pread(db->paging.file, (unsigned char *)room + done, bytes - done, (int64_t)(at + done));
     if (got <= 0 && !(got < 0 && errno == EINTR)) return (const float *)(const void *)vector; /* as it would be without */
     done += got > 0 ? (size_t)got : 0;
   }
@@ -3699,6 +3705,10 @@ typedef struct vdb_column {
   size_t word_count, word_capacity;
   uint32_t *places; /* [place_count] open addressing by hash: 1 + number, 0 for none */
   size_t place_count;
+  uint32_t *order;  /* [order_count] rows that have it by value, once that is worth while: all ints, or all floats */
+  size_t order_count;
+  vdb_tag order_tag;
+  unsigned asked;   /* conditions since a row changed that looked at all of it */
 } vdb_column;
 
 static inline int vdb_columns_make(vdb_columns *columns) {
@@ -3733,7 +3743,16 @@ static inline void vdb_columns_leave(vdb_columns *columns) {
 #endif
 }
 
+/* Rows have changed, and with them their order. */
+VDB_RARE void vdb_column_unsort(vdb_column *column) {
+  VDB_FREE(column->order);
+  column->order = NULL;
+  column->order_count = 0;
+  column->asked = 0;
+}
+
 VDB_RARE void vdb_column_release(vdb_column *column) {
+  vdb_column_unsort(column);
   for (size_t i = 0; i < column->chunk_capacity; i++) VDB_FREE(column->chunks[i]);
   for (size_t i = 0; i < column->word_count; i++) VDB_FREE(column->words[i].text);
   VDB_FREE(column->chunks);
@@ -3769,7 +3788,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
   for (size_t i = 0; i < columns->count; i++) {
     const vdb_column *column = &columns->columns[i];
     bytes += column->chunk_capacity * sizeof(vdb_chunk *) + column->word_capacity * sizeof(vdb_word) +
-             column->place_count * sizeof(uint32_t);
+             (column->place_count + column->order_count) * sizeof(uint32_t);
     for (size_t c = 0; c < column->chunk_capacity; c++) bytes += column->chunks[c] ? sizeof(vdb_chunk) : 0;
     for (size_t w = 0; w < column->word_count; w++) bytes += column->words[w].size + 1;
   }
@@ -3901,6 +3920,64 @@ static inline int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_c
   return 1;
 }
 
+typedef struct {
+  uint64_t key;
+  uint32_t row;
+} vdb_keyed;
+
+/* Sorts by keys, byte by byte, those that are the same in all left out. The sorted ones are in what it returns. */
+static inline vdb_keyed *vdb_sort_keyed(vdb_keyed *from, vdb_keyed *to, size_t count) {
+  for (unsigned shift = 0; shift < 64; shift += 8) {
+    size_t places[256], next = 0;
+    memset(places, 0, sizeof places);
+    for (size_t i = 0; i < count; i++) places[from[i].key >> shift & 255]++;
+    if (places[from[0].key >> shift & 255] == count) continue;
+    for (unsigned i = 0; i < 256; i++) {
+      size_t here = places[i];
+      places[i] = next;
+      next += here;
+    }
+    for (size_t i = 0; i < count; i++) to[places[from[i].key >> shift & 255]++] = from[i];
+    vdb_keyed *sorted = to;
+    to = from;
+    from = sorted;
+  }
+  return from;
+}
+
+/* Whether a column holds nothing but ints or nothing but floats: `*tag`. */
+VDB_RARE int vdb_column_is_numbers(const vdb_column *column, vdb_tag *tag, size_t *count) {
+  uint32_t kinds = 0;
+  *count = 0;
+  for (size_t i = 0; i < column->chunk_capacity; i++) {
+    if (column->chunks[i]) kinds |= column->chunks[i]->kinds, *count += column->chunks[i]->used;
+  }
+  *tag = kinds == 1u << VDB_TAG_INT ? VDB_TAG_INT : VDB_TAG_FLOAT;
+  return *count && (kinds == 1u << VDB_TAG_INT || kinds == 1u << VDB_TAG_FLOAT);
+}
+
+/* The rows of a column in the order of their numbers. Nothing happens for want of memory. */
+VDB_RARE void vdb_column_sort(vdb_column *column) {
+  size_t count, filled = 0;
+  if (!vdb_column_is_numbers(column, &column->order_tag, &count)) return;
+  vdb_keyed *pairs = (vdb_keyed *)VDB_MALLOC(2 * count * sizeof(vdb_keyed));
+  column->order = (uint32_t *)VDB_MALLOC(count * sizeof(uint32_t));
+  for (size_t i = 0; pairs && column->order && i < column->chunk_capacity; i++) {
+    const vdb_chunk *chunk = column->chunks[i];
+    for (size_t place = 0; chunk && place < VDB_COLUMN_ROWS; place++) {
+      if (chunk->tags[place] == VDB_TAG_MISSING) continue;
+      uint64_t word = chunk->values[place], sign = (uint64_t)1 << 63;
+      int downward = column->order_tag == VDB_TAG_FLOAT && (word & sign); /* floats below 0 are ordered from behind */
+      pairs[filled].key = downward ? ~word : word ^ sign;
+      pairs[filled++].row = (uint32_t)(i * VDB_COLUMN_ROWS + place);
+    }
+  }
+  vdb_keyed *sorted = filled ? vdb_sort_keyed(pairs, pairs + count, filled) : pairs;
+  for (size_t i = 0; i < filled; i++) column->order[i] = sorted[i].row;
+  column->order_count = filled;
+  VDB_FREE(pairs);
+}
+
 /* Room in a column for indices below `rows`. */
 VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
   size_t chunks = (rows + VDB_COLUMN_ROWS - 1) / VDB_COLUMN_ROWS;
@@ -3913,7 +3990,10 @@ VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
 /* Reads what has changed since. Under a reader's lock and the mutex. */
 VDB_RARE vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
   size_t old = columns->rows, slots = db->slots, words = (columns->rows + 63) / 64;
-  if (columns->any_touched || slots > old) vdb_kept_release(columns);
+  if (columns->any_touched || slots > old) {
+    vdb_kept_release(columns);
+    for (size_t i = 0; i < columns->count; i++) vdb_column_unsort(&columns->columns[i]);
+  }
   for (size_t word = 0; word < words && columns->any_touched; word++) {
     for (uint64_t rest = columns->touched[word]; rest; rest &= rest - 1) {
       size_t row = 64 * word + (size_t)__builtin_ctzll(rest);
@@ -4342,6 +4422,79 @@ static int vdb_filter_asks(uint64_t index, void *context) {
   return vdb_filter_row(filtering->db, filtering->nodes, (size_t)index);
 }
 
+#define VDB_SORTED_AFTER 8u  /* conditions on a column whose rows have not changed: then it is sorted by value */
+#define VDB_SORTED_SHARE 32u /* a bitset is made of a sorted column where at most one row in so many is in the range */
+
+/* Whether a node asks for a range of the numbers that its column is sorted by. */
+VDB_RARE int vdb_node_is_range(const vdb_node *node) {
+  return node->asked->operation < VDB_ALL_OF && !node->negated && !node->kinds && !node->code_count && !node->hash_count &&
+         node->int_count < 2 && node->number_count < 2;
+}
+
+/* Where numbers that are not below a node's range begin in the order of its column, or, with `above`, those above it. */
+VDB_RARE size_t vdb_order_bound(const vdb_node *node, int above) {
+  const vdb_column *column = &node->column;
+  size_t low = 0, high = column->order_count;
+  while (low < high) {
+    size_t middle = (low + high) / 2;
+    uint32_t row = column->order[middle];
+    uint64_t word = column->chunks[row / VDB_COLUMN_ROWS]->values[row % VDB_COLUMN_ROWS];
+    int64_t integer;
+    double number;
+    memcpy(&integer, &word, 8);
+    memcpy(&number, &word, 8);
+    int before = column->order_tag == VDB_TAG_INT ? (above ? integer <= node->high : integer < node->low)
+                                                  : (above ? number <= node->most : number < node->least);
+    if (before) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+/* The node after one of those that must all pass: parts of a part that is ALL_OF are among them. */
+VDB_INLINE size_t vdb_next_of_all(const vdb_node *nodes, size_t part) {
+  return part + (nodes[part].asked->operation == VDB_ALL_OF ? 1 : nodes[part].size);
+}
+
+/* Whether a row passes all nodes that must pass but one, which it is known to pass. */
+static inline int vdb_filter_others(const vdb_filtering *filtering, const vdb_node *known, size_t row) {
+  const vdb_node *nodes = filtering->nodes;
+  for (size_t part = 0; part < nodes->size; part = vdb_next_of_all(nodes, part))
+    if (nodes[part].asked->operation != VDB_ALL_OF && nodes + part != known &&
+        !vdb_filter_row(filtering->db, nodes + part, row))
+      return 0;
+  return 1;
+}
+
+/* Makes the bitset from the few rows of the shortest range, if there is a sorted column that says so; each is asked the
+ * rest of the condition. 0 if there is none. Columns that are asked often enough without get sorted. */
+VDB_RARE int vdb_filter_from_order(vdb_filtering *filtering) {
+  const vdb_node *root = filtering->nodes, *best = NULL;
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
+  size_t from = 0, most = filtering->db->slots / VDB_SORTED_SHARE + 1;
+  for (size_t part = 0; part < root->size; part = vdb_next_of_all(root, part)) {
+    vdb_node *node = &filtering->nodes[part];
+    if (!vdb_node_is_range(node)) continue;
+    vdb_column *column = vdb_columns_find(columns, node->column.name);
+    if (!column->order && ++column->asked == VDB_SORTED_AFTER) vdb_column_sort(column);
+    node->column = *column;
+    if (!column->order_count) continue;
+    size_t begin = vdb_order_bound(node, 0), end = vdb_order_bound(node, 1), count = end > begin ? end - begin : 0;
+    if (count > most || (best && count == most)) continue;
+    best = node;
+    from = begin;
+    most = count;
+  }
+  if (!best) return 0;
+  memset(filtering->out, 0, filtering->words * sizeof(uint64_t));
+  for (size_t i = from; i < from + most; i++) {
+    uint32_t row = best->column.order[i];
+    if (row < filtering->db->slots && vdb_filter_others(filtering, best, row))
+      filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
+  }
+  return 1;
+}
+
 #define VDB_FILTER_SAMPLE 128u /* rows */
 #define VDB_FILTER_LEAST 16u   /* of them must pass for rows to be asked one by one */
 
@@ -4457,13 +4610,14 @@ VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *
   filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
   vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
   if (!error) error = vdb_condition_compile(&filtering, condition);
-  if (!error && by_row && vdb_filter_sample(&filtering)) {
+  int made = !error && vdb_filter_from_order(&filtering);
+  if (!error && !made && by_row && vdb_filter_sample(&filtering)) {
     columns->lent++;
     *by_row = filtering;
     return VDB_OK;
   }
   size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
-  if (!error) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
+  if (!error && !made) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
   vdb_filtering_end(&filtering);
   return error;
 }
@@ -7260,7 +7414,7 @@ typedef uint64_t vdb_words __attribute__((vector_size(64)));
 
 /* Not 0 if no float has all bits of its exponent set. Adding the lowest of them to a full exponent carries into the
  * sign's place and no further, so a word is looked at as a whole. */
-static inline int vdb_words_finite(const unsigned char *bytes, size_t size, uint64_t exponents) {
+static inline __attribute__((hot)) int vdb_words_finite(const unsigned char *bytes, size_t size, uint64_t exponents) {
   uint64_t step = exponents & ~(exponents << 1), signs = exponents + step, any = 0;
   vdb_words words, found;
   memset(&found, 0, sizeof found);
@@ -7294,7 +7448,7 @@ typedef struct {
 } vdb_reading;
 
 /* Reads one run in pieces; each is summed and looked at while it is in the cache. */
-static inline void vdb_read_run(void *context, size_t task) {
+static inline __attribute__((hot)) void vdb_read_run(void *context, size_t task) {
   vdb_reading *job = (vdb_reading *)context;
   vdb_run *run = &job->runs[task];
   uint64_t start = (uint64_t)task * job->run_bytes, left = job->size - start;
@@ -7978,9 +8132,10 @@ VDB_RARE int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity
 }
 /* --- the journal of a mapped file ---
  *
- * The file is mapped privately, so that what the journal says of its rows can be written over them: the system copies the
- * pages that are written to, and no others. Rows that are new have blocks in memory, with what shared the last block with
- * them; towers are copied, for new ones must lie behind them; records lie in pages of pointers beside the file's.
+ * The file is mapped privately, so that what the journal says of its rows can be written over them: the system copies
+ * the pages that are written to, and no others. Rows that are new have blocks in memory, with what shared the last
+ * block with them; towers are copied, for new ones must lie behind them; records lie in pages of pointers beside the
+ * file's.
  */
 
 /* What a row's record is now; VDB_NO_RECORD for none. 0 for want of memory. */

@@ -39,6 +39,10 @@ typedef struct vdb_column {
   size_t word_count, word_capacity;
   uint32_t *places; /* [place_count] open addressing by hash: 1 + number, 0 for none */
   size_t place_count;
+  uint32_t *order;  /* [order_count] rows that have it by value, once that is worth while: all ints, or all floats */
+  size_t order_count;
+  vdb_tag order_tag;
+  unsigned asked;   /* conditions since a row changed that looked at all of it */
 } vdb_column;
 
 static inline int vdb_columns_make(vdb_columns *columns) {
@@ -73,7 +77,16 @@ static inline void vdb_columns_leave(vdb_columns *columns) {
 #endif
 }
 
+/* Rows have changed, and with them their order. */
+VDB_RARE void vdb_column_unsort(vdb_column *column) {
+  VDB_FREE(column->order);
+  column->order = NULL;
+  column->order_count = 0;
+  column->asked = 0;
+}
+
 VDB_RARE void vdb_column_release(vdb_column *column) {
+  vdb_column_unsort(column);
   for (size_t i = 0; i < column->chunk_capacity; i++) VDB_FREE(column->chunks[i]);
   for (size_t i = 0; i < column->word_count; i++) VDB_FREE(column->words[i].text);
   VDB_FREE(column->chunks);
@@ -109,7 +122,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
   for (size_t i = 0; i < columns->count; i++) {
     const vdb_column *column = &columns->columns[i];
     bytes += column->chunk_capacity * sizeof(vdb_chunk *) + column->word_capacity * sizeof(vdb_word) +
-             column->place_count * sizeof(uint32_t);
+             (column->place_count + column->order_count) * sizeof(uint32_t);
     for (size_t c = 0; c < column->chunk_capacity; c++) bytes += column->chunks[c] ? sizeof(vdb_chunk) : 0;
     for (size_t w = 0; w < column->word_count; w++) bytes += column->words[w].size + 1;
   }
@@ -241,6 +254,64 @@ static inline int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_c
   return 1;
 }
 
+typedef struct {
+  uint64_t key;
+  uint32_t row;
+} vdb_keyed;
+
+/* Sorts by keys, byte by byte, those that are the same in all left out. The sorted ones are in what it returns. */
+static inline vdb_keyed *vdb_sort_keyed(vdb_keyed *from, vdb_keyed *to, size_t count) {
+  for (unsigned shift = 0; shift < 64; shift += 8) {
+    size_t places[256], next = 0;
+    memset(places, 0, sizeof places);
+    for (size_t i = 0; i < count; i++) places[from[i].key >> shift & 255]++;
+    if (places[from[0].key >> shift & 255] == count) continue;
+    for (unsigned i = 0; i < 256; i++) {
+      size_t here = places[i];
+      places[i] = next;
+      next += here;
+    }
+    for (size_t i = 0; i < count; i++) to[places[from[i].key >> shift & 255]++] = from[i];
+    vdb_keyed *sorted = to;
+    to = from;
+    from = sorted;
+  }
+  return from;
+}
+
+/* Whether a column holds nothing but ints or nothing but floats: `*tag`. */
+VDB_RARE int vdb_column_is_numbers(const vdb_column *column, vdb_tag *tag, size_t *count) {
+  uint32_t kinds = 0;
+  *count = 0;
+  for (size_t i = 0; i < column->chunk_capacity; i++) {
+    if (column->chunks[i]) kinds |= column->chunks[i]->kinds, *count += column->chunks[i]->used;
+  }
+  *tag = kinds == 1u << VDB_TAG_INT ? VDB_TAG_INT : VDB_TAG_FLOAT;
+  return *count && (kinds == 1u << VDB_TAG_INT || kinds == 1u << VDB_TAG_FLOAT);
+}
+
+/* The rows of a column in the order of their numbers. Nothing happens for want of memory. */
+VDB_RARE void vdb_column_sort(vdb_column *column) {
+  size_t count, filled = 0;
+  if (!vdb_column_is_numbers(column, &column->order_tag, &count)) return;
+  vdb_keyed *pairs = (vdb_keyed *)VDB_MALLOC(2 * count * sizeof(vdb_keyed));
+  column->order = (uint32_t *)VDB_MALLOC(count * sizeof(uint32_t));
+  for (size_t i = 0; pairs && column->order && i < column->chunk_capacity; i++) {
+    const vdb_chunk *chunk = column->chunks[i];
+    for (size_t place = 0; chunk && place < VDB_COLUMN_ROWS; place++) {
+      if (chunk->tags[place] == VDB_TAG_MISSING) continue;
+      uint64_t word = chunk->values[place], sign = (uint64_t)1 << 63;
+      int downward = column->order_tag == VDB_TAG_FLOAT && (word & sign); /* floats below 0 are ordered from behind */
+      pairs[filled].key = downward ? ~word : word ^ sign;
+      pairs[filled++].row = (uint32_t)(i * VDB_COLUMN_ROWS + place);
+    }
+  }
+  vdb_keyed *sorted = filled ? vdb_sort_keyed(pairs, pairs + count, filled) : pairs;
+  for (size_t i = 0; i < filled; i++) column->order[i] = sorted[i].row;
+  column->order_count = filled;
+  VDB_FREE(pairs);
+}
+
 /* Room in a column for indices below `rows`. */
 VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
   size_t chunks = (rows + VDB_COLUMN_ROWS - 1) / VDB_COLUMN_ROWS;
@@ -253,7 +324,10 @@ VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
 /* Reads what has changed since. Under a reader's lock and the mutex. */
 VDB_RARE vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
   size_t old = columns->rows, slots = db->slots, words = (columns->rows + 63) / 64;
-  if (columns->any_touched || slots > old) vdb_kept_release(columns);
+  if (columns->any_touched || slots > old) {
+    vdb_kept_release(columns);
+    for (size_t i = 0; i < columns->count; i++) vdb_column_unsort(&columns->columns[i]);
+  }
   for (size_t word = 0; word < words && columns->any_touched; word++) {
     for (uint64_t rest = columns->touched[word]; rest; rest &= rest - 1) {
       size_t row = 64 * word + (size_t)__builtin_ctzll(rest);

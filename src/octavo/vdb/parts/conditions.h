@@ -312,6 +312,79 @@ static int vdb_filter_asks(uint64_t index, void *context) {
   return vdb_filter_row(filtering->db, filtering->nodes, (size_t)index);
 }
 
+#define VDB_SORTED_AFTER 8u  /* conditions on a column whose rows have not changed: then it is sorted by value */
+#define VDB_SORTED_SHARE 32u /* a bitset is made of a sorted column where at most one row in so many is in the range */
+
+/* Whether a node asks for a range of the numbers that its column is sorted by. */
+VDB_RARE int vdb_node_is_range(const vdb_node *node) {
+  return node->asked->operation < VDB_ALL_OF && !node->negated && !node->kinds && !node->code_count && !node->hash_count &&
+         node->int_count < 2 && node->number_count < 2;
+}
+
+/* Where numbers that are not below a node's range begin in the order of its column, or, with `above`, those above it. */
+VDB_RARE size_t vdb_order_bound(const vdb_node *node, int above) {
+  const vdb_column *column = &node->column;
+  size_t low = 0, high = column->order_count;
+  while (low < high) {
+    size_t middle = (low + high) / 2;
+    uint32_t row = column->order[middle];
+    uint64_t word = column->chunks[row / VDB_COLUMN_ROWS]->values[row % VDB_COLUMN_ROWS];
+    int64_t integer;
+    double number;
+    memcpy(&integer, &word, 8);
+    memcpy(&number, &word, 8);
+    int before = column->order_tag == VDB_TAG_INT ? (above ? integer <= node->high : integer < node->low)
+                                                  : (above ? number <= node->most : number < node->least);
+    if (before) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+/* The node after one of those that must all pass: parts of a part that is ALL_OF are among them. */
+VDB_INLINE size_t vdb_next_of_all(const vdb_node *nodes, size_t part) {
+  return part + (nodes[part].asked->operation == VDB_ALL_OF ? 1 : nodes[part].size);
+}
+
+/* Whether a row passes all nodes that must pass but one, which it is known to pass. */
+static inline int vdb_filter_others(const vdb_filtering *filtering, const vdb_node *known, size_t row) {
+  const vdb_node *nodes = filtering->nodes;
+  for (size_t part = 0; part < nodes->size; part = vdb_next_of_all(nodes, part))
+    if (nodes[part].asked->operation != VDB_ALL_OF && nodes + part != known &&
+        !vdb_filter_row(filtering->db, nodes + part, row))
+      return 0;
+  return 1;
+}
+
+/* Makes the bitset from the few rows of the shortest range, if there is a sorted column that says so; each is asked the
+ * rest of the condition. 0 if there is none. Columns that are asked often enough without get sorted. */
+VDB_RARE int vdb_filter_from_order(vdb_filtering *filtering) {
+  const vdb_node *root = filtering->nodes, *best = NULL;
+  vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
+  size_t from = 0, most = filtering->db->slots / VDB_SORTED_SHARE + 1;
+  for (size_t part = 0; part < root->size; part = vdb_next_of_all(root, part)) {
+    vdb_node *node = &filtering->nodes[part];
+    if (!vdb_node_is_range(node)) continue;
+    vdb_column *column = vdb_columns_find(columns, node->column.name);
+    if (!column->order && ++column->asked == VDB_SORTED_AFTER) vdb_column_sort(column);
+    node->column = *column;
+    if (!column->order_count) continue;
+    size_t begin = vdb_order_bound(node, 0), end = vdb_order_bound(node, 1), count = end > begin ? end - begin : 0;
+    if (count > most || (best && count == most)) continue;
+    best = node;
+    from = begin;
+    most = count;
+  }
+  if (!best) return 0;
+  memset(filtering->out, 0, filtering->words * sizeof(uint64_t));
+  for (size_t i = from; i < from + most; i++) {
+    uint32_t row = best->column.order[i];
+    if (row < filtering->db->slots && vdb_filter_others(filtering, best, row))
+      filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
+  }
+  return 1;
+}
+
 #define VDB_FILTER_SAMPLE 128u /* rows */
 #define VDB_FILTER_LEAST 16u   /* of them must pass for rows to be asked one by one */
 
@@ -427,13 +500,14 @@ VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *
   filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
   vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
   if (!error) error = vdb_condition_compile(&filtering, condition);
-  if (!error && by_row && vdb_filter_sample(&filtering)) {
+  int made = !error && vdb_filter_from_order(&filtering);
+  if (!error && !made && by_row && vdb_filter_sample(&filtering)) {
     columns->lent++;
     *by_row = filtering;
     return VDB_OK;
   }
   size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
-  if (!error) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
+  if (!error && !made) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
   vdb_filtering_end(&filtering);
   return error;
 }

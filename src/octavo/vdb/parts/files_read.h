@@ -102,7 +102,7 @@ typedef uint64_t vdb_words __attribute__((vector_size(64)));
 
 /* Not 0 if no float has all bits of its exponent set. Adding the lowest of them to a full exponent carries into the
  * sign's place and no further, so a word is looked at as a whole. */
-static inline int vdb_words_finite(const unsigned char *bytes, size_t size, uint64_t exponents) {
+static inline __attribute__((hot)) int vdb_words_finite(const unsigned char *bytes, size_t size, uint64_t exponents) {
   uint64_t step = exponents & ~(exponents << 1), signs = exponents + step, any = 0;
   vdb_words words, found;
   memset(&found, 0, sizeof found);
@@ -136,7 +136,7 @@ typedef struct {
 } vdb_reading;
 
 /* Reads one run in pieces; each is summed and looked at while it is in the cache. */
-static inline void vdb_read_run(void *context, size_t task) {
+static inline __attribute__((hot)) void vdb_read_run(void *context, size_t task) {
   vdb_reading *job = (vdb_reading *)context;
   vdb_run *run = &job->runs[task];
   uint64_t start = (uint64_t)task * job->run_bytes, left = job->size - start;

@@ -1,8 +1,9 @@
 /* --- the journal of a mapped file ---
  *
- * The file is mapped privately, so that what the journal says of its rows can be written over them: the system copies the
- * pages that are written to, and no others. Rows that are new have blocks in memory, with what shared the last block with
- * them; towers are copied, for new ones must lie behind them; records lie in pages of pointers beside the file's.
+ * The file is mapped privately, so that what the journal says of its rows can be written over them: the system copies
+ * the pages that are written to, and no others. Rows that are new have blocks in memory, with what shared the last
+ * block with them; towers are copied, for new ones must lie behind them; records lie in pages of pointers beside the
+ * file's.
  */
 
 /* What a row's record is now; VDB_NO_RECORD for none. 0 for want of memory. */

@@ -6,9 +6,9 @@
  *
  * A database holds rows. A row is a vector of `dimensions` floats, and may have an id (text) and metadata: bytes, or
  * values with names, which searches can filter by. Asked with a vector, the database answers with the k nearest rows:
- * exactly, by reading every row, or through an HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no dependency but libm and, with
- * -DVDB_MULTITHREADED, pthreads. POSIX systems. For Windows (x86-64, clang or mingw) it compiles; it has not been run
- * there, so nothing of it is tested:
+ * exactly, by reading every row, or through an HNSW graph, by reading few. One file, C11 or C++11, gcc or clang, no
+ * dependency but libm and, with -DVDB_MULTITHREADED, pthreads. POSIX systems; it is tested on Linux, and compiles for
+ * macOS. For Windows (x86-64, clang) it compiles; it has not been run there, so nothing of it is tested:
  *
  *     #include "vdb.h"
  *
@@ -22,12 +22,12 @@
  *     cc -std=c11 -O2 app.c -lm                               // or: cc -O2 -DVDB_MULTITHREADED app.c -lm -pthread
  *
  * Every function is `static inline`, so a program of one file needs nothing else. A program of several files defines
- * VDB_DECLARATIONS_ONLY before each #include but one, and VDB_IMPLEMENTATION before that one; where both are defined, in
- * one file, VDB_IMPLEMENTATION counts. The code takes a compiler some seconds at -O2, the declarations nothing: while a
- * program is being written, give the code a file of its own, or define VDB_PLAIN, which leaves out the kernels for
- * particular processors and takes two thirds of the time; answers are the same. The header is joined from parts by topic,
- * which Octavo's repository holds (src/octavo/vdb/parts); docs/tour.md says what is in which.
- * VDB_MALLOC and VDB_FREE replace the allocator; VDB_REALLOC is theirs too, and may be left out.
+ * VDB_DECLARATIONS_ONLY before each #include but one, and VDB_IMPLEMENTATION before that one; where both are defined,
+ * in one file, VDB_IMPLEMENTATION counts. The code takes a compiler some seconds at -O2, the declarations nothing:
+ * while a program is being written, give the code a file of its own, or define VDB_PLAIN, which leaves out the kernels
+ * for particular processors and takes two thirds of the time; answers are the same. The header is joined from parts by
+ * topic, which Octavo's repository holds (src/octavo/vdb/parts); docs/tour.md says what is in which. VDB_MALLOC and
+ * VDB_FREE replace the allocator; VDB_REALLOC is theirs too, and may be left out.
  *
  * MANUAL, in the order of the code
  *
@@ -36,7 +36,7 @@
  *   3 Numbers          16-bit floats, exact distances, checksums
  *   4 Kernels          scans for plain C, AVX2, AVX-512 (VNNI, BF16), AMX and NEON, chosen when first used
  *   5 Threads          many readers or one writer; a pool made once
- *   6 Rows             blocks of vectors, codes and norms; ids and metadata; columns of values, conditions on them
+ *   6 Rows             blocks of vectors, codes and norms, on disk too; ids and metadata; columns of values, conditions
  *   7 Exact search     bounds, shortlists, exact distances
  *   8 HNSW             graph search, parallel insertion, removal
  *   9 Files            formats 2 and 3, their checks, the mapped view, the loader of the first format, the journal
@@ -54,40 +54,45 @@
  *
  * It becomes a bitset over all rows, once for a call however many questions it asks: scans skip what is not in it, a
  * graph answers with nothing else. The first search that asks for a name reads it from the records of all rows into a
- * column of 9 bytes a row, with the least and greatest value of every 1024 rows; later searches read again only what has
- * changed, and a condition that is asked again finds its bitset (the last 8 are kept) until a record changes. Columns are
- * no part of the file; vdb_compact and vdb_remove_vector, which
- * renumber rows, make them forgotten.
+ * column of 9 bytes a row, with the least and greatest value of every 1024 rows; later searches read again only what
+ * has changed, and a condition that is asked again finds its bitset (the last 8 are kept) until a record changes.
+ * A column of ints alone, or floats alone, is sorted when it has been asked for eight times since a row changed (4 bytes
+ * a row): from then on a range that few rows are in is looked up. Columns are no part of the file; vdb_compact and vdb_remove_vector, which renumber rows, make them forgotten.
  *
- * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was opened
- * or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended is the
- * file's journal: behind the file's end as its header says it (bytes 16 to 23), a batch for each save, each at a multiple
- * of 64, little-endian, with CRC-32C checksums:
+ * CHANGES IN PLACE. vdb_save writes a whole file. vdb_save_changes appends what has changed since the database was
+ * opened or saved to that file, so that one row more in a file of a gigabyte writes about a kilobyte. What is appended
+ * is the file's journal: behind the file's end as its header says it (bytes 16 to 23), a batch for each save, each at
+ * a multiple of 64, little-endian, with CRC-32C checksums:
  *
- *     head, 64 bytes  0 u8[8] "VDBJ" 0d 0a 1a 0a   8 u64 its place in the file   16 u64 n, bytes from there to the end
- *                     mark   24 u64 slots   32 u64 live rows   40 u64 free rows that stay as they were   48 u32 row where
- *                     graph searches begin   52 u32 rows inserted since all were made reachable   56 u32 checksum of the
- *                     end mark before, or of the header   60 u32 checksum of bytes 0 to 59
- *     content         u32 e, number of entries; u32 f, number of rows that have become free; u32[f]; zeros to a multiple
- *                     of 8; e entries; zeros to a multiple of 64
- *     entry           u32 row; u32 flags (1: it is there, 2: it comes whole); if whole f32 norm, scale, residual, u32 bytes
- *                     of id, u32 bytes of metadata (plus 2^31: values); HNSW: u32[1 + 2 links], u32 levels, for each level
- *                     u32[1 + links]; if whole vector, codes, id, 0, metadata; zeros to a multiple of 8
- *     end mark, 64    0 u8[8] "VDBE" 0d 0a 1a 0a   8 u64 place of the head   16 u64 n   24 u32 checksum of the n bytes
- *                     28 zeros   60 u32 checksum of bytes 0 to 59
+ *     head, 64 bytes  0 u8[8] "VDBJ" 0d 0a 1a 0a;  8 u64 its place in the file;  16 u64 n, bytes from there to the
+ *                     end mark;  24 u64 slots;  32 u64 live rows;  40 u64 free rows that stay as they were;  48 u32
+ *                     row where graph searches begin;  52 u32 rows inserted since all were made reachable;  56 u32
+ *                     checksum of the end mark before, or of the header;  60 u32 checksum of bytes 0 to 59
+ *     content         u32 e, number of entries; u32 f, number of rows that have become free; u32[f]; zeros to a
+ *                     multiple of 8; e entries; zeros to a multiple of 64
+ *     entry           u32 row; u32 flags (1: it is there, 2: it comes whole); if whole f32 norm, scale, residual, u32
+ *                     bytes of id, u32 bytes of metadata (plus 2^31: values); HNSW: u32[1 + 2 links], u32 levels, for
+ *                     each level u32[1 + links]; if whole vector, codes, id, 0, metadata; zeros to a multiple of 8
+ *     end mark, 64    0 u8[8] "VDBE" 0d 0a 1a 0a;  8 u64 place of the head;  16 u64 n;  24 u32 checksum of the n
+ *                     bytes;  28 zeros;  60 u32 checksum of bytes 0 to 59
  *
  * A batch is synced before its end mark is written, and the end mark is synced before vdb_save_changes returns. So a
- * process that is killed, or a machine that stops, leaves the file as it was or as it should be: a batch without an end
- * mark is as if it were not there, and the next save cuts it off. Everything else that does not match is damage, and
- * refused. The save takes a lock of the file (fcntl), and refuses with VDB_ERROR_CHANGED a file that another program has
- * changed or is changing. A whole file is written in place of a batch where that is as good: once the journal is longer than
- * an eighth of the file and 65,536 bytes, where rows have new numbers (vdb_compact, vdb_remove_vector), where a vector
- * was lent (vdb_get_vector), where the file may not be written to, and on Windows. Readers before 2.0's journal refuse a
- * file that has one; vdb_save writes one without.
+ * process that is killed, or a machine that stops, leaves the file as it was or as it should be: a batch without an
+ * end mark is as if it were not there, and the next save cuts it off. Everything else that does not match is damage,
+ * and refused. The save takes a lock of the file (fcntl), and refuses with VDB_ERROR_CHANGED a file that another
+ * program has changed or is changing. A whole file is written in place of a batch where that is as good: once the
+ * journal is longer than an eighth of the file and 65,536 bytes, where rows have new numbers (vdb_compact,
+ * vdb_remove_vector), where a vector was lent (vdb_get_vector), where the file may not be written to, and on Windows.
+ * Readers before 2.0's journal refuse a file that has one; vdb_save writes one without.
  *
- * VDB_OPEN_MAP shows a file as its journal says it is. The journal is read, with its checksums; what it changes in rows of
- * the file lies in private copies of their pages, what it adds in memory. So such a view takes memory for its journal,
- * with a graph also 8.5 bytes a row or so for the upper levels, and never changes the file.
+ * VDB_OPEN_MAP shows a file as its journal says it is. The journal is read, with its checksums; what it changes in
+ * rows of the file lies in private copies of their pages, what it adds in memory. So such a view takes memory for its
+ * journal, with a graph also 8.5 bytes a row or so for the upper levels, and never changes the file.
+ *
+ * MORE ROWS THAN MEMORY. With VDB_STORAGE_F32_I8 a search reads the codes of all rows, or of those that it walks by,
+ * and then few vectors. vdb_keep_on_disk keeps the vectors of a database that is being made on disk and all else in
+ * memory; opened with VDB_OPEN_MAP, vectors stay in the file. vdb_set_resident bounds how much of what lies on disk
+ * counts as the process's memory: ten million rows of 256 numbers are 13 GB of file and 2.7 GB of memory.
  *
  * GUARANTEES
  *

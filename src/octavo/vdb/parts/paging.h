@@ -1,10 +1,10 @@
 /* --- what lies on disk ---
  *
- * Vectors of a mapped file, and those of a database whose vectors are kept on disk (vdb_keep_on_disk), are pages that the
- * system reads when they are needed and counts as this process's memory from then on. vdb_set_resident bounds how many: what
- * may have come in is added up, and at the bound all of it is given back to the system, which still has it in its cache.
- * Codes that are read by every search stay, if the bound has room for them, and the few vectors whose distances are then
- * measured are read, not mapped.
+ * Vectors of a mapped file, and those of a database whose vectors are kept on disk (vdb_keep_on_disk), are pages that
+ * the system reads when they are needed and counts as this process's memory from then on. vdb_set_resident bounds how
+ * many: what may have come in is added up, and at the bound all of it is given back to the system, which still has it
+ * in its cache. Codes that are read by every search stay, if the bound has room for them, and the few vectors whose
+ * distances are then measured are read, not mapped.
  */
 static inline void vdb_let_go(const vdb_database *db);
 
@@ -46,8 +46,9 @@ VDB_RARE void vdb_let_go(const vdb_database *db) {
     if (paging->scans || (i == 0 && db->options.storage == VDB_STORAGE_F32_I8))
       vdb_give_back_array(mapping, mapping->arrays[i], mapping->row_bytes[i]);
   if (!mapping->offsets) return;
-  vdb_give_back((unsigned char *)(uintptr_t)mapping->offsets, (unsigned char *)(uintptr_t)(mapping->offsets + mapping->slots));
-  vdb_give_back((unsigned char *)(uintptr_t)mapping->text, (unsigned char *)(uintptr_t)mapping->text + mapping->text_size);
+  unsigned char *offsets = (unsigned char *)(uintptr_t)mapping->offsets, *text = (unsigned char *)(uintptr_t)mapping->text;
+  vdb_give_back(offsets, offsets + mapping->slots * sizeof(uint64_t));
+  vdb_give_back(text, text + mapping->text_size);
 }
 
 /* `bytes` more of the file without a name, mapped; NULL with errno on failure. */
@@ -116,7 +117,7 @@ VDB_RARE const float *vdb_fetch_vector(const vdb_database *db, size_t row, float
     return (const float *)(const void *)vector;
   }
   while (done < bytes) {
-    long got = vdb_sys_pread(db->paging.file, (unsigned char *)room + done, bytes - done, (long)(at + done));
+    long got = vdb_sys_pread(db->paging.file, (unsigned char *)room + done, bytes - done, (int64_t)(at + done));
     if (got <= 0 && !(got < 0 && errno == EINTR)) return (const float *)(const void *)vector; /* as it would be without */
     done += got > 0 ? (size_t)got : 0;
   }
