@@ -144,7 +144,7 @@ class Attachment:
         """Let `generate` prepare for drafts, and look prompts up where there is a store."""
         own = model.generate
         like = functools.partial(functools.update_wrapper, wrapped=own, assigned=("__doc__", "__name__"), updated=())
-        generate = like(functools.partial(run_drafts, self, own))  # with no more of it than can be pickled
+        generate: Any = like(functools.partial(run_drafts, self, own))  # with no more of it than can be pickled
         if self.reuse is not None:
             generate = like(functools.partial(run_generate, self, generate))
         self._replace(model, generate, "generate")
