@@ -105,6 +105,8 @@ def test_a_used_attached_model_can_be_pickled(swift):
     assert torch.equal(twin(ids).logits, expected), "the copy runs itself"
     with pytest.raises(CacheStateError, match="made for another model"):
         twin(ids, past_key_values=cache)
+    looked_up = {"do_sample": False, "max_new_tokens": 4, "prompt_lookup_num_tokens": 2}
+    assert torch.equal(twin.generate(ids, **looked_up), copy.deepcopy(twin).generate(ids, **looked_up))
     assert type(detach(twin).model.forward).__name__ == "method"
 
 

@@ -145,9 +145,10 @@ class Attachment:
     def _join_generate(self, model: Any) -> None:
         """Let `generate` prepare for drafts, and look prompts up where there is a store."""
         own = model.generate
-        generate = functools.update_wrapper(functools.partial(run_drafts, self, own), own)
+        like = functools.partial(functools.update_wrapper, wrapped=own, assigned=("__doc__", "__name__"), updated=())
+        generate: Any = like(functools.partial(run_drafts, self, own))  # with no more of it than can be pickled
         if self.reuse is not None:
-            generate = functools.update_wrapper(functools.partial(run_generate, self, generate), own)
+            generate = like(functools.partial(run_generate, self, generate))
         self._replace(model, generate, "generate")
 
     def undo(self) -> None:
