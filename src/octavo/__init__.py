@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from octavo.engine import LLM, SamplingParams
     from octavo.models import load, save_published
     from octavo.retrofit.evaluate import evaluate
-    from octavo.reuse import ReuseStore, SimilarSettings
+    from octavo.reuse import Answered, AnswerSettings, ReuseStore, SimilarSettings
     from octavo.swiftkv.adapter import SwiftKVAdapter, save_swiftkv_adapter
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Adapter",
+    "AnswerSettings",
+    "Answered",
     "KVCache",
     "ReuseStore",
     "SamplingParams",
@@ -45,6 +47,8 @@ _HOMES = {
     "ReuseStore": "octavo.reuse",
     "SamplingParams": "octavo.engine",
     "SimilarSettings": "octavo.reuse",
+    "AnswerSettings": "octavo.reuse",
+    "Answered": "octavo.reuse",
     "Snapshot": "octavo.attachment",
     "SwiftKVAdapter": "octavo.swiftkv.adapter",
     "attach": "octavo.attachment.attach",

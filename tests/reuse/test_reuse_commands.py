@@ -12,6 +12,7 @@ from octavo.errors import ConfigError
 from octavo.reuse import ReuseStore
 from reuse.plain import Model
 from reuse.test_disk import SETTINGS, prompt
+from tiny import tiny_model
 
 runner = CliRunner()
 
@@ -82,10 +83,22 @@ def test_a_chat_is_found_again_by_another_one(tmp_path):
     assert int(re.search(r"(\d+) reused", outs[1]).group(1)) > 64
 
 
-def test_the_benchmark_measures_every_part(tmp_path):
+def test_the_benchmark_measures_every_part(tmp_path, smollm):
+    tiny_model(vocab_size=49152).save_pretrained(tmp_path / "model")
+    smollm[1].save_pretrained(tmp_path / "model")
     options = ["--document", 200, "--rounds", 1, "--questions", 2, "--device", "cpu", "--dtype", "fp32"]
-    out = run("bench", "reuse", *options, "--part", "first,bytes", "--out", tmp_path / "r.json")
+    options += ["--model", tmp_path / "model", "--adapter", "none", "--no-peer"]
+    out = run("bench", "reuse", *options, "--out", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())
     assert all(found["first"][name] > 0 for name in ("cold_s", "miss_s", "memory_s", "disk_s"))
-    assert found["bytes"]["ratio"] > 5
+    assert 0.5 < found["bytes"]["ratio"] < 1.01
     assert "document on disk" in out
+    computed = {(row["trace"], row["way"]): row["computed"] for row in found["traces"]}
+    chat = "a chat of eight turns"
+    assert computed[chat, "reuse store"] < computed[chat, "no reuse"] / 2
+    alike = {row["change"]: row for row in found["similar"]}
+    assert alike["instruction"]["computed"] < 0.7
+    assert alike["instruction"]["kl"] > 0
+    assert {row["policy"] for row in found["policies"]} == {"lru", "slru"}
+    assert {"commit", "cpu", "torch", "command"} <= set(found)
+    assert (tmp_path / "r.png").stat().st_size > 1000

@@ -114,7 +114,7 @@ def test_a_turn_that_failed_holds_nothing(smollm):
 
             with contextlib.suppress(KeyboardInterrupt):
                 "".join(conversation.ask("What is the capital of France?", stop))
-            assert not store._flights
+            assert not store.flights.all
             assert all(record.users == 0 for record in store.index.records.values())
             "".join(conversation.ask("What is the capital of France?"))
     finally:
@@ -311,7 +311,7 @@ def test_an_interrupt_while_a_request_is_opened_leaves_nothing_open(monkeypatch)
     monkeypatch.setattr(ReuseStore, "_begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.ask(store, [*range(20), *range(10)])
-    assert store._flights == []
+    assert store.flights.all == []
     assert all(record.users == 0 for record in store.index.records.values())
 
 

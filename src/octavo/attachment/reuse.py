@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
+from octavo.attachment.answers import known
 from octavo.attachment.cache import KVCache
 from octavo.attachment.similar import begin_similar
 from octavo.errors import CacheBudgetError
@@ -141,8 +142,13 @@ def run_generate(attachment: "Attachment", original: Callable[..., Any], *args: 
     if store is None or call is None:
         return original(*args, **kwargs)
     if len(call.rows) == 1 and call.copies == 1:
+        answer = known(attachment, call)
+        if answer is not None and (whole := answer.find()) is not None:
+            return whole
         cache = KVCache(attachment.model)
         memory, out = cache.memory, _one(cache, store, call, original)
+        if answer is not None:
+            answer.keep(out, cache.approximate)
         del cache
         memory.reclaim()  # pages that nobody has any more are zeroed now, not before the next answer's first token
         return out

@@ -37,7 +37,7 @@ def surroundings(device: "torch.device | None" = None) -> dict[str, Any]:
 
     on_gpu = device is not None and device.type == "cuda"
     return {
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": git("rev-parse", "HEAD") or None,
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,

@@ -25,6 +25,7 @@ def reuse(
     adapter: AdapterName = "auto",
     dtype: Dtype = None,
     device: Device = None,
+    clock: Annotated[str, typer.Option(help="Of first tokens: wall, or cpu for the process's own seconds.")] = "wall",
     peer: Annotated[bool, typer.Option(help="Replay traces with transformers' generate_batch too.")] = True,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures; a plot of traces lies beside.")] = None,
 ) -> None:
@@ -33,11 +34,13 @@ def reuse(
     parts = part.split(",")
     if not set(parts) <= set(PARTS):
         raise ConfigError(f"--part takes {', '.join(PARTS)}, separated by commas, not {part!r}")
+    if clock not in ("wall", "cpu"):
+        raise ConfigError(f"--clock takes wall or cpu, not {clock!r}")
     if out is not None:
         check_writable(out)
     found: dict[str, Any] = {}
     if set(parts) != {"policies"}:
-        found |= _with_model(parts, text, document, questions, rounds, peer, (model, adapter, dtype, device))
+        found |= _with_model(parts, text, document, questions, rounds, peer, clock, (model, adapter, dtype, device))
     else:
         found |= surroundings()
     if "policies" in parts:
@@ -61,6 +64,7 @@ def _with_model(
     questions: int,
     rounds: int,
     peer: bool,
+    clock: str,
     chosen: tuple[Any, ...],
 ) -> dict[str, Any]:
     import octavo
@@ -80,8 +84,8 @@ def _with_model(
     found["subject"] = f"{name or 'the default model'}, {kind}, adapter {adapter}"
     timed(model, cuts.piece(600))
     if "first" in parts:
-        measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": kind})
-        found["first"] = measured.figures
+        measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": kind}, clock)
+        found["first"], found["clock"] = measured.figures, clock
     if "bytes" in parts:
         found["bytes"] = stored_bytes(model, cuts)
     if "similar" in parts:

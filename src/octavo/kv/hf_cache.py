@@ -209,9 +209,9 @@ class PagedCache(Cache):  # type: ignore[misc]
     def keep(self, boundaries: Iterable[int]) -> None:
         """Name boundaries that a snapshot will be asked for, before their tokens are read: columns, as `seen` counts.
 
-        Forwards are cut there, and what a query sees only there is copied when it is reached. Without eviction, and at
-        the end of what was read, nothing needs to be named. Raises CacheStateError for one that lies behind or is no
-        whole number. What is copied counts in `nbytes`.
+        What a query sees only there is copied when it is reached; where a chunk cannot go past it (padding, codes in
+        pages, not on the CPU) forwards are cut there. Without eviction, and at the end, nothing needs to be named.
+        Raises CacheStateError for one that lies behind or is no whole number. What is copied counts in `nbytes`.
         """
         wanted = set(whole(boundaries, "boundaries"))
         if any(p <= self.seen for p in wanted):

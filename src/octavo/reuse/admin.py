@@ -22,6 +22,8 @@ def stats(store: "ReuseStore") -> Stats:
     return Stats(
         **store.counts,
         similar_kl=0.0 if store.similar is None else store.similar.mean_kl,
+        answers_given=0 if store.answers is None else store.answers.given,
+        answers_nbytes=0 if store.answers is None else store.answers.nbytes,
         memory_nbytes=index.memory_nbytes,
         memory_records=sum(record.extent is not None for record in index.records.values()),
         disk_nbytes=index.disk.nbytes,

@@ -33,14 +33,33 @@ class Flight:
         return best
 
 
-def worth_waiting(
-    flights: Sequence[Flight], space: str, tokens: Tokens, layout: SnapshotLayout, held: int, gain: int, limit: int
-) -> Flight | None:
-    """The flight of another thread that will save most, at least `gain` tokens more than are `held` already."""
-    here, best, most = threading.get_ident(), None, held + gain - 1
-    for flight in flights:
-        if flight.space == space and flight.thread != here:
-            offered = flight.offers(tokens, layout, limit)
-            if offered > most:
-                best, most = flight, offered
-    return best
+class Flights:
+    """All prompts that are being computed."""
+
+    def __init__(self) -> None:
+        self.all: list[Flight] = []
+        self._lock = threading.Lock()
+
+    def worth_waiting(
+        self, space: str, tokens: Tokens, layout: SnapshotLayout, held: int, gain: int, limit: int
+    ) -> Flight | None:
+        """The flight of another thread that will save most, at least `gain` tokens more than are `held` already."""
+        here, best, most = threading.get_ident(), None, held + gain - 1
+        for flight in self.all:
+            if flight.space == space and flight.thread != here:
+                offered = flight.offers(tokens, layout, limit)
+                if offered > most:
+                    best, most = flight, offered
+        return best
+
+    def land(self, flight: Flight) -> None:
+        """A prompt is stored, or will not be: those who wait for it look again."""
+        with self._lock:
+            self.all = [each for each in self.all if each is not flight]
+        flight.landed.set()
+
+    def land_elsewhere(self) -> None:
+        """Let nobody wait for threads that are not in this process, after a fork."""
+        self._lock = threading.Lock()
+        for flight in [each for each in self.all if each.thread != threading.get_ident()]:
+            self.land(flight)

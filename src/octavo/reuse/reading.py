@@ -140,7 +140,7 @@ class Reading:
 
     def _land(self) -> None:
         if self.flight is not None:
-            self.store.land(self.flight)
+            self.store.flights.land(self.flight)
             self.flight = None
 
     def close(self) -> None:

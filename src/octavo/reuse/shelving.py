@@ -249,7 +249,7 @@ class Shelving:
             for future, record, stays in left:
                 if not future.done():
                     self._written(record, stays)
-        self.store.land_elsewhere()
+        self.store.flights.land_elsewhere()
 
     def flush(self) -> None:
         """Wait until all is written."""

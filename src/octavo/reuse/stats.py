@@ -12,7 +12,8 @@ class Stats:
     was pinned) are records; `damaged` files were dropped; `errors` are failures to read or write. `passed_over`:
     requests for which reading from disk would have taken longer than computing. `similar_hits`:
     requests that similar prompts helped with, `similar_tokens` of which were not computed; of `similar_audits` of them
-    the mean KL was `similar_kl` nats. Bytes count all bookkeeping.
+    the mean KL was `similar_kl` nats. `answers_given`: calls that were answered whole,
+    which count in nothing else; `answers_nbytes` is what answers hold. Bytes count all bookkeeping.
     """
 
     requests: int = 0
@@ -30,6 +31,8 @@ class Stats:
     similar_tokens: int = 0
     similar_audits: int = 0
     similar_kl: float = 0.0
+    answers_given: int = 0
+    answers_nbytes: int = 0
     memory_nbytes: int = 0
     memory_records: int = 0
     disk_nbytes: int = 0

@@ -22,9 +22,10 @@ from octavo.kv import PagedCache
 from octavo.kv.restoring import layout_of
 from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse import admin
+from octavo.reuse.answers import AnswerSettings, kept
 from octavo.reuse.costs import Costs
 from octavo.reuse.cover import NOTHING, Plan, longest, plan
-from octavo.reuse.flights import Flight, worth_waiting
+from octavo.reuse.flights import Flight, Flights
 from octavo.reuse.index import Index
 from octavo.reuse.reading import Reading
 from octavo.reuse.record import Record, Space, Tokens, token_array
@@ -45,7 +46,8 @@ class ReuseStore:
     a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files. `policy`:
     "slru" or "lru" (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`:
     bytes on each tier by tenant. `back`, `every`, `shortest`, `turns`: `octavo.reuse.wanted.Keeping`. `similar`:
-    whether and how similar prompts help, approximately (`octavo.reuse.similar`). `clock`: epoch seconds, for tests.
+    whether and how similar prompts help, approximately (`octavo.reuse.similar`). `answers`: whether whole
+    answers are given again (`octavo.reuse.answers`). `clock`: epoch seconds, for tests.
 
     For several threads at once. What fails here (a full disk, a damaged file) costs a warning and a hit, never an
     answer. Raises ConfigError for impossible settings, OutputFileError where the folder cannot be made.
@@ -65,6 +67,7 @@ class ReuseStore:
         shortest: int = 64,
         turns: int = 2,
         similar: bool | SimilarSettings = False,
+        answers: bool | AnswerSettings = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if memory is None and disk is None:
@@ -72,6 +75,7 @@ class ReuseStore:
         self._settings: dict[str, Any] = {
             "memory": memory, "disk": disk, "disk_budget": disk_budget, "policy": policy, "ttl": ttl, "quotas": quotas,
             "back": back, "every": every, "shortest": shortest, "turns": turns, "similar": similar,
+            "answers": answers,
         }  # fmt: skip
         self.keeping = Keeping(back, every, shortest, turns)
         bounds = {tenant: at_least_one(size, f"quota of {tenant!r}") for tenant, size in (quotas or {}).items()}
@@ -82,12 +86,13 @@ class ReuseStore:
         self.index = Index(in_memory, on_disk)
         self.counts: Counter[str] = Counter()
         self.costs = Costs()
-        self._flights: list[Flight] = []
+        self.flights = Flights()
         self._warned: set[str] = set()
         usual = Terms(ttl=seconds(ttl))
         self._terms = ContextVar("terms", default=usual)
         self.shelving = Shelving(self, None if disk is None else Path(disk).expanduser())
         self.similar = made(self, similar)
+        self.answers = kept(self, answers)
         self.shelving.refresh()
 
     @contextmanager
@@ -156,7 +161,7 @@ class ReuseStore:
                     matched, chosen = self._plan(space.name, ids, layout) if restore else (0, NOTHING)
                     kept = self.keeping.boundaries(layout, len(ids), (matched, *learned), ends)
                     kept = tuple(p for p in kept if p > chosen.boundary)
-                    flight = self._flight(space.name, ids, layout, chosen.boundary) if wait else None
+                    flight = self._awaited(space.name, ids, layout, chosen.boundary) if wait else None
                     if flight is None:
                         self._begin(opened, space, layout, ids, chosen, kept, (terms.tags, terms.ttl))
                     else:
@@ -190,8 +195,8 @@ class ReuseStore:
             return matched, plan(there, layout, within)
         return matched, chosen
 
-    def _flight(self, space: str, tokens: Tokens, layout: SnapshotLayout, held: int) -> Flight | None:
-        return worth_waiting(self._flights, space, tokens, layout, held, self.keeping.shortest, len(tokens) - 1)
+    def _awaited(self, space: str, tokens: Tokens, layout: SnapshotLayout, held: int) -> Flight | None:
+        return self.flights.worth_waiting(space, tokens, layout, held, self.keeping.shortest, len(tokens) - 1)
 
     def _begin(
         self, opened: list[Reading], space: Space, layout: SnapshotLayout, ids: Tokens, chosen: Plan, *rest: Any
@@ -203,18 +208,7 @@ class ReuseStore:
         opened.append(reading)
         reading.hold()
         if reading.flight is not None:
-            self._flights.append(reading.flight)
-
-    def land(self, flight: Flight) -> None:
-        """A prompt is stored, or will not be: those who wait for it look again."""
-        with self.lock:
-            self._flights = [each for each in self._flights if each is not flight]
-        flight.landed.set()
-
-    def land_elsewhere(self) -> None:
-        """Let nobody wait for threads that are not in this process, after a fork."""
-        for flight in [each for each in self._flights if each.thread != threading.get_ident()]:
-            self.land(flight)
+            self.flights.all.append(reading.flight)
 
     def put(self, record: Record, parents: set[Record]) -> bool:
         """Take in a new record, inside the lock, after others have left for it; False where it has no room."""
@@ -316,6 +310,8 @@ class ReuseStore:
         with self.lock:
             self._look()
             count = admin.delete(self, admin.chosen(self, ids, tag, tenant, key))
+            if self.answers is not None and key is None:
+                self.answers.delete(ids, tag, tenant)
         self.flush()
         return count
 
@@ -326,6 +322,8 @@ class ReuseStore:
             self._look()
             for record in list(self.index.records.values()):
                 self.forget(record)
+            if self.answers is not None:
+                self.answers.delete(None, None, None)
 
     def verify(self) -> tuple[str, ...]:
         """Read and check every file; returns what was wrong with those that were not whole, which are dropped."""

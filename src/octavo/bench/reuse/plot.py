@@ -27,6 +27,6 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     axes.set_xlim(0, 112)
     axes.set_xlabel("prompt tokens that were computed, % of all")
     axes.set_title(f"Reuse of prompts: {found['subject']}", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(ways))
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -76,7 +76,11 @@ class Generate:
 
 
 class Batched:
-    """Transformers' continuous batching of an unattached model, which shares whole blocks of equal prefixes."""
+    """Transformers' continuous batching of an unattached model, which shares whole blocks of equal prefixes.
+
+    A request that ends with its first token leaves no block that others share, so it is asked for two; its answer comes
+    when it is done, so the second one's seconds count as well.
+    """
 
     name = "generate_batch"
     nbytes = None
@@ -91,7 +95,7 @@ class Batched:
 
     def answer(self, tokens: list[int], new: int) -> tuple[float, list[int]]:
         """See `Way`. Raises ConfigError where it stops, or never ends; transformers has logged why then."""
-        self._count += 1
+        self._count, new = self._count + 1, max(2, new)
         began = time.perf_counter()
         self._manager.add_request(tokens, request_id=str(self._count), max_new_tokens=new)
         while time.perf_counter() - began < PATIENCE and self._manager.is_running():
