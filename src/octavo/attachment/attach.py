@@ -117,8 +117,8 @@ def _check_layout(
         spec = gates.gates.spec
         if (spec.layers, spec.kv_heads) != (len(layout.stores), layout.kv_heads):
             raise AdapterMismatchError(
-                f"the gates {gates.name} are of {spec.layers} layers of {spec.kv_heads} KV heads, and {name} keeps keys "
-                f"of {len(layout.stores)} layers of {layout.kv_heads}"
+                f"the gates {gates.name} are of {spec.layers} layers of {spec.kv_heads} KV heads, and {name} keeps "
+                f"keys of {len(layout.stores)} layers of {layout.kv_heads}"
             )
     if layout.states and reuse is not None:
         raise UnsupportedModelError(

@@ -154,6 +154,8 @@ def tried(model: PreTrainedModel, inner: PreTrainedModel) -> Trial:
     decoder, name = decoder_of(inner), type(model).__name__
     if "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
         raise UnsupportedModelError(f"{name} takes no past_key_values, so it has no cache that Octavo could be")
+    if not getattr(inner, "_can_set_attn_implementation", lambda: True)():
+        raise UnsupportedModelError(f"{name}: its attention does not go through transformers' attention interface")
     try:
         try:
             trial = _run(model, inner, decoder, keyword=True)
