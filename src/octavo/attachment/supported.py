@@ -65,6 +65,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
         raise UnsupportedModelError(
             f"{name} has differential attention, which attends twice in a layer; Octavo's attention does so once"
         )
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
+        raise UnsupportedModelError(f"{name} is offloaded: its weights come to its device only while they are used")
     devices = {p.device for p in decoder_of(model).parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} lies on {len(devices)} devices; put it on one")
