@@ -235,7 +235,7 @@ REFUSED = {
     "latent attention": deepseek,
     "both directions": lambda: small(Gemma3TextConfig, head_dim=16, use_bidirectional_attention=True),
     "attention interface": lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)),
-    "a window that its masks do not have": lambda: small(MoshiConfig, sliding_window=8),
+    "a window that its masks do not have|attention interface": lambda: small(MoshiConfig, sliding_window=8),
     "no past_key_values": lambda: small(MambaConfig),
 }
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -120,3 +121,10 @@ def test_the_trial_changes_nothing():
     assert (ran, torch.equal(torch.get_rng_state(), before)) == ([False], True)
     assert all(module.training for module in model.modules())
     model.eval()(ids, labels=ids).loss.backward()
+
+
+def test_an_offloaded_model_is_refused_at_attach():
+    model = accelerate.cpu_offload(tiny_model(), torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="is offloaded: its weights come"):
+        attach(model)
+    assert attachment_of(model) is None

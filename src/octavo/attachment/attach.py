@@ -10,7 +10,7 @@ from octavo.attachment.adapters import Named, resolve
 from octavo.attachment.attachment import Attachment, attachment_of, require_attachment
 from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.chunks import default_chunk
-from octavo.attachment.layout import Layout, joined
+from octavo.attachment.layout import Layout, joined, unwrapped
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse
 from octavo.attachment.settings import cache_settings
@@ -57,22 +57,24 @@ def attach(
     columns as in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and
     answers as before.
 
+    A model that reads more than text is attached at the language model inside it, a `PeftModel` at the model that its
+    adapters are in; both go on being used whole. One forward of three tokens is run on the model before.
+
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"expected a transformers model, not {type(model).__name__}")
+    inner = joined(model)
     before = attachment_of(model)
     if before is not None:
         before.undo()
     try:
-        layout, inner = layout_of(model), joined(model)
+        layout = layout_of(model)
         shape = Modes(inner, layout, None, None).shape(skips=False)
         chunk = default_chunk(inner.device) if chunk is None else chunk
         settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile, undo)
         gates, swiftkv = _checked(inner, resolve(adapter))
         _check_layout(inner, layout, gates, swiftkv, reuse)
-        if reuse is not None and inner is not model:
+        if reuse is not None and inner is not unwrapped(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} reads more than text, which a ReuseStore cannot tell apart; attach it without"
             )

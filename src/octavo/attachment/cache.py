@@ -194,10 +194,11 @@ class KVCache(PagedCache):
 
     def leave(self, indices: Sequence[int]) -> None:
         """End sequences; see `PagedCache.leave`."""
-        before, gone = len(self.rows), {i % max(1, len(self.rows)) for i in indices}
+        there = range(len(self.rows))
         super().leave(indices)
         if self.states is not None:
-            self.states.select([i for i in range(before) if i not in gone])
+            gone = {there[i] for i in indices}
+            self.states.select([i for i in there if i not in gone])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences; see `PagedCache.batch_select_indices`."""

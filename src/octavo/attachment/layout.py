@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from octavo.attention import Lifetime
+from octavo.errors import UnsupportedModelError
 
 NUMBER = "_octavo_number"  # what an attached model's attention modules know of themselves
 _NORMS = (  # what models call the norm before their output layer
@@ -72,8 +73,28 @@ class Layout:
             module.__dict__.pop(NUMBER, None)
 
 
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside a `PeftModel`, whose layers are in it, or the model itself.
+
+    Raises UnsupportedModelError for anything else, and for prompts and prefixes that such a model learns: it hands the
+    prefixes over in caches of its own.
+    """
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        learned = [c for c in model.peft_config.values() if getattr(c, "is_prompt_learning", False)]
+        if learned:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has learned a prompt or prefix ({learned[0].peft_type}), which is not "
+                "supported; adapters inside layers, such as LoRA, are"
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"expected a transformers model, not {type(model).__name__}")
+    return model
+
+
 def joined(model: PreTrainedModel) -> PreTrainedModel:
     """The model whose forward Octavo joins: the language model inside one of several kinds of input, or itself."""
+    model = unwrapped(model)
     inner = getattr(model.base_model, "language_model", None)
     return inner if isinstance(inner, PreTrainedModel) else model
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from octavo.attachment.forward import NAME
-from octavo.attachment.layout import Layout, decoder_of, final_norm, joined
+from octavo.attachment.layout import Layout, decoder_of, final_norm, joined, unwrapped
 from octavo.attachment.states import state_layers
 from octavo.attachment.trial import Trial, tried
 from octavo.attention import Lifetime
@@ -41,7 +41,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     softcapping and sinks are part of it, and layers may have a state of their own. docs/models.md says which models
     are tested. One forward of a few tokens is run on the model (`octavo.attachment.trial`).
     """
-    outer, model = model, joined(model)
+    outer, model = unwrapped(model), joined(model)
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; its cross-attention cache is not supported")
@@ -65,6 +65,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
         raise UnsupportedModelError(
             f"{name} has differential attention, which attends twice in a layer; Octavo's attention does so once"
         )
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
+        raise UnsupportedModelError(f"{name} is offloaded: its weights come to its device only while they are used")
     devices = {p.device for p in decoder_of(model).parameters()}
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} lies on {len(devices)} devices; put it on one")

@@ -68,8 +68,6 @@ class Trial(DynamicCache):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Note a layer's keys and values, and give them back as the same objects, by which attention is known."""
-        if args or kwargs:
-            raise UnsupportedModelError("its cache is told more than keys and values")
         if layer_idx in (s.layer for s in self.stored):
             raise UnsupportedModelError(f"layer {layer_idx} has more than one set of keys")
         self.stored.append(Stored(layer_idx, key_states, value_states))
@@ -154,6 +152,8 @@ def tried(model: PreTrainedModel, inner: PreTrainedModel) -> Trial:
     decoder, name = decoder_of(inner), type(model).__name__
     if "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
         raise UnsupportedModelError(f"{name} takes no past_key_values, so it has no cache that Octavo could be")
+    if not getattr(inner, "_can_set_attn_implementation", lambda: True)():
+        raise UnsupportedModelError(f"{name}: its attention does not go through transformers' attention interface")
     try:
         try:
             trial = _run(model, inner, decoder, keyword=True)
@@ -179,17 +179,11 @@ def _run(model: PreTrainedModel, inner: PreTrainedModel, decoder: nn.Module, key
     """The forward itself; `keyword`: the decoder is given a keyword argument."""
     trial = Trial(inner.config, keyword)
     with _running(inner, decoder, trial):
-        ids = torch.tensor([TOKENS], device=_place(inner))
+        ids = torch.tensor([TOKENS], device=inner.device)
         # A language model that is joined gets no mask where nothing else than attention reads it.
         mask = {} if model is inner else {"attention_mask": torch.ones_like(ids)}
         model(input_ids=ids, past_key_values=trial, use_cache=True, **mask)
     return trial
-
-
-def _place(model: PreTrainedModel) -> torch.device:
-    """Where a model's tokens go."""
-    hook = getattr(model, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or model.device)
 
 
 @contextmanager

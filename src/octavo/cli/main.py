@@ -12,6 +12,7 @@ import typer
 from octavo.cli.cache import app as cache
 from octavo.cli.long_suite import app as long_suite
 from octavo.cli.measure import app as measure
+from octavo.cli.models import app as models
 from octavo.cli.retrofit import app as retrofit
 from octavo.cli.talk import app as talk
 from octavo.cli.terminal import AdapterName, Budget, Device, Dtype, KvDtype, Model, check_writable, console, load
@@ -65,6 +66,7 @@ def demo(
 app.add_typer(talk)
 app.add_typer(measure)
 app.add_typer(long_suite)
+app.add_typer(models)
 app.add_typer(cache, name="cache")
 app.add_typer(retrofit, name="retrofit")
 with contextlib.suppress(ImportError):  # octavo.vdb is its C extension, which needs a compiler at installation

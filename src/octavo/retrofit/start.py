@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo.adapter_file import check_fingerprint
-from octavo.attachment.supported import fingerprint
+from octavo.attachment.supported import fingerprint, shape_of
 from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
 from octavo.errors import ConfigError
@@ -98,12 +98,12 @@ def first_gates(
     Gates made for the base model may start gates on a transform (`spec`): the first K are taken, the others are fitted
     before the first step (`regression.fit_gates`). Raises ConfigError where `init` has other settings.
     """
-    s, config = settings.gates, model.config
+    s, shape = settings.gates, shape_of(model.config)
     if s is None:
         return None, 1.0
-    cached = spec.cached_layers if spec else config.num_hidden_layers
+    cached = spec.cached_layers if spec else shape["num_hidden_layers"]
     eviction = Eviction(s.window, s.shift)
-    gates = Gates(GateSpec(cached, config.hidden_size, config.num_key_value_heads, eviction)).to(model.device)
+    gates = Gates(GateSpec(cached, shape["hidden_size"], shape["num_key_value_heads"], eviction)).to(model.device)
     if init is None:
         return gates, 1.0
     taken = cached
