@@ -492,28 +492,42 @@ VDB_API vdb_error vdb_set_kernels(const char *name);
 #endif
 
 #if defined(__linux__) && defined(__LP64__)
+#include <sys/syscall.h>
 #ifdef __cplusplus
 #define VDB_SYSTEM(returns, name, arguments) extern "C" returns vdb_sys_##name arguments __asm__(#name)
 #else
 #define VDB_SYSTEM(returns, name, arguments) extern returns vdb_sys_##name arguments __asm__(#name)
 #endif
-VDB_SYSTEM(int, close, (int));
-VDB_SYSTEM(long, write, (int, const void *, size_t));
-VDB_SYSTEM(long, pread, (int, void *, size_t, long));
-VDB_SYSTEM(long, lseek, (int, long, int));
-VDB_SYSTEM(int, fsync, (int));
-VDB_SYSTEM(int, ftruncate, (int, long));
 VDB_SYSTEM(int, posix_fallocate, (int, long, long));
-VDB_SYSTEM(int, unlink, (const char *));
-VDB_SYSTEM(int, linkat, (int, const char *, int, const char *, int));
-VDB_SYSTEM(long, readlink, (const char *, char *, size_t));
-VDB_SYSTEM(int, fchown, (int, unsigned, unsigned));
-VDB_SYSTEM(int, fchmod, (int, unsigned));
-VDB_SYSTEM(int, getpid, (void));
 VDB_SYSTEM(int, get_nprocs, (void));
-VDB_SYSTEM(int, madvise, (void *, size_t, int));
 VDB_SYSTEM(long, syscall, (long, ...));
 #define VDB_HERE (-100) /* AT_FDCWD */
+/* By number: in a program's own file even the name that the linker sees may be another function's. */
+static inline int vdb_sys_close(int file) { return (int)vdb_sys_syscall(SYS_close, (long)file); }
+static inline long vdb_sys_write(int file, const void *bytes, size_t size) {
+  return vdb_sys_syscall(SYS_write, (long)file, bytes, size);
+}
+static inline long vdb_sys_pread(int file, void *bytes, size_t size, long at) {
+  return vdb_sys_syscall(SYS_pread64, (long)file, bytes, size, at);
+}
+static inline long vdb_sys_lseek(int file, long at, int from) { return vdb_sys_syscall(SYS_lseek, (long)file, at, (long)from); }
+static inline int vdb_sys_fsync(int file) { return (int)vdb_sys_syscall(SYS_fsync, (long)file); }
+static inline int vdb_sys_ftruncate(int file, long size) { return (int)vdb_sys_syscall(SYS_ftruncate, (long)file, size); }
+static inline int vdb_sys_unlink(const char *path) { return (int)vdb_sys_syscall(SYS_unlinkat, (long)VDB_HERE, path, 0L); }
+static inline int vdb_sys_linkat(int from, const char *path, int to, const char *name, int flags) {
+  return (int)vdb_sys_syscall(SYS_linkat, (long)from, path, (long)to, name, (long)flags);
+}
+static inline long vdb_sys_readlink(const char *path, char *to, size_t size) {
+  return vdb_sys_syscall(SYS_readlinkat, (long)VDB_HERE, path, to, size);
+}
+static inline int vdb_sys_fchown(int file, unsigned user, unsigned group) {
+  return (int)vdb_sys_syscall(SYS_fchown, (long)file, (long)(int)user, (long)(int)group);
+}
+static inline int vdb_sys_fchmod(int file, unsigned mode) { return (int)vdb_sys_syscall(SYS_fchmod, (long)file, (long)mode); }
+static inline long vdb_sys_getpid(void) { return vdb_sys_syscall(SYS_getpid); }
+static inline int vdb_sys_madvise(void *memory, size_t size, int advice) {
+  return (int)vdb_sys_syscall(SYS_madvise, memory, size, (long)advice);
+}
 #elif defined(_WIN32)
 #define vdb_sys_close _close
 #define vdb_sys_fsync _commit
