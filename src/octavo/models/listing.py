@@ -94,8 +94,12 @@ def _config(source: str) -> PreTrainedConfig:
         published = published_config(folder)
         if published is not None:
             return base_config(published, folder)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        # Code of the model's own is not run, and nobody is asked whether it may be.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError) as e:
         said = " ".join(str(e).split())
         raise ModelNotFoundError(f"cannot read a configuration from {source}: {said}") from e
+    except Exception as e:  # transformers meets impossible settings with whatever error they lead to
+        said = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise ModelNotFoundError(f"cannot read a configuration from {source}, transformers fails with {said}") from e
