@@ -13,7 +13,7 @@ from octavo.attachment.chunks import default_chunk
 from octavo.attachment.layout import Layout, joined, unwrapped
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse
-from octavo.attachment.settings import cache_settings
+from octavo.attachment.settings import cache_settings, check_store
 from octavo.attachment.supported import fingerprint, layout_of
 from octavo.dms import Adapter
 from octavo.dms.checkpoint import MODEL_TYPES
@@ -63,6 +63,7 @@ def attach(
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
     """
+    check_store(reuse)
     inner = joined(model)
     before = attachment_of(model)
     if before is not None:
