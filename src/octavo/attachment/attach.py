@@ -63,7 +63,6 @@ def attach(
     Raises UnsupportedModelError, AdapterFileError, AdapterMismatchError or ConfigError; the model is then as
     it was.
     """
-    check_store(reuse)
     inner = joined(model)
     before = attachment_of(model)
     if before is not None:
@@ -117,7 +116,8 @@ def _check_layout(
     model: PreTrainedModel, layout: Layout, gates: Adapter | None, swiftkv: SwiftKVAdapter | None, reuse: Reuse | None
 ) -> None:
     """Raise UnsupportedModelError for what is asked of a model with windows, softcapping, sinks or states and is not
-    made."""
+    made, ConfigError for what is no store."""
+    check_store(reuse)
     name, scored, windowed = type(model).__name__, layout.scored, layout.windowed
     if gates is not None and swiftkv is None and gates.made_on is None:
         spec = gates.gates.spec
