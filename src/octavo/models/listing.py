@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from octavo.attachment.published import base_config
 from octavo.attachment.states import state_layers
 from octavo.attachment.supported import layout_of
-from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.errors import ModelNotFoundError, OctavoError, UnsupportedModelError
 from octavo.models.load import published_config
 
 
@@ -97,6 +97,8 @@ def _config(source: str) -> PreTrainedConfig:
         # Code of the model's own is not run, and nobody is asked whether it may be.
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config
+    except OctavoError:
+        raise
     except (OSError, ValueError) as e:
         said = " ".join(str(e).split())
         raise ModelNotFoundError(f"cannot read a configuration from {source}: {said}") from e
