@@ -64,6 +64,29 @@ def test_an_assistant_answers_as_plain_decoding(draws):
     assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), expected)
 
 
+def test_a_padding_token_that_is_generated_is_a_token_to_those_who_draft():
+    model, ids = made("gates"), repetitive(50)
+    assistant = tiny_model()
+    attach(assistant, tiny_adapter(assistant, window=9))
+    expected = model.generate(ids, **GREEDY)
+    for each in (model, assistant):
+        each.generation_config.pad_token_id = int(expected[0, 58])
+        each.generation_config.update(num_assistant_tokens=5, assistant_confidence_threshold=0)
+    mask = torch.ones_like(ids)
+    for drafted in ({"assistant_model": assistant}, {"assistant_early_exit": 2}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **drafted, **GREEDY), expected), drafted
+
+
+def test_an_early_exit_that_fails_leaves_the_model_its_layers(monkeypatch):
+    model, ids = made("gates"), repetitive(50)
+    expected = model.generate(ids, **GREEDY)
+    with monkeypatch.context() as patched:
+        patched.setattr(KVCache, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(ids, assistant_early_exit=2, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
 def test_a_cache_goes_on_after_drafts_and_is_refused_where_transformers_would_read_twice():
     model, ids = made("gates"), repetitive(50)
     for past in (KVCache(model), DynamicCache(config=model.config)):

@@ -1,5 +1,7 @@
 """`octavo models`: what a walk has found, and what `attach` would do with a model by its configuration alone."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -70,3 +72,25 @@ def test_all_classes_are_listed():
 def test_what_is_no_configuration_is_one_error(name, reason, tmp_path):
     with pytest.raises(ModelNotFoundError, match=reason):
         foresee(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"hidden_size": 10, "num_attention_heads": 3}, "not a multiple"),
+        ({"hidden_size": "large"}, "expected int"),
+        ({"num_attention_heads": 0}, "by zero"),
+    ],
+)
+def test_impossible_settings_are_one_error(settings, reason, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    with pytest.raises(ModelNotFoundError, match=f"cannot read a configuration .*{reason}"):
+        foresee(tmp_path)
+
+
+def test_code_beside_a_configuration_is_refused_without_a_question(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("it asks"))
+    code = {"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": code}))
+    with pytest.raises(ModelNotFoundError, match="custom code"):
+        foresee(tmp_path)

@@ -210,6 +210,17 @@ def test_what_is_not_understood_runs_as_before():
     assert store.stats().requests == 0
 
 
+def test_every_kind_of_drafts_runs_without_the_store():
+    store = ReuseStore("20MB", **SETTINGS)
+    model, ids = gated(reuse=store), tokens(1, 40)
+    expected = model.generate(ids, **GREEDY)
+    for drafted in ({"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}, {"speculation_type": "none"}):
+        assert torch.equal(model.generate(ids, **drafted, **GREEDY), expected), drafted
+    with pytest.raises(ValueError, match="num_mtp_layers"):  # what transformers says, unattached too
+        model.generate(ids, use_mtp=True, **GREEDY)
+    assert store.stats().requests == 1
+
+
 def test_attaching_anew_copying_and_detaching():
     store = ReuseStore("20MB", **SETTINGS)
     model, ids = tiny_model(), tokens(1, 50)

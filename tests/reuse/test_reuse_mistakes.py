@@ -33,6 +33,12 @@ PARAMS = octavo.SamplingParams(max_tokens=8, temperature=0.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize("given", ["1GiB", {}, True, ReuseStore])
+def test_what_is_no_store_is_refused_at_attach(given):
+    with pytest.raises(ConfigError, match="reuse must be an octavo"):
+        gated(reuse=given)
+
+
 def test_one_padded_prompt_that_is_known_without_padding():
     model, ids = gated(reuse=ReuseStore("20MB", **SETTINGS)), tokens(1, 40)
     model.generate(ids, **GREEDY)

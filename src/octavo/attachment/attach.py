@@ -13,7 +13,7 @@ from octavo.attachment.chunks import default_chunk
 from octavo.attachment.layout import Layout, joined, unwrapped
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse
-from octavo.attachment.settings import cache_settings
+from octavo.attachment.settings import cache_settings, check_store
 from octavo.attachment.supported import fingerprint, layout_of
 from octavo.dms import Adapter
 from octavo.dms.checkpoint import MODEL_TYPES
@@ -116,7 +116,8 @@ def _check_layout(
     model: PreTrainedModel, layout: Layout, gates: Adapter | None, swiftkv: SwiftKVAdapter | None, reuse: Reuse | None
 ) -> None:
     """Raise UnsupportedModelError for what is asked of a model with windows, softcapping, sinks or states and is not
-    made."""
+    made, ConfigError for what is no store."""
+    check_store(reuse)
     name, scored, windowed = type(model).__name__, layout.scored, layout.windowed
     if gates is not None and swiftkv is None and gates.made_on is None:
         spec = gates.gates.spec

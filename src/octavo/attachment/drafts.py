@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from octavo.attachment.cache import KVCache
@@ -43,6 +45,11 @@ def prepared(attachment: "Attachment", named: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `generate` that drafts, with a cache that can take drafts back."""
     if named.get("use_cache") is False or named.get("cache_implementation"):
         return named  # generate says that it needs another cache
+    ids = named.get("input_ids")
+    if _assists(named) and named.get("attention_mask") is None and isinstance(ids, Tensor):
+        # It comes without a mask where nothing is padded; transformers would hide padding tokens that were generated,
+        # which are cached by then.
+        named = {**named, "attention_mask": torch.ones_like(ids)}
     past = named.get("past_key_values")
     if past is None:
         named = {**named, "past_key_values": KVCache(attachment.model)}
@@ -73,4 +80,10 @@ def run_drafts(attachment: "Attachment", original: Callable[..., Any], *args: An
     named = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
     if not drafts(attachment, named):
         return original(*args, **kwargs)
-    return original(**prepared(attachment, named))
+    config: Any = attachment.model.config
+    layers = config.num_hidden_layers
+    try:
+        return original(**prepared(attachment, named))
+    finally:  # an early exit that fails leaves the model with the layers that draft alone
+        if config.num_hidden_layers != layers:
+            config.num_hidden_layers = layers

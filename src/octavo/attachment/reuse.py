@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _ELSEWHERE = (  # what makes `generate` another method, or asks for more than logits of the prompt
     "assistant_model", "assistant_early_exit", "cache_implementation", "constraints", "custom_generate", "dola_layers",
     "force_words_ids", "negative_prompt_ids", "num_beam_groups", "output_attentions", "output_hidden_states",
-    "past_key_values", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens", "token_healing",
+    "past_key_values", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens", "speculation_type",
+    "token_healing", "use_mtp",
 )  # fmt: skip
 
 

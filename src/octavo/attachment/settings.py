@@ -47,3 +47,11 @@ def whole(name: str, value: Any, most: int, unit: str, least: int = 1) -> int:
     if not plain or not least <= value <= most or value != int(value):
         raise ConfigError(f"{name} must be a whole number of {unit} from {least} to {most:,}, not {value!r}")
     return int(value)
+
+
+def check_store(reuse: object) -> None:
+    """Raise ConfigError unless `reuse` is a store, or None."""
+    if reuse is not None and (isinstance(reuse, type) or not hasattr(reuse, "peek")):
+        raise ConfigError(
+            f"reuse must be an octavo.ReuseStore, as in reuse=octavo.ReuseStore(memory='1GiB'), not {reuse!r}"
+        )

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from octavo.attachment.published import base_config
 from octavo.attachment.states import state_layers
 from octavo.attachment.supported import layout_of
-from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.errors import ModelNotFoundError, OctavoError, UnsupportedModelError
 from octavo.models.load import published_config
 
 
@@ -94,8 +94,14 @@ def _config(source: str) -> PreTrainedConfig:
         published = published_config(folder)
         if published is not None:
             return base_config(published, folder)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        # Code of the model's own is not run, and nobody is asked whether it may be.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config
-    except (OSError, ValueError, KeyError) as e:
+    except OctavoError:
+        raise
+    except (OSError, ValueError) as e:
         said = " ".join(str(e).split())
         raise ModelNotFoundError(f"cannot read a configuration from {source}: {said}") from e
+    except Exception as e:  # transformers meets impossible settings with whatever error they lead to
+        said = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise ModelNotFoundError(f"cannot read a configuration from {source}, transformers fails with {said}") from e
