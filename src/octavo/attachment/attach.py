@@ -135,8 +135,8 @@ def _check_layout(
         raise UnsupportedModelError(f"{name} has windows, whose tokens a ReuseStore cannot keep; attach it without")
     if layout.heads and gates is not None and reuse is not None:
         raise UnsupportedModelError(
-            f"{name} has layers of unequal heads, whose marked tokens a ReuseStore cannot keep; attach it without one or "
-            "without gates"
+            f"{name} has layers of unequal heads, whose marked tokens a ReuseStore cannot keep; attach it without one, "
+            "or without gates"
         )
     if (windowed or layout.heads) and gates is not None and gates.gates.spec.eviction.shift:
         raise UnsupportedModelError(
