@@ -434,13 +434,13 @@ INLINE __m512 exact_power_of_two(__m512 x) {
 /* Products s become cap * tanh(s / cap). */
 TARGET static void cap_step(const Job *job, const Step *step, float *scores) {
     __m512 cap = _mm512_set1_ps(job->cap), one = _mm512_set1_ps(1);
-    __m512 factor = _mm512_set1_ps(fmaxf(-2 * 0x1.715476p+0f / job->cap, -FLT_MAX)), most = _mm512_set1_ps(-126);
+    __m512 factor = _mm512_set1_ps(fmaxf(-2 * 0x1.715476p+0f / job->cap, -FLT_MAX)), least = _mm512_set1_ps(-126);
     bool high = job->asked->softcap > 1024; /* below it 3e-6 of the cap do no harm */
     __m512i sign = _mm512_set1_epi32((int)0x80000000);
     for (int tile = 0; tile < 2; tile++, scores += 2 * GROUP * EDGE * EDGE)
         for (int i = 0; i < 2 * step->strips * EDGE; i++) {
             __m512 score = _mm512_loadu_ps(scores + i * EDGE);
-            __m512 e = _mm512_max_ps(_mm512_mul_ps(_mm512_abs_ps(score), factor), most);
+            __m512 e = _mm512_max_ps(_mm512_mul_ps(_mm512_abs_ps(score), factor), least);
             e = exact_power_of_two(e); /* exp(-2 |x|) */
             __m512 capped = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), cap);
             __m512i signs = _mm512_and_si512(_mm512_castps_si512(score), sign);
