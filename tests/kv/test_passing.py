@@ -81,7 +81,7 @@ def test_a_restored_row_is_the_same_without_the_copies_in_c(eviction, monkeypatc
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_boundaries_hold_where_tokens_are_taken_back_and_others_read(eviction, full):
     """Chunks past boundaries, crops within `undo`, copies that share pages, and restored rows, in any order."""
-    for seed in range(200 if full else 5):
+    for seed in range(40 if full else 5):
         dice, model = random.Random(f"{seed} {eviction}"), Model(eviction)
 
         def new(undo, model=model):
