@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from octavo import attach, detach
+from octavo import ReuseStore, attach, detach
 from octavo.attachment import KVCache, Snapshot, attachment_of
 from octavo.errors import UnsupportedModelError
-from tiny import SHAPE, feed, tiny_adapter, tokens
+from tiny import SHAPE, feed, tiny_adapter, tiny_model, tokens
 from tiny_windows import WINDOW, WINDOWED, windowed_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,3 +94,17 @@ def test_what_windows_do_not_go_with_is_refused(reason, family, more):
     with pytest.raises(UnsupportedModelError, match=reason):
         attach(model, tiny_adapter(model, shift=shift) if shift else None, **more)
     assert attachment_of(model) is None
+
+
+def test_gates_of_unequal_heads_are_refused_where_snapshots_would_lose_marked_tokens():
+    model = tiny_model()
+    attention = model.model.layers[1].self_attn
+    attention.num_key_value_groups = 6  # one KV head instead of two
+    for name in ("k_proj", "v_proj"):
+        setattr(attention, name, torch.nn.Linear(96, 16, bias=False))
+    assert attachment_of(attach(model)).layout.heads == (2, 1, 2)
+    for shift, options in ((0, {"reuse": ReuseStore("1MB")}), (1, {})):
+        with pytest.raises(UnsupportedModelError, match="unequal heads"):
+            attach(model, tiny_adapter(model, shift=shift), **options)
+    assert attach(model, reuse=ReuseStore("1MB")) is model
+    assert not attachment_of(attach(model, tiny_adapter(model), cuda_graphs=True)).captures

@@ -120,6 +120,7 @@ def test_what_does_not_fit_is_refused():
         ((table, zero, stored, first, count + 9), "reach beyond"),
         ((table, zero + 99, stored, first, count), "reach beyond"),
         ((table, zero, [torch.zeros(8, 3), *stored[1:]], first, count), "as these pages store it"),
+        ((table, zero, [torch.zeros(2, 2), *stored[1:]], first, count), "as these pages store it"),
         ((table, zero, [None, *stored[1:]], first, count), "the parts"),
         ((table.long(), zero, stored, first, count), "int32"),
         ((table, zero.int(), stored, first, count), "int64"),

@@ -121,6 +121,15 @@ def test_scores_far_beyond_a_cap_and_far_from_a_sink(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("softcap", [1e-39, 1e-3, 3e3, 1e7, 1e35])
+def test_caps_far_below_and_far_above_all_scores(isa: str, softcap: float) -> None:
+    _kernels.set_isa(isa)
+    case = make_case([[130, 7]], G=2)
+    expected = reference.attend(*case.widened(), Scoring(softcap))
+    torch.testing.assert_close(kernels.decode(*case, Scoring(softcap)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("stored", [*DTYPES, *CODES])
 @pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
 def test_long_rows(isa: str, stored: torch.dtype, D: int) -> None:

@@ -121,6 +121,12 @@ def test_any_scale_under_a_cap(scale: float) -> None:
     assert_matches(case, kernels.prefill(*case, scoring), scoring)
 
 
+@pytest.mark.parametrize("softcap", [1e-39, 1e-3, 3e3, 1e7, 1e35])
+def test_caps_far_below_and_far_above_all_scores(softcap: float) -> None:
+    case = make_case([[300, 40]], N=70, G=2)
+    assert_matches(case, kernels.prefill(*case, Scoring(softcap)), Scoring(softcap))
+
+
 @pytest.mark.parametrize("D", [32, 64, 160, 256])
 def test_long_rows(D: int) -> None:
     case = make_case([[2100, 0, 700]], N=512, G=3, D=D, window=256)

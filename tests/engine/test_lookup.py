@@ -10,6 +10,7 @@ from octavo.engine import Engine
 from octavo.engine.lookup import looked_up
 from octavo.errors import ConfigError
 from tiny import tiny_adapter, tiny_model, tokens
+from tiny_decoders import tiny_decoder
 from tiny_windows import windowed_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,3 +89,25 @@ def test_an_impossible_lookup_is_refused(lookup, undo):
     with pytest.raises(ConfigError, match="prompt_lookup"):
         LLM(model, prompt_lookup=lookup)
     assert torch.is_grad_enabled()
+
+
+def test_a_model_whose_states_cannot_go_back_is_refused_before_it_runs():
+    model = attach(tiny_decoder("lfm2"))
+    with pytest.raises(ConfigError, match="states of its layers cannot go back"):
+        Engine(model, prompt_lookup=3)
+    assert Engine(model).runner.drafted == 0
+
+
+def test_a_draft_that_has_no_room_costs_no_token(monkeypatch):
+    request, got = (repetitive(50), SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)), []
+    for lookup in (0, 15):
+        monkeypatch.setattr(
+            octavo.engine.engine, "looked_up", lambda tokens, most: got[0][0][len(tokens) - 50 :][:most]
+        )
+        ((tokens_read, reason, _),), _ = answered(
+            attach(tiny_model(), chunk=16, budget=330_000, page_size=4), [request], prompt_lookup=lookup
+        )
+        assert reason == "error"  # in the end it does not fit
+        got.append((tokens_read, reason))
+    assert len(got[0][0]) > 50
+    assert got[0] == got[1]

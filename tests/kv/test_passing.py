@@ -1,5 +1,6 @@
 """What is kept at a boundary that a chunk goes past is what a forward that ends there leaves, to the bit."""
 
+import copy
 import random
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from octavo import KVCache, attach
 from octavo.attention.cpu import copies
 from octavo.config import Eviction
-from octavo.kv import Sequences
-from reuse.plain import Model, held, read, wanted
+from octavo.kv import PagedCache, Sequences
+from reuse.plain import SHAPE, Model, held, read, wanted
 from tiny import tiny_adapter, tiny_model, tokens
 
 pytestmark = [
@@ -75,3 +76,36 @@ def test_a_restored_row_is_the_same_without_the_copies_in_c(eviction, monkeypatc
         assert torch.equal(tables.marks[other.rows[0]][..., :-1], marks[..., :-1])
     assert rows[0] == rows[1]
     assert rows[0][0] == wanted(prompt, 70, eviction)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+def test_boundaries_hold_where_tokens_are_taken_back_and_others_read(eviction, full):
+    """Chunks past boundaries, crops within `undo`, copies that share pages, and restored rows, in any order."""
+    for seed in range(40 if full else 5):
+        dice, model = random.Random(f"{seed} {eviction}"), Model(eviction)
+
+        def new(undo, model=model):
+            return PagedCache(SHAPE, model.eviction, model.memory, undo=undo)
+
+        live = [(new(dice.choice([4, 20])), [])]
+        for _ in range(12):
+            cache, tokens = dice.choice(live)
+            cache.keep({len(tokens) + dice.randrange(1, 40) for _ in range(2)})
+            more = dice.choice([1, 3, 5, 20, 45])
+            tokens += [dice.randrange(4) for _ in range(more)]
+            read(cache, tokens, len(tokens), passes=dice.random() < 0.7)
+            back = dice.randrange(min(more, cache.sequences.undo) + 1)
+            cache.crop(-back)
+            del tokens[len(tokens) - back :]
+            if not tokens:
+                continue
+            assert held(cache) == wanted(tokens, len(tokens), eviction)
+            snapshot = cache.snapshot_under({}, None, 0, None)
+            p = dice.choice(snapshot.boundaries)
+            other = new(dice.choice([0, 4, 20]))
+            other.sequences.restore(snapshot.layout, snapshot.at(p), p)
+            assert held(other) == wanted(tokens, p, eviction)
+            live += [(other, tokens[:p]), (copy.deepcopy(cache), list(tokens))][: 4 - len(live)]
+        del cache, other, live
+        model.memory.reclaim()
+        assert model.memory.sequences == 0

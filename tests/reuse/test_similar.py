@@ -11,11 +11,13 @@ from octavo.attachment.attachment import require_attachment
 from octavo.attachment.blend import second_values
 from octavo.attachment.reuse import begin, store_in
 from octavo.attachment.similar import fill_between, rotated, turn, turns
+from octavo.config import Eviction
 from octavo.errors import ConfigError
 from octavo.kv.restoring import layout_of
 from octavo.reuse.align import Run, align
 from octavo.reuse.draft import Coverage, put_together
 from octavo.reuse.record import Space, token_array
+from reuse.plain import Model
 from reuse.test_reuse_generate import MODELS
 from tiny import tiny_adapter, tiny_model, tokens
 
@@ -228,6 +230,17 @@ def test_embeddings_are_counted_and_go_with_their_prompts():
     assert sorted(map(str, vectors.ids())) == sorted(index.records)
     store.clear()
     assert (len(vectors), store.stats().memory_nbytes) == (0, 0)
+
+
+@pytest.mark.parametrize("eviction", [None, Eviction(9, 1)], ids=str)  # with shift 1 nobody ever looks for similar ones
+def test_nothing_stays_of_prompts_that_have_left(eviction):
+    store, model = ReuseStore("60KB", shortest=8, similar=True), Model(eviction)
+    for i in range(30):
+        model.ask(store, [i, *(j % 50 for j in range(40))], check=False)
+    known = [record for news in store.similar._news.values() for record in news.values()]
+    assert len(known) == len(store.index.records) < 20
+    store.clear()
+    assert (store.similar._news, store.similar._vectors) == ({}, {})
 
 
 def test_others_leave_for_an_embedding_within_the_budget():

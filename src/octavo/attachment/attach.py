@@ -134,9 +134,15 @@ def _check_layout(
         raise UnsupportedModelError(f"{name} has windows, softcapping or sinks, with which SwiftKV is not supported")
     if windowed and reuse is not None:
         raise UnsupportedModelError(f"{name} has windows, whose tokens a ReuseStore cannot keep; attach it without")
-    if windowed and gates is not None and gates.gates.spec.eviction.shift:
+    if layout.heads and gates is not None and reuse is not None:
         raise UnsupportedModelError(
-            f"{name} has windows, with which gates whose marks are read one token later (shift 1) are not supported"
+            f"{name} has layers of unequal heads, whose marked tokens a ReuseStore cannot keep; attach it without one, "
+            "or without gates"
+        )
+    if (windowed or layout.heads) and gates is not None and gates.gates.spec.eviction.shift:
+        raise UnsupportedModelError(
+            f"{name} has windows or layers of unequal heads, with which gates whose marks are read one token later "
+            "(shift 1) are not supported"
         )
 
 

@@ -80,7 +80,7 @@ class Attachment:
         self.modes = Modes(model, layout, adapter, swiftkv)
         self.settings = settings
         self.borrowed = lends_channel(model.config)
-        plain = not (layout.windowed or layout.states)  # what a captured step knows
+        plain = not (layout.windowed or layout.heads or layout.states)  # what a captured step knows
         self.captures = settings.cuda_graphs and plain
         self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
         self.original: Callable[..., Any] = decoder_of(model).forward

@@ -152,8 +152,9 @@ class Engine:
             try:
                 sampled = self.runner.decode_ahead(drafted) if drafted else [self.runner.decode()]
             except CacheBudgetError as error:
-                drafted = []
-                self._make_room(None, error)
+                if not drafted:
+                    self._make_room(None, error)
+                drafted = []  # one token may have room where several have none
             else:
                 for each in sampled:
                     self._post(list(self.runner.running), each)
@@ -325,7 +326,10 @@ def _check_lookup(model: PreTrainedModel, drafted: int) -> None:
     """Raise ConfigError for an impossible length of drafts."""
     if isinstance(drafted, bool) or not isinstance(drafted, int) or drafted < 0:
         raise ConfigError(f"prompt_lookup must be a whole number of tokens, 0 for none, not {drafted!r}")
-    undo = require_attachment(model).settings.undo
+    attachment = require_attachment(model)
+    undo = attachment.settings.undo
+    if drafted and attachment.layout.states:
+        raise ConfigError(f"prompt_lookup must be 0 for {type(model).__name__}: states of its layers cannot go back")
     if undo is not None and undo < drafted:
         raise ConfigError(f"prompt_lookup={drafted} needs octavo.attach(model, ..., undo={drafted}), not undo={undo}")
 

@@ -52,6 +52,11 @@ class Flights:
                     best, most = flight, offered
         return best
 
+    def add(self, flight: Flight) -> None:
+        """A prompt begins to be computed. Within the lock: `land` puts another list in the place of this one."""
+        with self._lock:
+            self.all.append(flight)
+
     def land(self, flight: Flight) -> None:
         """A prompt is stored, or will not be: those who wait for it look again."""
         with self._lock:

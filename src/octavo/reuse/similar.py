@@ -114,7 +114,7 @@ class Similar:
         self.off = False
         self._lock = threading.Lock()
         self._vectors: dict[str, VectorDatabase] = {}  # by namespace
-        self._news: dict[str, dict[str, Record]] = {}  # by namespace and key: who came or went since it was looked at
+        self._news: dict[str, dict[str, Record]] = {}  # by namespace and key: who came since it was looked at
         self._dice = random.Random(0)
         self._audits: deque[float] = deque(maxlen=RECENT)
         self._audited: list[float] = [0, 0.0]  # how many, and the sum of their KL
@@ -240,21 +240,29 @@ class Similar:
         """Take note of a record that came or went; inside the store's lock."""
         with self._lock:
             space, key = record.entry.space, record.key
-            self._news.setdefault(space, {})[key] = record
-            if record.gone and space in self._vectors and key in self._vectors[space]:
-                self._vectors[space].remove(key)  # its bytes are not counted any more
+            if not record.gone:
+                self._news.setdefault(space, {})[key] = record
+                return
+            # Nothing of it stays: its bytes are not counted any more, and nobody may ever look at this namespace again.
+            news, vectors = self._news.get(space, {}), self._vectors.get(space)
+            if news.pop(key, None) is not None and not news:
+                del self._news[space]
+            if vectors is not None and key in vectors:
+                vectors.remove(key)
+                if not len(vectors):
+                    del self._vectors[space]
 
     def _follow(self, space: str, embed: Embed) -> None:
         """Let the index of a namespace hold what the store holds, whoever has stored or deleted it."""
         with self._lock:
             news = self._news.pop(space, {})
         for key, record in news.items():
-            vector = None if record.gone else _vector(embed, record.entry.tokens)
+            vector = _vector(embed, record.entry.tokens)
             with self.store.lock:  # the budget holds embeddings too
-                fits = vector is not None and self.store.index.weigh(record, vector.nbytes + EMBEDDED)
+                fits = self.store.index.weigh(record, vector.nbytes + EMBEDDED)
             with self._lock:
                 vectors = self._vectors.get(space)
-                if vector is None or not fits:
+                if not fits or record.gone:
                     continue
                 if vectors is None:
                     vectors = self._vectors[space] = VectorDatabase(len(vector), metric="cosine")

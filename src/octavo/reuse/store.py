@@ -208,7 +208,7 @@ class ReuseStore:
         opened.append(reading)
         reading.hold()
         if reading.flight is not None:
-            self.flights.all.append(reading.flight)
+            self.flights.add(reading.flight)
 
     def put(self, record: Record, parents: set[Record]) -> bool:
         """Take in a new record, inside the lock, after others have left for it; False where it has no room."""

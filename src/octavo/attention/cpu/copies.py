@@ -44,12 +44,12 @@ def fill(
     Raises ValueError for what does not fit.
     """
     _check(pages, table, slot, first, count)
+    total = 0 if stored[4] is None else len(stored[4])
     for part, given in zip(pages, stored, strict=True):
         if (part is None) != (given is None) and part is not pages.expiry:
             raise ValueError("copies: what is stored does not have the parts of these pages")
-        if part is not None and given is not None and not _fits(part, given):
+        if part is not None and given is not None and not (_fits(part, given) and len(given) == total):
             raise ValueError("copies: what is stored is not as these pages store it")
-    total = 0 if stored[4] is None else len(stored[4])
     if bool(((first < 0) | (count < 0) | (first + count > total) | (slot < 0)).any()) or bool(
         (slot + count > table.shape[1] * pages.key.shape[1]).any()
     ):

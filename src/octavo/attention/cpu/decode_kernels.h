@@ -236,13 +236,16 @@ TARGET static void NAME(gather)(const Tile *tile, const Tile *next, const float 
     }
 }
 
-/* softcap * tanh(score / softcap), with an absolute error below 2e-7 * softcap. */
+/* softcap * tanh(score / softcap). Far below the cap 1 - e would have lost its digits: there a series serves. */
 INLINE void NAME(cap)(float *scores, int64_t n, float softcap) {
     for (int64_t i = 0; i < n; i += LANES) {
-        V score = NAME(load)((const char *)scores, i, FLOAT32);
-        V e = NAME(exponential)((V)((U)score | 0x80000000) * (2 / softcap)); /* exp(-2 |x|) */
-        V capped = (1.f - e) / (1.f + e) * softcap;
-        capped = (V)((U)capped | ((U)score & 0x80000000));
+        V score = NAME(load)((const char *)scores, i, FLOAT32), x = score / softcap, square = x * x;
+        V e = NAME(exponential)((V)((U)x | 0x80000000) * 2.f); /* exp(-2 |x|) */
+        V large = (1.f - e) / (1.f + e) * softcap;
+        large = (V)((U)large | ((U)score & 0x80000000));
+        V small = score + score * square * (square * (2.f / 15) - 1.f / 3);
+        U few = (U)(square < NAME(splat)(0x1p-8f));
+        V capped = (V)(((U)small & few) | ((U)large & ~few));
         memcpy(scores + i, &capped, sizeof capped);
     }
 }

@@ -14,6 +14,7 @@
    to overlap by themselves. So the softmax of one step carries with it, a little per query, the products
    of the step before (weights by values) and of the step after (queries by keys): see `attend_block`. */
 #define _GNU_SOURCE 1 /* RTLD_DEFAULT, syscall */
+#include <float.h>
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -433,15 +434,25 @@ INLINE __m512 exact_power_of_two(__m512 x) {
 /* Products s become cap * tanh(s / cap). */
 TARGET static void cap_step(const Job *job, const Step *step, float *scores) {
     __m512 cap = _mm512_set1_ps(job->cap), one = _mm512_set1_ps(1);
-    __m512 factor = _mm512_set1_ps(-2 * 0x1.715476p+0f / job->cap);
+    __m512 factor = _mm512_set1_ps(fmaxf(-2 * 0x1.715476p+0f / job->cap, -FLT_MAX)), least = _mm512_set1_ps(-126);
+    bool high = job->asked->softcap > 1024; /* below it 3e-6 of the cap do no harm */
     __m512i sign = _mm512_set1_epi32((int)0x80000000);
     for (int tile = 0; tile < 2; tile++, scores += 2 * GROUP * EDGE * EDGE)
         for (int i = 0; i < 2 * step->strips * EDGE; i++) {
             __m512 score = _mm512_loadu_ps(scores + i * EDGE);
-            __m512 e = exact_power_of_two(_mm512_mul_ps(_mm512_abs_ps(score), factor)); /* exp(-2 |x|) */
+            __m512 e = _mm512_max_ps(_mm512_mul_ps(_mm512_abs_ps(score), factor), least);
+            e = exact_power_of_two(e); /* exp(-2 |x|) */
             __m512 capped = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), cap);
             __m512i signs = _mm512_and_si512(_mm512_castps_si512(score), sign);
-            _mm512_storeu_si512(scores + i * EDGE, _mm512_or_si512(_mm512_castps_si512(capped), signs));
+            capped = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(capped), signs));
+            if (high) { /* far below the cap 1 - e would have lost its digits: there a series serves */
+                __m512 x = _mm512_div_ps(score, cap), square = _mm512_mul_ps(x, x);
+                __mmask16 few = _mm512_cmp_ps_mask(square, _mm512_set1_ps(0x1p-8f), _CMP_LT_OQ);
+                __m512 series = _mm512_fmadd_ps(square, _mm512_set1_ps(2.f / 15), _mm512_set1_ps(-1.f / 3));
+                series = _mm512_fmadd_ps(score, _mm512_mul_ps(square, series), score);
+                capped = _mm512_mask_mov_ps(capped, few, series);
+            }
+            _mm512_storeu_ps(scores + i * EDGE, capped);
         }
 }
 
