@@ -15,6 +15,7 @@ from octavo.config import Eviction
 from octavo.kv.capture import capture, kept_and_tail, snapshot_of, trimmed
 from octavo.kv.ragged import between
 from octavo.reuse import ReuseStore
+from octavo.reuse.record import OVERHEAD
 from reuse.plain import Model, read
 
 EVICTIONS = (None, Eviction(7), Eviction(7, 1), Eviction(25), Eviction(25, 1))
@@ -154,8 +155,13 @@ class Machine(RuleBasedStateMachine):
             assert index.memory.nbytes == sum(r.nbytes for r in index.records.values() if r.extent is not None)
         if self.limits["disk"] is not None:
             files = list(Path(self.folder.name).glob("*.kv"))
-            assert sum(f.stat().st_size for f in files) == stats.disk_nbytes <= self.limits["disk_budget"]
-            assert {f.stem for f in files} == {r.key for r in index.disk.records}
+            assert stats.disk_nbytes <= sum(f.stat().st_size for f in files) <= self.limits["disk_budget"]
+            known, there = {r.key for r in index.disk.records}, {f.stem for f in files}
+            # After a restart half of the memory takes in so many files; more of them stay for other processes.
+            most = self.limits["memory"] if self.tight else None
+            full = most is not None and (len(known) + 1) * OVERHEAD > most / 2
+            assert known <= there if full else known == there
+            assert full or sum(f.stat().st_size for f in files) == stats.disk_nbytes
         if self.tight:
             assert all(shelf.by_tenant["a"] <= 40_000 for shelf in index.shelves)
         assert all(r.users == 0 for r in index.records.values())
