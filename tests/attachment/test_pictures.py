@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo import KVCache, attach, detach
+from octavo import KVCache, ReuseStore, attach, detach
 from octavo.attachment import attachment_of
 from octavo.errors import UnsupportedModelError
 from tiny import tokens
@@ -63,4 +63,4 @@ def test_the_whole_model_is_attached_at_its_language_model(kind):
     assert attachment_of(detach(model)) is None
     assert model.base_model.language_model.config._attn_implementation == "sdpa"
     with pytest.raises(UnsupportedModelError, match="reads more than text"):
-        attach(model, reuse=object())
+        attach(model, reuse=ReuseStore())

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from octavo import KVCache, attach
+from octavo import KVCache, ReuseStore, attach
 from octavo.attachment import Snapshot, attachment_of
 from octavo.attachment.states import States
 from octavo.errors import CacheStateError, UnsupportedModelError
@@ -113,7 +113,7 @@ def test_what_states_do_not_go_with_is_refused(hybrid):
     cache.reset()
     assert cache.states.nbytes == 0
     with pytest.raises(UnsupportedModelError, match="a ReuseStore cannot keep"):
-        attach(model, reuse=object())
+        attach(model, reuse=ReuseStore())
 
 
 def test_beam_search_is_that_of_the_unattached_model():
