@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from octavo import KVCache, attach, detach
 from octavo.dms import HardGates
 from octavo.errors import ConfigError, TextFileError
+from octavo.retrofit.readout import readout
 from octavo.retrofit.suite import Case, CaseSet, read_suite_text
 from octavo.retrofit.suite.cases import Asked, Context, laid_out
 from octavo.retrofit.suite.scoring import score
@@ -29,8 +30,8 @@ def test_scores_are_those_of_a_cache_that_evicts(student, shift, batch_tokens):
     given = cases()
     attach(student, adapter)
     try:
-        scores = score(student, HardGates(adapter.gates), None, given, batch_tokens)
-        dense = score(student, None, None, given, batch_tokens)
+        scores = score(student, readout(student), HardGates(adapter.gates), None, given, batch_tokens)
+        dense = score(student, readout(student), None, None, given, batch_tokens)
         for i, spans in enumerate(given.spans):
             logits, cache = read_by_tokens(student, given.ids[i])
             at = torch.cat([torch.arange(a, b) for a, b in spans])

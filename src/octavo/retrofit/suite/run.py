@@ -17,6 +17,7 @@ from octavo.errors import ConfigError, TextFileError
 from octavo.retrofit.baselines import BASELINES
 from octavo.retrofit.entries import DENSE, Entry, Parts, attach_parts, named, parts_of
 from octavo.retrofit.measuring import Held
+from octavo.retrofit.readout import readout
 from octavo.retrofit.suite.cases import CaseSet
 from octavo.retrofit.suite.own_words import conversations, greedy_sets, own_chats
 from octavo.retrofit.suite.results import LongEvaluation, PolicyResult, SetResult
@@ -128,6 +129,7 @@ class _Bench:
         self, model: PreTrainedModel, texts: SuiteTexts, settings: LongSettings, cases: list[CaseSet], say: Said
     ) -> None:
         self.model, self.settings, self.cases, self.say = model, settings, cases, say
+        self.head = readout(model)
         first = texts.prose.tokens[: settings.held_at].astype("int64")
         self.read = torch.from_numpy(first)[None]
 
@@ -158,7 +160,7 @@ class _Bench:
         self, name: str, cases: CaseSet, policy: Policy | None, parts: Parts, kept: float | None = None
     ) -> SetResult:
         self.say(f"{name}: {cases.name} {cases.length:,}")
-        scores = score(self.model, policy, parts.transform, cases, self.settings.batch_tokens)
+        scores = score(self.model, self.head, policy, parts.transform, cases, self.settings.batch_tokens)
         return summed(cases, scores, scores.kept if kept is None else kept)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from octavo.dms import HardGates, Policy
 from octavo.retrofit.measuring import at_once
-from octavo.retrofit.readout import Readout, readout
+from octavo.retrofit.readout import Readout
 from octavo.retrofit.suite.cases import CaseSet
 from octavo.swiftkv import SwiftKV
 
@@ -32,11 +32,18 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    model: PreTrainedModel, policy: Policy | None, transform: SwiftKV | None, cases: CaseSet, batch_tokens: int
+    model: PreTrainedModel,
+    head: Readout,
+    policy: Policy | None,
+    transform: SwiftKV | None,
+    cases: CaseSet,
+    batch_tokens: int,
 ) -> Scores:
-    """All cases of a set. All batches have one shape, since kernels are compiled for shapes; the last is filled up."""
+    """All cases of a set; `head` reads the model's logits.
+
+    All batches have one shape, since kernels are compiled for shapes; the last is filled up.
+    """
     read = at_once(model, policy, transform)
-    head = readout(model)
     out = Scores([], [], [], [], None)
     held: list[Tensor] = []
     total = len(cases.ids)
