@@ -84,7 +84,7 @@ def test_a_window_that_never_ends_is_full_attention():
 @pytest.mark.parametrize(
     ("reason", "family", "more"),
     [
-        ("a ReuseStore cannot keep", "gemma3", {"reuse": object()}),
+        ("a ReuseStore cannot keep", "gemma3", {"reuse": ReuseStore("1MB")}),
         ("shift 1", "qwen3", {"shift": 1}),
     ],
 )
