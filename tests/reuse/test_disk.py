@@ -225,7 +225,7 @@ def test_a_full_disk_and_a_read_only_folder_cost_a_warning(tmp_path, monkeypatch
         def fails(*args, code=code):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(store.shelving.folder, "_replace", fails)
+        monkeypatch.setattr(store.tiers.folder.folder, "_replace", fails)
         caught: list[Warning] = []
         monkeypatch.setattr(warnings, "warn", lambda message, *args, caught=caught, **kwargs: caught.append(message))
         model.ask(store, prompt(0))
@@ -283,7 +283,7 @@ def test_a_disk_that_is_slower_than_the_model_is_passed_over_and_measured_again(
     store.close()
     again = opened(tmp_path, None)
     assert model.ask(again, prompt(0)) == 69
-    again.costs.per_byte, again.costs.per_token = 1.0, {again.list()[0].space: 1e-6}
+    again.costs.per_byte, again.costs.per_token = {"disk": 1.0}, {again.list()[0].space: 1e-6}
     again.costs.computed = lambda *args: None
     again.costs.worth_loading = functools.partial(MEASURED, again.costs)
     got = [model.ask(again, prompt(0)) for _ in range(17)]

@@ -1,0 +1,289 @@
+"""The server as a tier: records that several machines share, as far as the server's own policy keeps them.
+
+A machine learns from the server's log what has changed, and reads the heads of what is new to it. A server that is away
+is left alone for `PAUSE` seconds; then all that the log knows is looked at again.
+"""
+
+import io
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from octavo.errors import ReuseFileError
+from octavo.kv.extent import Extent
+from octavo.reuse.files import entry_in, extent_in, note, read_note, slots_nbytes
+from octavo.reuse.record import Entry, Record
+from octavo.reuse.resp import LARGEST, Found, RefusedError, Server
+
+if TYPE_CHECKING:
+    from octavo.reuse.store import ReuseStore
+    from octavo.reuse.tiers import Tiers
+
+LOOK, SHARE = 0.05, 20  # seconds between two looks, and how many times as long as a look takes they lie apart at least
+PAUSE = 30.0  # seconds for which a server that failed is left alone
+BATCH = 64  # heads that are read at once
+START, LATER = 10.0, 0.05  # seconds in which the first look and a later one begin to read heads; the next one goes on
+LONGEST = 10**14  # milliseconds; what lives longer lives for ever
+
+
+class Remote:
+    """The server tier of a store (`octavo.reuse.tiers.Tier`)."""
+
+    name = "remote"
+
+    def __init__(self, store: "ReuseStore", tiers: "Tiers", server: Server) -> None:
+        self.store, self.tiers, self.server = store, tiers, server
+        self._next = self._until = self._full_until = -math.inf  # when it may be asked, and when it may be written to
+        self.unreadable: set[str] = set()
+        self._within = START
+        self._left: dict[str, None] = {}  # keys that are still to be looked at
+        self._used: dict[str, None] = {}  # what was used since the last look
+        self._removed: dict[str, None] = {}  # what must not be there, and may be still
+
+    @property
+    def writable(self) -> bool:
+        """Whether the server takes records, as far as is known."""
+        return not self.store.index.away and time.monotonic() >= self._full_until
+
+    # Looking
+
+    def refresh(self) -> None:
+        """Take in what others have done, at most every `LOOK` seconds; inside the store's lock."""
+        began, index = time.monotonic(), self.store.index
+        if began < max(self._next, self._until):
+            return
+        try:
+            self._look(began + self._within)
+        except OSError as e:
+            self.store.counts["errors"] += 1
+            self._fails(e)
+            return
+        ended = time.monotonic()
+        self._within, index.away = LATER, False
+        self._next = began if self._left else ended + max(LOOK, SHARE * (ended - began))
+        if self._removed:
+            self.tiers.submit(self._remove)
+
+    def _look(self, until: float) -> None:
+        index = self.store.index
+        whole, keys = self.server.changes(list(self._used))
+        self._used.clear()
+        if whole:
+            self._left = dict.fromkeys(record.key for record in index.remote.records)
+        self._left.update(dict.fromkeys([*keys, *index.ready]))
+        index.ready.clear()
+        while self._left:
+            batch = list(self._left)[:BATCH]
+            found = self.server.look(batch, index.records.keys())
+            for key in batch:
+                del self._left[key]
+            new = [self._seen(key, each) for key, each in zip(batch, found, strict=True)]
+            for record in sorted((r for r in new if r is not None), key=lambda r: (r.entry.first, r.entry.last)):
+                self._adopt(record)
+            if time.monotonic() > until:
+                break
+
+    def _seen(self, key: str, found: Found) -> Record | None:
+        """Take note of what lies under a key; returns its record where that is new."""
+        index = self.store.index
+        known, noted = index.records.get(key), read_note(found.note)
+        if not found.nbytes:
+            index.waiting.pop(key, None)
+            self.unreadable.discard(key)
+            if known is not None and known.remote_nbytes:
+                index.take_from_remote(known)
+            return None
+        if key in self._removed or key in self.unreadable:
+            return None
+        if known is not None:
+            index.put_on_remote(known, found.nbytes)
+            if noted is not None:
+                known.pinned, known.expires = noted
+                index.soonest = min(index.soonest, known.ends)
+            return None
+        place = f"{self.server.value(key)} on {self.server.name}"
+        try:
+            entry = entry_in(io.BytesIO(found.head), found.nbytes, place)
+            if entry.key != key:
+                raise ReuseFileError(f"{place} holds another record than its name says")
+        except ReuseFileError as e:
+            self.tiers.damaged(self, key, e)
+            return None
+        record = Record(entry, slots_nbytes(entry))
+        if noted is not None:
+            record.pinned, record.expires = noted
+        record.remote_nbytes = found.nbytes
+        return record
+
+    def _adopt(self, record: Record) -> None:
+        taken = self.tiers.adopt(record)
+        if taken:
+            self.store.index.remote.add(record)
+        elif taken is not None:
+            self.store.index.wait(record)
+
+    def _fails(self, error: OSError) -> None:
+        """Leave the server alone for a while. Inside the store's lock."""
+        self._until, self.store.index.away = time.monotonic() + PAUSE, True
+        self._left.clear()
+        self.server.start_over()
+        self.store.warn(
+            "remote",
+            f"the reuse cache cannot use {self.server.name}: {error}; it goes on without, and tries again every "
+            f"{PAUSE:.0f} s",
+        )
+
+    # Reading
+
+    def has(self, record: Record) -> bool:
+        """Whether a record is on the server, as far as is known, and can be asked for."""
+        return record.remote_nbytes > 0 and not self.store.index.away
+
+    def read(self, record: Record) -> Extent:
+        """A record's slots. Raises FileNotFoundError where the server has evicted it, ReuseFileError and OSError."""
+        began, nbytes = time.perf_counter(), record.remote_nbytes
+        try:
+            data = self.server.read(record.key, nbytes)
+        except FileNotFoundError:
+            raise
+        except OSError as e:
+            with self.store.lock:
+                if isinstance(e, TimeoutError):  # it takes at least so long
+                    self.store.costs.loaded(self.name, nbytes, time.perf_counter() - began)
+                self._fails(e)
+            raise
+        place = f"{self.server.value(record.key)} on {self.server.name}"
+        return extent_in(io.BytesIO(data), len(data), place, record.entry)
+
+    def left(self, record: Record) -> list[Record]:
+        """Take note that the server does not have a record; returns what is gone altogether. In the store's lock."""
+        return self.store.index.take_from_remote(record)
+
+    # Writing, all of it on the thread of `Tiers`
+
+    def lacking(self, records: Sequence[Record]) -> list[Record]:
+        """Those that the server does not have, of which it may have evicted some. Raises OSError."""
+        if not self.writable:
+            return []
+        sizes = self.server.sizes([record.key for record in records])
+        with self.store.lock:
+            for record, size in zip(records, sizes, strict=True):
+                if record.remote_nbytes and not size:
+                    self.store.index.take_from_remote(record)
+                elif size and not record.gone and record.key not in self.unreadable:
+                    self.store.index.put_on_remote(record, size)
+        return [record for record, size in zip(records, sizes, strict=True) if not size]
+
+    def write(self, record: Record, pieces: Sequence[bytes | memoryview]) -> bool:
+        """Write a record; False where it is not wanted any more, or is too large. Raises OSError."""
+        store, size = self.store, sum(map(len, pieces))
+        if record.gone:
+            return False
+        if size > LARGEST:
+            store.counts["refused"] += 1
+            store.warn("remote size", f"a prompt's {size:,} bytes are more than {self.server.name} takes at once")
+            return False
+        with store.lock:
+            parents = [parent for parent in record.parents if parent.ends < record.ends]
+            before = {parent.key: self._life(parent) for parent in parents}
+            life, noted = self._life(record), note(record.pinned, record.expires) if record.noted else None
+        self.server.write(record.key, pieces, life, noted, before)
+        with store.lock:
+            if record.gone:
+                self.remove(record)
+                return False
+            store.index.put_on_remote(record, size)
+        return True
+
+    def failed(self, error: OSError) -> None:
+        """Take note that writing failed, and warn: a server that is full or read-only can still be read."""
+        if not isinstance(error, RefusedError):
+            with self.store.lock:
+                self._fails(error)
+            return
+        self._full_until = time.monotonic() + PAUSE
+        told = f"the reuse cache cannot write to {self.server.name}: {error}; it goes on without"
+        self.store.warn("writing remotely", told)
+
+    def _life(self, record: Record) -> int | None:
+        """For how many milliseconds the server must keep a record and what goes on from it. In the store's lock."""
+        ends = max(each.ends for each in (record, *record.children))
+        left = (ends - self.store.clock()) * 1000
+        return None if left > LONGEST else max(1, math.ceil(left))
+
+    def remove(self, record: Record) -> None:
+        """Remove a record that was dropped; inside the store's lock."""
+        self.store.index.waiting.pop(record.key, None)
+        if record.remote_nbytes or record.users:  # one that is being written may be there soon
+            self.removed(record.key)
+
+    def removed(self, key: str) -> None:
+        """Remove what lies under a key, as soon as the server can be asked."""
+        self._removed[key] = None
+        self.tiers.submit(self._remove)
+
+    def clear(self) -> None:
+        """Remove all that the log knows; inside the store's lock."""
+        if not self.store.index.away:
+            try:
+                keys = self.keys()
+            except OSError as e:
+                self._fails(e)
+                return
+            self._removed.update(dict.fromkeys(keys))
+            self.tiers.submit(self._remove)
+
+    def _remove(self) -> None:
+        keys = list(self._removed)
+        if not keys or self.store.index.away:
+            return
+        try:
+            self.server.remove(keys)
+        except OSError as e:
+            self.store.counts["errors"] += 1
+            self.failed(e)
+            return
+        with self.store.lock:
+            for key in keys:
+                self._removed.pop(key, None)
+
+    def note(self, record: Record) -> None:
+        """Tell other machines until when a record is pinned and lives."""
+        if record.remote_nbytes:
+            self.tiers.submit(self._note, record)
+
+    def _note(self, record: Record) -> None:
+        if not self.writable or not record.remote_nbytes:
+            return
+        with self.store.lock:
+            life = self._life(record)
+        try:
+            self.server.write_note(record.key, note(record.pinned, record.expires), life)
+        except OSError as e:
+            self.store.counts["errors"] += 1
+            self.failed(e)
+
+    def touch(self, record: Record) -> None:
+        """Have the next look tell the server that a record was used."""
+        if record.remote_nbytes:
+            self._used.pop(record.key, None)
+            self._used[record.key] = None
+
+    # Checking
+
+    def keys(self) -> Sequence[str]:
+        """All keys that the log knows, of which the server may have evicted some. Raises OSError."""
+        return self.server.all_keys()
+
+    def check(self, key: str) -> Entry:
+        """Read and check all that lies under a key. Raises ReuseFileError and OSError."""
+        (nbytes,) = self.server.sizes([key])
+        if not nbytes:
+            raise FileNotFoundError(key)
+        data, place = self.server.read(key, nbytes), f"{self.server.value(key)} on {self.server.name}"
+        entry = entry_in(io.BytesIO(data), nbytes, place)
+        extent_in(io.BytesIO(data), nbytes, place, entry)
+        if entry.key != key:
+            raise ReuseFileError(f"{place} holds another record than its name says")
+        return entry
