@@ -461,7 +461,8 @@ def test_a_real_server_evicts_and_refuses_when_it_is_full(tmp_path):
             assert full == ([True, True] if policy == "noeviction" else []), "once each"
             assert (real.client().info()["evicted_keys"] > 0) == (policy == "allkeys-lru")
             assert b.stats().hits > 0
-            assert b.stats().damaged == b.stats().errors == 0
+            assert b.stats().damaged == 0
+            assert (b.stats().errors > 0) == (policy == "noeviction")
         finally:
             real.stop()
 
