@@ -88,7 +88,7 @@ class Remote:
         """Take note of what lies under a key; returns its record where that is new."""
         index = self.store.index
         known, noted = index.records.get(key), read_note(found.note)
-        if not found.nbytes:
+        if not found.nbytes or (known is None and not found.head):  # it may expire in the middle of a transaction
             index.waiting.pop(key, None)
             self.unreadable.discard(key)
             if known is not None and known.remote_nbytes:
@@ -102,11 +102,8 @@ class Remote:
                 known.pinned, known.expires = noted
                 index.soonest = min(index.soonest, known.ends)
             return None
-        place = f"{self.server.value(key)} on {self.server.name}"
         try:
-            entry = entry_in(io.BytesIO(found.head), found.nbytes, place)
-            if entry.key != key:
-                raise ReuseFileError(f"{place} holds another record than its name says")
+            entry = self._entry(key, found.head, found.nbytes)
         except ReuseFileError as e:
             self.tiers.damaged(self, key, e)
             return None
@@ -142,10 +139,22 @@ class Remote:
 
     def read(self, record: Record) -> Extent:
         """A record's slots. Raises FileNotFoundError where the server has evicted it, ReuseFileError and OSError."""
+        try:
+            return self._read(record)
+        except ReuseFileError:  # it may have been stored anew in between
+            return self._read(record)
+
+    def _read(self, record: Record) -> Extent:
         began, nbytes = time.perf_counter(), record.remote_nbytes
         try:
             data = self.server.read(record.key, nbytes)
+            entry, extent = self._parsed(record.key, data)
+            if entry.sizes != record.entry.sizes:
+                raise FileNotFoundError("another machine, which rounds otherwise, has stored it anew")
+            return extent
         except FileNotFoundError:
+            with self.store.lock:
+                self._left[record.key] = None  # look again at what there is
             raise
         except OSError as e:
             with self.store.lock:
@@ -153,8 +162,20 @@ class Remote:
                     self.store.costs.loaded(self.name, nbytes, time.perf_counter() - began)
                 self._fails(e)
             raise
-        place = f"{self.server.value(record.key)} on {self.server.name}"
-        return extent_in(io.BytesIO(data), len(data), place, record.entry)
+
+    def _parsed(self, key: str, data: bytearray) -> tuple[Entry, Extent]:
+        """All of a value. Raises ReuseFileError unless it is whole, and the record that its key says."""
+        entry = self._entry(key, data, len(data))
+        return entry, extent_in(io.BytesIO(data), len(data), self._place(key), entry)
+
+    def _entry(self, key: str, head: bytes | bytearray, nbytes: int) -> Entry:
+        entry = entry_in(io.BytesIO(head), nbytes, self._place(key))
+        if entry.key != key:
+            raise ReuseFileError(f"{self._place(key)} holds another record than its name says")
+        return entry
+
+    def _place(self, key: str) -> str:
+        return f"{self.server.value(key)} on {self.server.name}"
 
     def left(self, record: Record) -> list[Record]:
         """Take note that the server does not have a record; returns what is gone altogether. In the store's lock."""
@@ -281,9 +302,4 @@ class Remote:
         (nbytes,) = self.server.sizes([key])
         if not nbytes:
             raise FileNotFoundError(key)
-        data, place = self.server.read(key, nbytes), f"{self.server.value(key)} on {self.server.name}"
-        entry = entry_in(io.BytesIO(data), nbytes, place)
-        extent_in(io.BytesIO(data), nbytes, place, entry)
-        if entry.key != key:
-            raise ReuseFileError(f"{place} holds another record than its name says")
-        return entry
+        return self._parsed(key, self.server.read(key, nbytes))[0]

@@ -84,7 +84,7 @@ class Server:
     def look(self, keys: Sequence[str], known: Collection[str]) -> list[Found]:
         """What lies under each of some keys, without the heads of those that are `known`."""
         with _told():
-            pipe = self._reader.pipeline(transaction=False)
+            pipe = self._reader.pipeline(transaction=True)  # sizes and heads must be those of the same values
             for key in keys:
                 pipe.strlen(self.value(key))
                 pipe.get(self._note(key))
@@ -109,13 +109,16 @@ class Server:
             return list(pipe.execute())
 
     def read(self, key: str, nbytes: int) -> bytearray:
-        """The value of so many bytes under a key. Raises FileNotFoundError where there is none."""
+        """The value of so many bytes under a key. Raises FileNotFoundError where there is none, or another one."""
         out, at, until = bytearray(nbytes), 0, time.monotonic() + READ
         with _told():
             while at < nbytes:
-                piece = self._reader.getrange(self.value(key), at, min(at + PIECE, nbytes) - 1)
-                if not piece:
-                    raise FileNotFoundError(f"{self.name} has evicted {self.value(key)}")
+                pipe = self._reader.pipeline(transaction=True)
+                pipe.strlen(self.value(key))
+                pipe.getrange(self.value(key), at, min(at + PIECE, nbytes) - 1)
+                there, piece = pipe.execute()
+                if there != nbytes or not piece:
+                    raise FileNotFoundError(f"{self.name} does not have {self.value(key)} any more")
                 out[at : at + len(piece)] = piece
                 at += len(piece)
                 if at < nbytes and time.monotonic() > until:
