@@ -455,7 +455,7 @@ def test_a_real_server_evicts_and_refuses_when_it_is_full(tmp_path):
                 warnings.simplefilter("always")
                 for i in range(70):
                     asked(model, a, [i, *prompt(i)], check=False)
-                for i in range(0, 70, 7):
+                for i in range(69, 0, -7):
                     model.ask(b, [i, *prompt(i)])
             full = ["cannot write" in str(w.message) for w in told]
             assert full == ([True, True] if policy == "noeviction" else []), "once each"

@@ -48,13 +48,13 @@ class Remote:
 
     # Looking
 
-    def refresh(self) -> None:
-        """Take in what others have done, at most every `LOOK` seconds; inside the store's lock."""
+    def refresh(self, patient: bool = False) -> None:
+        """Take in what others have done, at most every `LOOK` seconds unless one is `patient`; in the store's lock."""
         began, index = time.monotonic(), self.store.index
-        if began < max(self._next, self._until):
+        if began < self._until or (began < self._next and not patient):
             return
         try:
-            self._look(began + self._within)
+            self._look(math.inf if patient else began + self._within)
         except OSError as e:
             self.store.counts["errors"] += 1
             self._fails(e)
@@ -84,11 +84,11 @@ class Remote:
             if time.monotonic() > until:
                 break
 
-    def _seen(self, key: str, found: Found) -> Record | None:
-        """Take note of what lies under a key; returns its record where that is new."""
+    def _seen(self, key: str, found: Found, again: bool = False) -> Record | None:
+        """Take note of what lies under a key, `again`: for the second time; returns its record where that is new."""
         index = self.store.index
         known, noted = index.records.get(key), read_note(found.note)
-        if not found.nbytes or (known is None and not found.head):  # it may expire in the middle of a transaction
+        if not found.nbytes or (known is None and not found.head):  # removed in between
             index.waiting.pop(key, None)
             self.unreadable.discard(key)
             if known is not None and known.remote_nbytes:
@@ -105,6 +105,8 @@ class Remote:
         try:
             entry = self._entry(key, found.head, found.nbytes)
         except ReuseFileError as e:
+            if not again:
+                return self._seen(key, self.server.look([key], ())[0], again=True)
             self.tiers.damaged(self, key, e)
             return None
         record = Record(entry, slots_nbytes(entry))
@@ -117,6 +119,7 @@ class Remote:
         taken = self.tiers.adopt(record)
         if taken:
             self.store.index.remote.add(record)
+            record.order = min(0, int(record.entry.created - self.store.clock()))  # before what was used here
         elif taken is not None:
             self.store.index.wait(record)
 

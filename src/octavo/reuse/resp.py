@@ -1,7 +1,9 @@
 """What is asked of a Redis or Valkey server, as docs/formats.md specifies it: values, notes, and the log of changes.
 
-Nothing here waits for long, and all that goes wrong is an OSError: `RefusedError` where the server answers but will not
-do it, TimeoutError where it takes too long.
+Reads are no transactions, since a server that is full refuses those: what is read may be of two values, where one was
+stored anew in between, so it is read once more before it is called damaged. Nothing here waits for long, and all that
+goes wrong is an OSError: `RefusedError` where the server answers but will not do it, TimeoutError where it takes too
+long.
 """
 
 import re
@@ -84,7 +86,7 @@ class Server:
     def look(self, keys: Sequence[str], known: Collection[str]) -> list[Found]:
         """What lies under each of some keys, without the heads of those that are `known`."""
         with _told():
-            pipe = self._reader.pipeline(transaction=True)  # sizes and heads must be those of the same values
+            pipe = self._reader.pipeline(transaction=False)
             for key in keys:
                 pipe.strlen(self.value(key))
                 pipe.get(self._note(key))
@@ -113,7 +115,7 @@ class Server:
         out, at, until = bytearray(nbytes), 0, time.monotonic() + READ
         with _told():
             while at < nbytes:
-                pipe = self._reader.pipeline(transaction=True)
+                pipe = self._reader.pipeline(transaction=False)
                 pipe.strlen(self.value(key))
                 pipe.getrange(self.value(key), at, min(at + PIECE, nbytes) - 1)
                 there, piece = pipe.execute()

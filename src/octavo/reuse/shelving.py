@@ -32,7 +32,7 @@ class Shelving:
 
     # Reading
 
-    def refresh(self) -> None:
+    def refresh(self, patient: bool = False) -> None:
         """Take in files that have come and gone; inside the store's lock."""
         if not self.folder.changed():
             return

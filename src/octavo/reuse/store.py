@@ -226,10 +226,10 @@ class ReuseStore:
         memory = self.index.memory
         return memory is not None and record in memory.records
 
-    def _look(self) -> None:
-        """Inside the lock: take in what time and other processes have changed."""
+    def _look(self, patient: bool = False) -> None:
+        """Inside the lock: take in what time and others have changed, `patient`: however long it takes."""
         self.index.now = self.clock()
-        self.tiers.refresh()
+        self.tiers.refresh(patient)
         admin.delete(self, set(self.index.expired()))
 
     def forget(self, record: Record) -> int:
@@ -256,7 +256,7 @@ class ReuseStore:
     def list(self) -> Sequence[Listed]:
         """All records, the one that was used last first."""
         with self.lock:
-            self._look()
+            self._look(patient=True)
             return admin.listed(self)
 
     def explain(self, prompt: Any) -> Explanation:
@@ -266,7 +266,7 @@ class ReuseStore:
         """
         ids = token_array(prompt)
         with self.lock:
-            self._look()
+            self._look(patient=True)
             return admin.explain(self, ids, self._terms.get().tenant)[0]
 
     def pin(self, prompt: Any, ttl: float | None = None) -> int:
@@ -276,13 +276,13 @@ class ReuseStore:
         """
         ids, until = token_array(prompt), self.clock() + seconds(ttl)
         with self.lock:
-            self._look()
+            self._look(patient=True)
         return admin.pin(self, ids, self._terms.get().tenant, until)
 
     def unpin(self, prompt: Any) -> int:
         """Let go of what `pin` kept; returns of how many tokens."""
         with self.lock:
-            self._look()
+            self._look(patient=True)
         return admin.pin(self, token_array(prompt), self._terms.get().tenant, -math.inf)
 
     def delete(
@@ -297,7 +297,7 @@ class ReuseStore:
         ids = None if prefix is None else token_array(prefix)
         self.flush()
         with self.lock:
-            self._look()
+            self._look(patient=True)
             count = admin.delete(self, admin.chosen(self, ids, tag, tenant, key))
             if self.answers is not None and key is None:
                 self.answers.delete(ids, tag, tenant)
@@ -308,7 +308,7 @@ class ReuseStore:
         """Delete everything, files and what lies on the server too."""
         self.flush()
         with self.lock:
-            self._look()
+            self._look(patient=True)
             for record in list(self.index.records.values()):
                 self.forget(record)
             self.tiers.clear()
@@ -321,7 +321,7 @@ class ReuseStore:
         dropped."""
         self.flush()
         with self.lock:
-            self._look()
+            self._look(patient=True)
             return admin.verify(self)
 
     def flush(self) -> None:

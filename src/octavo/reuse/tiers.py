@@ -32,8 +32,8 @@ class Tier(Protocol):
     def writable(self) -> bool:
         """Whether records can be written here, as far as is known."""
 
-    def refresh(self) -> None:
-        """Take in what others have done; inside the store's lock."""
+    def refresh(self, patient: bool = False) -> None:
+        """Take in what others have done, `patient`: all of it, however long it takes; inside the store's lock."""
 
     def has(self, record: Record) -> bool:
         """Whether a record can be read here, as far as is known."""
@@ -92,11 +92,11 @@ class Tiers:
 
     # Reading
 
-    def refresh(self) -> None:
-        """Take in what has come and gone; inside the store's lock."""
+    def refresh(self, patient: bool = False) -> None:
+        """Take in what has come and gone, `patient`: all of it, however long it takes; inside the store's lock."""
         self._after_fork()
         for tier in self.each:
-            tier.refresh()
+            tier.refresh(patient)
 
     def adopt(self, record: Record) -> bool | None:
         """Take in a record that was found on a tier; False where nothing holds the slots before its own, None where its
