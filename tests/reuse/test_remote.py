@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 
@@ -387,6 +388,71 @@ def test_a_server_that_is_away_costs_one_warning_and_is_used_when_it_is_back():
     b.list()
     assert prompt(1) not in [r.entry.tokens.tolist() for r in b.index.records.values()], "deleted when it was back"
     assert model.ask(b, prompt(0)) == 69
+
+
+def test_what_was_asked_for_while_the_server_was_away_is_done_when_it_is_back():
+    server, model = Fake(), Model(None)
+    a, b = opened(server), opened(server, None)
+    for i in range(3):
+        asked(model, a, [i, *prompt(i)])
+    b.stats()
+    server.server.connected = False
+    with pytest.warns(RuntimeWarning, match="cannot use"):
+        a.stats()
+    a.pin([0, *prompt(0)])
+    a.delete(prefix=[1])
+    server.server.connected = True
+    a.stats()
+    a.flush()
+    assert len(values(server.client())) == 2
+    found = {each.pinned for each in b.list()}
+    assert found == {float("inf"), float("-inf")}
+    server.server.connected = False
+    a.stats()
+    a.unpin([0, *prompt(0)])
+    server.server.connected = True
+    a.stats()
+    a.flush()
+    assert {each.pinned > 0 for each in b.list()} == {each.pinned > 0 for each in a.list()} == {False}
+    b.clear()
+    a.clear()
+
+
+def test_a_record_that_another_machine_has_stored_anew_is_looked_at_again(server):
+    model, b, client = Model(Eviction(7)), opened(server, None), server.client()
+    asked(model, opened(server), prompt(0))
+    b.stats()
+    (known,) = b.index.records.values()
+    size, b.tiers.remote.server.changes = known.remote_nbytes, lambda used: (False, [])  # it hears of nothing more
+    known.entry = replace(known.entry, sizes={**known.entry.sizes, "kept": 1})  # as if rounded otherwise
+    assert model.ask(b, prompt(0)) == 69
+    client.append(values(client)[0], b"longer")
+    assert client.strlen(values(client)[0]) > size
+    with pytest.warns(RuntimeWarning, match="has dropped"):
+        assert model.ask(b, prompt(0)) == 0
+    assert b.stats().damaged == 1
+
+
+def test_what_changes_while_it_is_read_is_not_damaged(monkeypatch):
+    server, model = Fake(), Model(Eviction(7))
+    asked(model, opened(server), prompt(0))
+    client = server.client()
+    (name,) = values(client)
+    whole = client.get(name)
+    for method in ("look", "read"):
+        b = opened(server, None) if method == "read" else None
+        original = getattr(resp.Server, method)
+        calls = []
+
+        def torn(self, *args, original=original, calls=calls):
+            calls.append(args)
+            client.set(name, whole[:50] + b"?" + whole[51:] if len(calls) == 1 else whole)
+            return original(self, *args)
+
+        monkeypatch.setattr(resp.Server, method, torn)
+        assert model.ask(b or opened(server, None), prompt(0)) == 69
+        assert len(calls) >= 2
+        monkeypatch.undo()
 
 
 def test_while_the_server_is_away_memory_serves_what_it_had_there():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from octavo.reuse.store import ReuseStore
     from octavo.reuse.tiers import Tiers
 
-LOOK, SHARE = 0.05, 20  # seconds between two looks, and how many times as long as a look takes they lie apart at least
+LOOK, SHARE = 0.05, 20  # seconds between two looks, which lie so many times as far apart as one takes at least
 PAUSE = 30.0  # seconds for which a server that failed is left alone
 BATCH = 64  # heads that are read at once
 START, LATER = 10.0, 0.05  # seconds in which the first look and a later one begin to read heads; the next one goes on
@@ -40,6 +40,7 @@ class Remote:
         self._left: dict[str, None] = {}  # keys that are still to be looked at
         self._used: dict[str, None] = {}  # what was used since the last look
         self._removed: dict[str, None] = {}  # what must not be there, and may be still
+        self._noted: dict[str, tuple[float, float]] = {}  # (pinned, expires) that the server has not been told yet
 
     @property
     def writable(self) -> bool:
@@ -54,20 +55,22 @@ class Remote:
         if began < self._until or (began < self._next and not patient):
             return
         try:
-            self._look(math.inf if patient else began + self._within)
+            took = self._look(math.inf if patient else began + self._within)
         except OSError as e:
             self.store.counts["errors"] += 1
             self._fails(e)
             return
         ended = time.monotonic()
         self._within, index.away = LATER, False
-        self._next = began if self._left else ended + max(LOOK, SHARE * (ended - began))
-        if self._removed:
-            self.tiers.submit(self._remove)
+        self._next = -math.inf if self._left else ended + max(LOOK, SHARE * took)
+        if (self._removed or self._noted) and self.writable:
+            self.tiers.submit(self._send)
 
-    def _look(self, until: float) -> None:
-        index = self.store.index
+    def _look(self, until: float) -> float:
+        """Returns how long it took to ask whether there is anything new."""
+        index, began = self.store.index, time.monotonic()
         whole, keys = self.server.changes(list(self._used))
+        took = time.monotonic() - began
         self._used.clear()
         if whole:
             self._left = dict.fromkeys(record.key for record in index.remote.records)
@@ -83,12 +86,16 @@ class Remote:
                 self._adopt(record)
             if time.monotonic() > until:
                 break
+        return took
 
     def _seen(self, key: str, found: Found, again: bool = False) -> Record | None:
         """Take note of what lies under a key, `again`: for the second time; returns its record where that is new."""
         index = self.store.index
-        known, noted = index.records.get(key), read_note(found.note)
-        if not found.nbytes or (known is None and not found.head):  # removed in between
+        known, noted = index.records.get(key), self._noted.get(key) or read_note(found.note)
+        if found.nbytes and known is None and not found.head:  # it was known, or gone, in between
+            self._left[key] = None
+            return None
+        if not found.nbytes:
             index.waiting.pop(key, None)
             self.unreadable.discard(key)
             if known is not None and known.remote_nbytes:
@@ -239,13 +246,15 @@ class Remote:
     def remove(self, record: Record) -> None:
         """Remove a record that was dropped; inside the store's lock."""
         self.store.index.waiting.pop(record.key, None)
-        if record.remote_nbytes or record.users:  # one that is being written may be there soon
+        # One that is being written may be there soon, and nobody knows what a server has that is away.
+        if record.remote_nbytes or record.users or self.store.index.away:
             self.removed(record.key)
 
     def removed(self, key: str) -> None:
         """Remove what lies under a key, as soon as the server can be asked."""
         self._removed[key] = None
-        self.tiers.submit(self._remove)
+        self._noted.pop(key, None)
+        self.tiers.submit(self._send)
 
     def clear(self) -> None:
         """Remove all that the log knows; inside the store's lock."""
@@ -256,37 +265,39 @@ class Remote:
                 self._fails(e)
                 return
             self._removed.update(dict.fromkeys(keys))
-            self.tiers.submit(self._remove)
-
-    def _remove(self) -> None:
-        keys = list(self._removed)
-        if not keys or self.store.index.away:
-            return
-        try:
-            self.server.remove(keys)
-        except OSError as e:
-            self.store.counts["errors"] += 1
-            self.failed(e)
-            return
-        with self.store.lock:
-            for key in keys:
-                self._removed.pop(key, None)
+            self.tiers.submit(self._send)
 
     def note(self, record: Record) -> None:
-        """Tell other machines until when a record is pinned and lives."""
-        if record.remote_nbytes:
-            self.tiers.submit(self._note, record)
-
-    def _note(self, record: Record) -> None:
-        if not self.writable or not record.remote_nbytes:
-            return
+        """Tell other machines until when a record is pinned and lives, as soon as the server can be asked."""
         with self.store.lock:
-            life = self._life(record)
+            if record.remote_nbytes or self.store.index.away:
+                self._noted[record.key] = (record.pinned, record.expires)
+                self.tiers.submit(self._send)
+
+    def _send(self) -> None:
+        """Tell the server what it has not been told yet."""
+        removed, noted, index = list(self._removed), dict(self._noted), self.store.index
+        if index.away or not (removed or noted):
+            return
         try:
-            self.server.write_note(record.key, note(record.pinned, record.expires), life)
+            if removed:
+                self.server.remove(removed)
+            for key, (pinned, expires) in noted.items():
+                with self.store.lock:
+                    record = index.records.get(key)
+                    life = self._life(record) if record is not None and record.remote_nbytes else 0
+                if life != 0:
+                    self.server.write_note(key, note(pinned, expires), life)
         except OSError as e:
             self.store.counts["errors"] += 1
             self.failed(e)
+            return
+        with self.store.lock:
+            for key in removed:
+                self._removed.pop(key, None)
+            for key, told in noted.items():
+                if self._noted.get(key) == told:
+                    del self._noted[key]
 
     def touch(self, record: Record) -> None:
         """Have the next look tell the server that a record was used."""

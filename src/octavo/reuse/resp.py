@@ -113,6 +113,8 @@ class Server:
     def read(self, key: str, nbytes: int) -> bytearray:
         """The value of so many bytes under a key. Raises FileNotFoundError where there is none, or another one."""
         out, at, until = bytearray(nbytes), 0, time.monotonic() + READ
+        if not nbytes:
+            raise FileNotFoundError(f"nothing is known of {self.value(key)}")
         with _told():
             while at < nbytes:
                 pipe = self._reader.pipeline(transaction=False)

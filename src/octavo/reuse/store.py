@@ -203,7 +203,8 @@ class ReuseStore:
         index, memory, tenant = self.index, self.index.memory, record.entry.tenant
         known = index.records.get(record.key)
         if known is not None:  # on a server that is away
-            return record.extent is not None and self.tiers.promote(known, record.extent)
+            extent = record.extent if known.entry.sizes == record.entry.sizes else None
+            return extent is not None and self.tiers.promote(known, extent)
         gone = index.clear_memory(record.nbytes + record.index_nbytes, tenant, parents)
         stays = gone is not None
         if not stays and self.tiers.writable:
