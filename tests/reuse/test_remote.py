@@ -418,6 +418,62 @@ def test_what_was_asked_for_while_the_server_was_away_is_done_when_it_is_back():
     a.clear()
 
 
+def test_what_was_deleted_while_the_server_was_away_does_not_come_back():
+    server, model = Fake(), Model(None)
+    asked(model, opened(server), prompt(0))
+    b = opened(server)
+    server.server.connected = False
+    with pytest.warns(RuntimeWarning, match="cannot use"):
+        b.list()
+    remote = b.tiers.remote
+    remote._until, remote.store.index.away = 0.0, False  # it seems to be back, and fails when a value is read
+    remote.refresh = lambda patient=False: None
+    assert asked(model, b, prompt(0)) == 0
+    assert b.stats().memory_records == 1
+    assert b.delete(prefix=prompt(0)) == 1
+    del remote.refresh
+    server.server.connected = True
+    assert b.list() == []
+    b.flush()
+    assert values(server.client()) == []
+
+
+def test_a_read_that_fails_is_tried_again_when_the_server_is_back(monkeypatch):
+    server, model = Fake(), Model(None)
+    asked(model, opened(server), prompt(0))
+    b = opened(server, None)
+    b.stats()
+    read, failures = b.tiers.remote.server.read, [OSError("reset by peer")]
+    monkeypatch.setattr(
+        b.tiers.remote.server, "read", lambda *args: read(*args) if not failures else fails(failures.pop())
+    )
+    with pytest.warns(RuntimeWarning, match="reset by peer"):
+        assert model.ask(b, prompt(0)) == 69, "the whole log is read again, since what failed was dropped"
+    assert b.stats().errors == 1
+
+
+def fails(error):
+    raise error
+
+
+def test_what_is_deleted_while_it_is_written_is_removed():
+    server, model = Fake(), Model(None)
+    a = opened(server)
+    write = a.tiers.remote.server.write
+
+    def slow(*args):
+        write(*args)
+        with a.lock:
+            for record in list(a.index.records.values()):
+                a.forget(record)
+
+    a.tiers.remote.server.write = slow
+    asked(model, a, prompt(0))
+    a.flush()
+    assert values(server.client()) == []
+    assert a.list() == []
+
+
 def test_a_record_that_another_machine_has_stored_anew_is_looked_at_again(server):
     model, b, client = Model(Eviction(7)), opened(server, None), server.client()
     asked(model, opened(server), prompt(0))
@@ -426,6 +482,8 @@ def test_a_record_that_another_machine_has_stored_anew_is_looked_at_again(server
     size, b.tiers.remote.server.changes = known.remote_nbytes, lambda used: (False, [])  # it hears of nothing more
     known.entry = replace(known.entry, sizes={**known.entry.sizes, "kept": 1})  # as if rounded otherwise
     assert model.ask(b, prompt(0)) == 69
+    (record,) = b.index.records.values()
+    assert record.entry.sizes["kept"] > 1
     client.append(values(client)[0], b"longer")
     assert client.strlen(values(client)[0]) > size
     with pytest.warns(RuntimeWarning, match="has dropped"):
@@ -574,6 +632,9 @@ def test_looks_are_few(monkeypatch):
     store.tiers.remote._next = 0.0
     asked(model, store, prompt(0))
     assert len(looks) == 1
+    monkeypatch.setattr(store.tiers.remote.server, "look", None)
+    store.list()  # where nothing is new, one round trip is all
+    assert len(looks) == 2
     (used,) = looks[0]
     assert len(used) == 1, "what memory has served is not what the server should evict first"
 

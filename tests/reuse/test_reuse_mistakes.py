@@ -191,6 +191,24 @@ def test_what_goes_on_from_an_unreadable_file_is_left_where_it_is(tmp_path, monk
     assert model.ask(opened(tmp_path, None), [*prompt(0), *prompt(1)]) == 139
 
 
+def test_what_goes_on_from_a_file_that_fails_in_a_request_is_left_where_it_is(tmp_path, monkeypatch):
+    model, store = Model(None), opened(tmp_path)
+    model.ask(store, prompt(0))
+    store.flush()
+    model.ask(store, [*prompt(0), *prompt(1)])
+    store.close()
+    again = opened(tmp_path, None)
+
+    def fails(path, entry):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("octavo.reuse.shelving.read_extent", fails)
+    assert model.ask(again, prompt(0)[:60]) == 0
+    monkeypatch.undo()
+    assert again.stats().errors == 1
+    assert model.ask(opened(tmp_path, None), [*prompt(0), *prompt(1)]) == 139
+
+
 def test_a_file_that_is_replaced_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
     model, store = Model(None), opened(tmp_path, "20MB")
     model.ask(store, prompt(0))

@@ -92,9 +92,8 @@ class Remote:
         """Take note of what lies under a key, `again`: for the second time; returns its record where that is new."""
         index = self.store.index
         known, noted = index.records.get(key), self._noted.get(key) or read_note(found.note)
-        if found.nbytes and known is None and not found.head:  # it was known, or gone, in between
-            self._left[key] = None
-            return None
+        if found.nbytes and known is None and not found.head:
+            return None  # it was dropped here or there in between: it waits for those before it, or the log will tell
         if not found.nbytes:
             index.waiting.pop(key, None)
             self.unreadable.discard(key)
@@ -200,9 +199,7 @@ class Remote:
         sizes = self.server.sizes([record.key for record in records])
         with self.store.lock:
             for record, size in zip(records, sizes, strict=True):
-                if record.remote_nbytes and not size:
-                    self.store.index.take_from_remote(record)
-                elif size and not record.gone and record.key not in self.unreadable:
+                if size and not record.gone and record.key not in self.unreadable:
                     self.store.index.put_on_remote(record, size)
         return [record for record, size in zip(records, sizes, strict=True) if not size]
 
@@ -221,11 +218,9 @@ class Remote:
             life, noted = self._life(record), note(record.pinned, record.expires) if record.noted else None
         self.server.write(record.key, pieces, life, noted, before)
         with store.lock:
-            if record.gone:
-                self.remove(record)
-                return False
-            store.index.put_on_remote(record, size)
-        return True
+            if not record.gone:  # what was deleted meanwhile is removed next
+                store.index.put_on_remote(record, size)
+        return not record.gone
 
     def failed(self, error: OSError) -> None:
         """Take note that writing failed, and warn: a server that is full or read-only can still be read."""

@@ -72,11 +72,12 @@ class Server:
             if isinstance(entries, Exception):
                 raise entries
             # The newest entry that was read comes again, unless the log has lost it.
-            whole = self._last is None or (self._last != NOTHING and not (entries and entries[0][0] == self._last))
+            comes_again = bool(entries) and entries[0][0] == self._last
+            whole = self._last is None or (self._last != NOTHING and not comes_again)
             if whole and self._last is not None:
                 entries = self._reader.xrange(LOG)
         self._last = entries[-1][0] if entries else NOTHING
-        return whole, _named(entries)
+        return whole, _named(entries[1:] if comes_again else entries)
 
     def all_keys(self) -> list[str]:
         """All keys that the log knows, the oldest first; there may be nothing under some of them."""
