@@ -166,9 +166,11 @@ def test_what_the_server_evicts_is_a_miss_and_comes_again(server):
     assert model.ask(b, longer) == 139
     (first,) = (r for r in b.index.records.values() if r.entry.first == 0)
     client.delete(b.tiers.remote.server.value(first.key))
+    late = opened(server, None)
+    assert model.ask(late, prompt(3)) == 0
     assert asked(model, b, prompt(0)) == 0, "and computed again"
     assert b.stats().errors == b.stats().damaged == 0
-    assert model.ask(b, longer) == 139, "what goes on from it is found again"
+    assert model.ask(b, longer) == model.ask(late, longer) == 139, "what goes on from it is found again"
     assert model.ask(opened(server, None), longer) == 139
 
 
