@@ -322,6 +322,20 @@ def test_impossible_settings_are_refused(tmp_path):
             store.pin(bad)
 
 
+def test_deleting_reaches_files_that_have_no_room_here(tmp_path):
+    model, store = Model(None), opened(tmp_path)
+    for i in range(8):
+        with store.request(tenant=f"{i % 2}"):
+            model.ask(store, [i, *prompt(i)])
+    store.close()
+    small = opened(tmp_path, "20KB")
+    assert small.stats().disk_records < 4
+    assert small.delete(tenant="1") == 4
+    assert len(list(tmp_path.glob("*.kv"))) == 4
+    small.clear()
+    assert list(tmp_path.glob("*.kv")) == []
+
+
 def test_explanations_name_the_first_token_that_differs():
     model, store = Model(Eviction(7)), ReuseStore("1MB", **SETTINGS)
     assert "nothing is stored" in store.explain([1, 2, 3]).reason

@@ -206,6 +206,52 @@ def test_deleting_and_clearing_reach_the_server(server):
     assert values(client) == []
 
 
+def test_deleting_reaches_what_waits_for_those_before_it(server):
+    model, a, client = Model(None), opened(server, None), server.client()
+    asked(model, a, prompt(0))
+    (first,) = values(client)
+    longer = [*prompt(0), *prompt(1)]
+    with a.request(tags=["x"]):
+        asked(model, a, longer)
+    client.delete(first)
+    b = opened(server, None)
+    assert b.list() == []
+    assert b.delete(tag="y") == 0
+    assert len(values(client)) == 1
+    assert b.delete(tag="x") == 1
+    assert values(client) == []
+    asked(model, b, prompt(0))
+    assert b.explain(longer).boundary == 70
+
+
+def test_deleting_while_the_server_is_away_reaches_what_is_not_known():
+    now = [1000.0]
+    server, model = Fake(), Model(None)
+    a = opened(server, clock=lambda: now[0])
+    for i in range(3):
+        with a.request(tenant=f"{i}"):
+            asked(model, a, prompt(i))
+    server.server.connected = False
+    with pytest.warns(RuntimeWarning, match="cannot use"):
+        b = opened(server, clock=lambda: now[0])
+    assert b.delete(tenant="1") == 0
+    now[0] += 1
+    server.server.connected = True
+    with a.request(tenant="1"):
+        asked(model, a, [5, *prompt(5)])
+    b.list()
+    b.flush()
+    assert {each.tenant: each.tokens for each in b.list()} == {"0": 70, "1": 71, "2": 70}
+    assert len(values(server.client())) == 3
+    server.server.connected = False
+    b.clear()
+    server.server.connected = True
+    b.list()
+    b.flush()
+    assert b.list() == []
+    assert values(server.client()) == []
+
+
 def test_clearing_removes_what_has_no_room_here(server):
     model, a = Model(None), opened(server)
     for i in range(6):

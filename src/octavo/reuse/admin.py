@@ -1,12 +1,14 @@
 """What users ask of a store beside reuse: what it holds, why a prompt would miss, pinning, deleting, checking."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from octavo.errors import ConfigError, ReuseFileError
 from octavo.reuse.cover import longest, plan
 from octavo.reuse.index import ancestors
-from octavo.reuse.record import Record, Tokens
+from octavo.reuse.record import Entry, Record, Tokens
 from octavo.reuse.stats import Explanation, Listed, Stats
 from octavo.reuse.tree import common
 
@@ -127,24 +129,22 @@ def pin(store: "ReuseStore", tokens: Tokens, tenant: str, until: float) -> int:
     return held
 
 
-def chosen(
-    store: "ReuseStore", prefix: Tokens | None, tag: str | None, tenant: str | None, key: str | None
-) -> set[Record]:
-    """The records that all of what was given applies to. Raises ConfigError where nothing was given."""
+def condition(prefix: Tokens | None, tag: str | None, tenant: str | None, key: str | None) -> Callable[[Entry], bool]:
+    """Whether all of what was given applies to a record. Raises ConfigError where nothing was given."""
     if prefix is None and tag is None and tenant is None and key is None:
         raise ConfigError("say what to delete: prefix, tag, tenant or key; clear() deletes everything")
     if key == "":
         raise ConfigError("key is empty, and every key begins so; give its first digits as list() shows them")
-    found: Iterable[Record] = store.index.records.values()
-    if prefix is not None:
-        found = {record for tree in store.index.trees.values() for record in tree.below(prefix)}
-    return {
-        r
-        for r in found
-        if (tag is None or tag in r.entry.tags)
-        and (tenant is None or r.entry.tenant == tenant)
-        and (key is None or r.key.startswith(key))
-    }
+
+    def fits(entry: Entry) -> bool:
+        return (
+            (tag is None or tag in entry.tags)
+            and (tenant is None or entry.tenant == tenant)
+            and (prefix is None or np.array_equal(entry.tokens[: len(prefix)], prefix))
+            and (key is None or entry.key.startswith(key))
+        )
+
+    return fits
 
 
 def delete(store: "ReuseStore", records: set[Record]) -> int:

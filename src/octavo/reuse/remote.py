@@ -7,7 +7,7 @@ is left alone for `PAUSE` seconds; then all that the log knows is looked at agai
 import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from octavo.errors import ReuseFileError
@@ -40,6 +40,8 @@ class Remote:
         self._left: dict[str, None] = {}  # keys that are still to be looked at
         self._used: dict[str, None] = {}  # what was used since the last look
         self._removed: dict[str, None] = {}  # what must not be there, and may be still
+        self._deleted: list[tuple[float, Callable[[Entry], bool]]] = []  # what must go, if it was stored before then
+        self._count = 0  # of what went for that
         self._noted: dict[str, tuple[float, float]] = {}  # (pinned, expires) that the server has not been told yet
 
     @property
@@ -61,6 +63,8 @@ class Remote:
             self._fails(e)
             return
         ended = time.monotonic()
+        if not self._left:
+            self._deleted.clear()
         self._within, index.away = LATER, False
         self._next = -math.inf if self._left else ended + max(LOOK, SHARE * took)
         if (self._removed or self._noted) and self.writable:
@@ -114,6 +118,10 @@ class Remote:
             if not again:
                 return self._seen(key, self.server.look([key], ())[0], again=True)
             self.tiers.damaged(self, key, e)
+            return None
+        if any(entry.created <= when and fits(entry) for when, fits in self._deleted):
+            self._count += 1
+            self.removed(key)
             return None
         record = Record(entry, slots_nbytes(entry))
         if noted is not None:
@@ -251,16 +259,14 @@ class Remote:
         self._noted.pop(key, None)
         self.tiers.submit(self._send)
 
-    def clear(self) -> None:
-        """Remove all that the log knows; inside the store's lock."""
-        if not self.store.index.away:
-            try:
-                keys = self.keys()
-            except OSError as e:
-                self._fails(e)
-                return
-            self._removed.update(dict.fromkeys(keys))
-            self.tiers.submit(self._send)
+    def delete(self, fits: Callable[[Entry], bool]) -> int:
+        """Remove what is on the server, is not in the index, and fits, later where the server is away; returns how many
+        there were now. Inside the store's lock."""
+        self._deleted.append((self.store.clock(), fits))
+        self._count = 0
+        self.server.start_over()
+        self.refresh(patient=True)
+        return self._count
 
     def note(self, record: Record) -> None:
         """Tell other machines until when a record is pinned and lives, as soon as the server can be asked."""

@@ -1,6 +1,6 @@
 """The folder as a tier: files are written and read, and kept in step with what other processes do there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,6 +139,17 @@ class Shelving:
     def removed(self, key: str) -> None:
         """Remove a file."""
         self.folder.remove(key)
+
+    def delete(self, fits: Callable[[Entry], bool]) -> int:
+        """Remove the files that are not in the index and fit; returns how many. Inside the store's lock."""
+        found = 0
+        for key in self.folder.files():
+            if key not in self.store.index.records and key not in self.unreadable:
+                with suppress(ReuseFileError, OSError):  # it is no record, or gone
+                    if fits(read_entry(self.folder.file(key))):
+                        self.folder.remove(key)
+                        found += 1
+        return found
 
     def remove(self, record: Record) -> None:
         """Remove a record's file, if it has one."""

@@ -292,14 +292,16 @@ class ReuseStore:
         """Delete the records whose tokens begin with `prefix`, that have a tag, a tenant, or a key that begins so; of
         several conditions all must hold. Returns how many.
 
-        What prompts that stay go on from stays too, cut where they part from what is deleted. Raises InputError, and
-        ConfigError where no condition is given.
+        What prompts that stay go on from stays too, cut where they part from what is deleted. What a server has that is
+        away is deleted when it is back. Raises InputError, and ConfigError where no condition is given.
         """
         ids = None if prefix is None else token_array(prefix)
+        fits = admin.condition(ids, tag, tenant, key)
         self.flush()
         with self.lock:
             self._look(patient=True)
-            count = admin.delete(self, admin.chosen(self, ids, tag, tenant, key))
+            count = admin.delete(self, {record for record in self.index.records.values() if fits(record.entry)})
+            count += self.tiers.delete(fits)
             if self.answers is not None and key is None:
                 self.answers.delete(ids, tag, tenant)
         self.flush()
@@ -312,7 +314,7 @@ class ReuseStore:
             self._look(patient=True)
             for record in list(self.index.records.values()):
                 self.forget(record)
-            self.tiers.clear()
+            self.tiers.delete(lambda entry: True)
             if self.answers is not None:
                 self.answers.delete(None, None, None)
         self.flush()

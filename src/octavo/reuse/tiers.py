@@ -56,6 +56,9 @@ class Tier(Protocol):
     def removed(self, key: str) -> None:
         """Remove what lies under a key."""
 
+    def delete(self, fits: Callable[[Entry], bool]) -> int:
+        """Remove what is here, is not in the index, and fits; returns how many there were. Inside the store's lock."""
+
     def note(self, record: Record) -> None:
         """Tell others until when a record is pinned and lives; never inside the store's lock."""
 
@@ -234,10 +237,9 @@ class Tiers:
         if self.remote is not None:
             self.remote.remove(record)
 
-    def clear(self) -> None:
-        """Remove what this store could not take in, too; inside the store's lock."""
-        if self.remote is not None:
-            self.remote.clear()
+    def delete(self, fits: Callable[[Entry], bool]) -> int:
+        """Remove what this store could not take in, too; returns how many there were. Inside the store's lock."""
+        return sum(tier.delete(fits) for tier in self.each)
 
     def note(self, record: Record) -> None:
         """Write down for others until when a record is pinned and lives; never inside the store's lock."""
