@@ -13,6 +13,7 @@ identity.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from ctypes import string_at
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -168,7 +169,23 @@ def digest(tensors: Iterable[tuple[str, Tensor]], settings: Any = None) -> str:
 def _state(tensors: Mapping[str, Tensor]) -> object:
     """What changes when any of these tensors is replaced or written to."""
     each = [(name, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for name, t in tensors.items()]
-    return each, _gathered([_sampled(_bytes(t.detach()), PROBES, PROBE, PROBED) for t in tensors.values()])
+    plain = [t for t in tensors.values() if _readable(t)]
+    others = [t.detach() for t in tensors.values() if not _readable(t)]
+    return each, b"".join(map(_probed, plain)), _gathered([_sampled(_bytes(t), PROBES, PROBE, PROBED) for t in others])
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether a tensor's bytes lie in order at its address."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _probed(tensor: Tensor) -> bytes:
+    """What `_sampled` reads of a readable tensor, ten times as fast: this is asked before every answer."""
+    at, size = tensor.data_ptr(), tensor.nbytes
+    if size <= PROBED:
+        return string_at(at, size) if size else b""
+    step = (size - PROBE) // (PROBES - 1)
+    return b"".join([string_at(at + i * step, PROBE) for i in range(PROBES)])
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from octavo.attachment.answers import known
 from octavo.attachment.cache import KVCache
@@ -180,7 +181,7 @@ def _one(cache: KVCache, store: Reuse, call: Call, original: Callable[..., Any])
         return original(**call.given)
     try:
         prompt = _Prompt([reading], cache)
-        out = original(**call.given, **_with(call, cache, prompt))
+        out = original(**_with(call, cache, prompt))
         prompt.store()
         answer = out if isinstance(out, Tensor) else out.sequences
         store_in(reading, cache, 0, answer[0, : int(cache.position[0])])
@@ -203,7 +204,7 @@ def _batch(store: Reuse, cache: KVCache, call: Call, original: Callable[..., Any
                 return original(**call.given)
             stack.callback(reading.close)
             readings.append(reading)
-        return original(**call.given, **_with(call, cache, _Prompt(readings, cache)))
+        return original(**_with(call, cache, _Prompt(readings, cache)))
 
 
 def _joined(model: PreTrainedModel, store: Reuse, call: Call) -> KVCache | None:
@@ -237,11 +238,11 @@ def _fill(model: PreTrainedModel, row: list[int], first: int, cache: KVCache, de
 
 
 class _Prompt(StoppingCriteria):  # type: ignore[misc]
-    """Stores prompts when `generate` asks for the first time whether to stop: they are read then, and their first token
-    has been streamed already. It never stops anything."""
+    """Stores prompts when `generate` asks for the first time whether to stop: they are read then. It never stops
+    anything. Where tokens are streamed that comes before the first one is, so `_Streamed` does it instead."""
 
     def __init__(self, readings: Sequence[Reading], cache: KVCache) -> None:
-        self.readings, self.cache, self.done = readings, cache, False
+        self.readings, self.cache, self.done, self.streamed = readings, cache, False, False
 
     def store(self) -> None:
         """Store all prompts, once."""
@@ -252,14 +253,37 @@ class _Prompt(StoppingCriteria):  # type: ignore[misc]
                 reading.close()  # while it generates, what it went on from may leave
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.store()
+        if not self.streamed:
+            self.store()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+class _Streamed(BaseStreamer):  # type: ignore[misc]
+    """A streamer that stores a prompt once its first token has been given on."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: _Prompt) -> None:
+        self.streamer, self.prompt, self.begun = streamer, prompt, False
+        prompt.streamed = True
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt, then with each token."""
+        self.streamer.put(value)
+        if self.begun:
+            self.prompt.store()
+        self.begun = True
+
+    def end(self) -> None:
+        """Called at the end."""
+        self.streamer.end()
+
+
 def _with(call: Call, cache: KVCache, prompt: _Prompt) -> dict[str, Any]:
-    """What is handed to `generate` beside what the user gave."""
-    criteria = [*(call.given.pop("stopping_criteria", None) or []), prompt]
-    return {"past_key_values": cache, "stopping_criteria": criteria}
+    """What `generate` is given: what the user gave, the cache, and what stores the prompt."""
+    given = {**call.given, "past_key_values": cache}
+    given["stopping_criteria"] = [*(given.get("stopping_criteria") or []), prompt]
+    if "streamer" in given:
+        given["streamer"] = _Streamed(given["streamer"], prompt)
+    return given
 
 
 # What can be helped
