@@ -19,8 +19,8 @@ def expected(row, limit, most):
 
 
 def told(found: Holes, i):
-    n = min(int(found.count[i]), found.slot.shape[1])
-    return list(zip(found.slot[i, :n].tolist(), found.expiry[i, :n].tolist(), strict=True)), int(found.count[i])
+    n = min(int(found.total[i]), found.slot.shape[1])
+    return list(zip(found.slot[i, :n].tolist(), found.expiry[i, :n].tolist(), strict=True)), int(found.total[i])
 
 
 @settings(max_examples=80, deadline=None)

@@ -261,7 +261,7 @@ class _Prompt(StoppingCriteria):  # type: ignore[misc]
 class _Streamed(BaseStreamer):  # type: ignore[misc]
     """A streamer that stores a prompt once its first token has been given on."""
 
-    def __init__(self, streamer: BaseStreamer, prompt: _Prompt) -> None:
+    def __init__(self, streamer: Any, prompt: _Prompt) -> None:
         self.streamer, self.prompt, self.begun = streamer, prompt, False
         prompt.streamed = True
 

@@ -15,13 +15,13 @@ from octavo.attention.cpu import copies
 class Holes(NamedTuple):
     """Slots of rows that are free, K at most of each, in the order of slots."""
 
-    slot: Tensor  # [..., K] int64; it means nothing past `count`
+    slot: Tensor  # [..., K] int64; it means nothing past `total`
     expiry: Tensor  # [..., K] int32, likewise
-    count: Tensor  # [...] int64, free slots of each row, which may be more than K
+    total: Tensor  # [...] int64, free slots of each row, which may be more than K
 
     def first(self, n: Tensor) -> Tensor:
         """Which of the K are among the first n [...] of their row, bool [..., K]."""
-        return torch.arange(self.slot.shape[-1], device=n.device) < torch.minimum(n, self.count)[..., None]
+        return torch.arange(self.slot.shape[-1], device=n.device) < torch.minimum(n, self.total)[..., None]
 
 
 def holes_in(pages: Pages, table: Tensor, length: Tensor, limit: Tensor, most: int) -> Holes:

@@ -45,11 +45,11 @@ def place(free: Holes, length: Tensor, stored: Tensor) -> Placed:
     K = free.slot.shape[-1]
     rank = stored.cumsum(-1) - 1  # [..., N]
     count = rank[..., -1] + 1
-    taken = torch.minimum(count, free.count)
+    taken = torch.minimum(count, free.total)
     appended = length[..., None] + rank - taken[..., None]
     slot = torch.where(rank < taken[..., None], free.slot.gather(-1, rank.clamp(0, K - 1)), appended)
     lost = torch.where(free.first(count), free.expiry, -1).amax(-1)
-    return Placed(slot, (length + count - taken).int(), lost, (free.count - taken).int())
+    return Placed(slot, (length + count - taken).int(), lost, (free.total - taken).int())
 
 
 def extended(pool: PagePool, table: Tensor, before: Tensor, after: Tensor, tokens: int) -> Tensor:
