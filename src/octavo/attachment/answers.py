@@ -11,7 +11,7 @@ from octavo.attachment.similar import mean_embedding
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
-    from octavo.attachment.reuse import Call
+    from octavo.attachment.calls import Call
 
 _ASIDE = ("inputs", "input_ids", "attention_mask", "generation_config")
 _MORE = (  # what `generate` must not be asked for: more than tokens, an end that depends on time, other sequences
