@@ -3,7 +3,8 @@
 One prompt: what the store knows is restored, transformers computes the rest, and once the first new token is there the
 prompt is stored; at the end so is the answer, for the next turn of a chat. Several prompts that hit, or that begin
 alike, are read one after the other up to their last tokens and then joined, so that what they share is computed once.
-What `octavo.attachment.calls` does not understand runs as if there were no store, and so does everything when the store fails.
+What `octavo.attachment.calls` does not understand runs as if there were no store, and so does everything when the store
+fails.
 """
 
 import warnings
