@@ -123,12 +123,12 @@ def run_generate(attachment: "Attachment", original: Callable[..., Any], *args: 
         return original(*args, **kwargs)
     if len(call.rows) == 1 and call.copies == 1:
         answer = known(attachment, call)
-        if answer is not None and (whole := answer.find()) is not None:
-            return whole
+        if answer is not None and (found := answer.find()) is not None:
+            return torch.cat([call.ids, call.ids.new_tensor([found])], 1)
         cache = KVCache(attachment.model)
         memory, out = cache.memory, _one(cache, store, call, original)
-        if answer is not None:
-            answer.keep(out, cache.approximate)
+        if answer is not None and isinstance(out, Tensor) and not cache.approximate:
+            answer.keep(out[0, call.columns :].tolist())
         del cache
         memory.reclaim()  # pages that nobody has any more are zeroed now, not before the next answer's first token
         return out

@@ -71,6 +71,8 @@ class Runner:
             request.reading = request.context.run(begin, store, cache, request.tokens, wait=False)
         if request.reading is not None:
             request.read = request.reading.boundary
+            if getattr(request.reading, "similar", False):
+                request.known = None  # its answer is approximate
 
     def remember(self, request: Request) -> None:
         """Store what a running request has read, its answer too, for the next turn of a chat."""
