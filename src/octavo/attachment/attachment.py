@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.cache import KVCache
 from octavo.attachment.decoder import run_decoder
-from octavo.attachment.drafts import run_drafts
+from octavo.attachment.drafts import run_candidates, run_drafts
 from octavo.attachment.forward import NAME, RUNNING, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
 from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
@@ -36,6 +36,8 @@ from octavo.errors import CacheStateError, ConfigError, NotAttachedError
 from octavo.kv import CacheShape, Memory
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter
 from octavo.swiftkv.initial import MODEL_TYPES
+
+CANDIDATES = "_get_candidate_generator"  # what transformers' `generate` asks a model for where it is to draft
 
 
 def attachment_of(model: PreTrainedModel) -> "Attachment | None":
@@ -150,6 +152,7 @@ class Attachment:
         if self.reuse is not None:
             generate = like(functools.partial(run_generate, self, generate))
         self._replace(model, generate, "generate")
+        self._replace(model, functools.partial(run_candidates, model._get_candidate_generator), CANDIDATES)
 
     def undo(self) -> None:
         """Put everything back; `join` may follow, and caches made before it work again then."""
