@@ -207,7 +207,7 @@ class Attachment:
     def run(self, forward: Forward, **kwargs: Any) -> Any:
         """The decoder's own forward, whose attention finds `forward`, and whose masks that there is one."""
         told = {"octavo_forward": forward} if self.layout.keywords else {}
-        if told and (kwargs.get("attention_mask") is None or self.layout.states):
+        if told and forward.packed is None and (kwargs.get("attention_mask") is None or self.layout.states):
             return self.original(**kwargs, **told)
         token = RUNNING.set(forward)
         try:

@@ -42,12 +42,14 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
     _refuse(attachment, kwargs)
     model: Any = attachment.model
     past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    if model.training and past is None and use_cache is None:  # a step of training reads no cache
+        kwargs["use_cache"] = use_cache = False
     if model.training and model.is_gradient_checkpointing and not _held(past):
         if not attachment.layout.keywords:
             raise UnsupportedModelError(f"gradient checkpointing is not supported for {type(model).__name__}")
         past, use_cache = None, False  # layers that run again must not fill a cache again
         kwargs.update(past_key_values=past, use_cache=use_cache)
-    if past is None and not (model.config.use_cache if use_cache is None else use_cache):
+    if past is None and not asked_for("use_cache", kwargs, model.config, default=True):
         return _uncached(attachment, kwargs, tokens, mode)
     try:
         cache = _cache(attachment, past, mode)
@@ -69,6 +71,7 @@ def _uncached(attachment: "Attachment", kwargs: dict[str, Any], tokens: Tensor, 
         attachment.layout,
         policy=policy,
         valid=valid,
+        packed=positions.packed(kwargs, batch),
         transform=transform,
         borrowed=attachment.borrowed,
     )

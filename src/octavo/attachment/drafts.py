@@ -2,8 +2,8 @@
 
 With an assistant, prompt lookup or an early exit `generate` reads several tokens ahead, and crops the cache to those
 that hold. With eviction that needs tokens that have expired meanwhile. They take memory, so caches keep them only where
-drafts are asked for (for `octavo.config.UNDO` tokens or a draft), or as `octavo.attach(..., undo=N)` says. A draft is cut
-to what its cache can take back: transformers' schedules lengthen drafts while they hold, and know no bound.
+drafts are asked for (for `octavo.config.UNDO` tokens or a draft), or as `octavo.attach(..., undo=N)` says. A draft is
+cut to what its cache can take back: transformers' schedules lengthen drafts while they hold, and know no bound.
 """
 
 import functools

@@ -137,11 +137,11 @@ class Forward:
 
     def masked(
         self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float,
-        lifetime: Lifetime | None = None, scoring: Scoring | None = None,
+        lifetime: Lifetime | None = None, scoring: Scoring | None = None, dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """Attention of a forward without a cache, [B, N, Hq, D]."""
         window = self.policy.window if self.policy else 0
-        special = lifetime, scoring
+        special = lifetime, scoring, dropout
         return dense_attention(query, key, value, log_keep, window, scale, self.valid, self.packed, *special)
 
 
@@ -211,14 +211,15 @@ def run_attention(
     assert transform is not None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     rotary: Rotary = kwargs["position_embeddings"]
-    _refuse(module, kwargs.get("attention_mask"), 0.0, kwargs)
+    _refuse(kwargs.get("attention_mask"))
     query = transform.query(layer, hidden, module, rotary)
     kv_layer, scale = transform.spec.kv_layer_of(layer), float(module.scaling)  # type: ignore[arg-type]
     if forward.cache is not None:
         last = layer + 1 == forward.cache.shape.layers or transform.spec.kv_layer_of(layer + 1) != kv_layer
         out = forward.attend(kv_layer, query, scale, last)
     else:
-        out = forward.masked(query, *forward.shared[kv_layer], scale)
+        dropout = getattr(module, "attention_dropout", 0.0) if module.training else 0.0
+        out = forward.masked(query, *forward.shared[kv_layer], scale, dropout=dropout)
     return module.o_proj(out.reshape(*hidden.shape[:2], -1)), None  # type: ignore[operator]
 
 
@@ -242,7 +243,7 @@ def _attention(
             f"attention '{NAME}' needs a model prepared by octavo.attach, "
             "and a model that shares its configuration with an attached one needs one of its own"
         )
-    _refuse(module, attention_mask, dropout, kwargs)
+    _refuse(attention_mask)
     number: int = module.__dict__[NUMBER]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     forward, hidden = octavo_forward, octavo_forward.entering
@@ -258,6 +259,11 @@ def _attention(
     scoring = None if softcap is None and s_aux is None else Scoring(softcap, s_aux)
     kv_layer = forward.layout.reads[number]
     if forward.cache is not None:
+        if dropout:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} drops attention weights in training, which attention over a cache does not; "
+                "pass use_cache=False, or call model.eval()"
+            )
         return forward.paged(number, query, key, value, hidden, scale, scoring).contiguous(), None
     if forward.policy is not None and forward.layout.owns[number]:
         forward.kept[kv_layer] = forward.policy.log_keep(kv_layer, hidden, key)
@@ -266,21 +272,20 @@ def _attention(
     if forward.layout.last[number]:
         forward.kept.pop(kv_layer, None)
     lifetime = forward.layout.lifetimes[kv_layer]
-    return forward.masked(query, key, value, log_keep, scale, lifetime, scoring).contiguous(), None
+    return forward.masked(query, key, value, log_keep, scale, lifetime, scoring, dropout).contiguous(), None
 
 
-def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(attention_mask: Tensor | None) -> None:
     """Raise UnsupportedModelError for what Octavo's attention does not compute."""
     if attention_mask is not None and attention_mask.ndim > 2:
         raise UnsupportedModelError("custom 4-D attention masks are not supported; pass a 2-D padding mask")
-    if dropout:
-        raise UnsupportedModelError("attention dropout is not supported; call model.eval()")
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
     """The mask function beside it; inside a decoder nothing else reads masks, and what it gives looks like none."""
-    made = mask(**kwargs)
-    return made if RUNNING.get() is None else None
+    running = RUNNING.get()
+    made = mask(**kwargs, packed=running is not None and running.packed is not None)
+    return made if running is None else None
 
 
 AttentionInterface.register(NAME, _attention)

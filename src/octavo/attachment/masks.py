@@ -13,17 +13,21 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from octavo.errors import UnsupportedModelError
 
+_DOCUMENTS = "packed_sequence_mask_function"
 _WINDOWS = ("sliding_window_overlay", "chunked_overlay")  # functions of transformers that make masks of windows
 
 
-def mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def mask(
+    *, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, packed: bool = False, **kwargs: Any
+) -> Tensor | None:
     """The mask function beside our attention functions: causality and windows are the rule, the rest is refused.
 
+    `packed`: the running forward knows which documents its tokens belong to, so masks that part them are expressed too.
     Gives the padding mask [B, N] back, which attention leaves aside.
     """
     if mask_function is bidirectional_mask_function:
         raise UnsupportedModelError("it attends in both directions; only causal attention is supported")
-    if not _expressed(mask_function):
+    if not _expressed(mask_function, packed):
         raise UnsupportedModelError("packed sequences and mask overlays are not supported; pad instead")
     return attention_mask
 
@@ -45,11 +49,15 @@ def is_windowed(mask_function: Any) -> bool:
     return maker in _WINDOWS or any(map(is_windowed, _parts(mask_function)))
 
 
-def _expressed(mask_function: Any) -> bool:
-    """Whether this is causality or a window, alone or together: transformers composes masks of closures."""
+def _expressed(mask_function: Any, packed: bool) -> bool:
+    """Whether this is causality, a window or documents, alone or together: transformers composes masks of closures."""
     maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
+    if packed and maker == "remap_positions_for_packed_sequence":  # the same mask at positions inside documents
+        return _expressed(inspect.getclosurevars(mask_function).nonlocals["mask_function"], packed)
+    if mask_function is causal_mask_function or maker in _WINDOWS or (packed and maker == _DOCUMENTS):
+        return True
     parts = _parts(mask_function)
-    return mask_function is causal_mask_function or maker in _WINDOWS or (bool(parts) and all(map(_expressed, parts)))
+    return bool(parts) and all(_expressed(part, packed) for part in parts)
 
 
 def _parts(mask_function: Any) -> tuple[Any, ...]:

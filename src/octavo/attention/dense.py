@@ -30,6 +30,13 @@ class Packed:
     def __init__(self, document: Tensor) -> None:
         self.document = document
 
+    @property
+    def first(self) -> Tensor:
+        """The column [B, T] int64 at which each token's document begins."""
+        columns = torch.arange(self.document.shape[1], device=self.document.device)
+        begins = self.document.diff(dim=1, prepend=self.document[:, :1] - 1) != 0
+        return torch.where(begins, columns, 0).cummax(1).values
+
     @cached_property
     def blocks(self) -> Any:
         """The same as FlexAttention's `BlockMask`, causality in it."""
@@ -52,8 +59,9 @@ def dense_attention(
     packed: Packed | None = None,  # rows of several documents: a token sees its own only
     lifetime: Lifetime | None = None,  # None: the layer attends to everything
     scoring: Scoring | None = None,
+    dropout: float = 0.0,  # the share of weights that are dropped, as SDPA drops them
 ) -> Tensor:  # [B, T, Hq, D]
-    """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere and for windows.
+    """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere, for windows and dropout.
 
     `window` and ages are in tokens. With padding, positions are counted over the valid tokens, as the cache counts
     them, and what a padded query gets has no meaning. Packed rows take no `valid`: together they raise ValueError.
@@ -67,9 +75,11 @@ def dense_attention(
         lifetime = None
     special = lifetime is not None or scoring is not None
     if log_keep is None and valid is None and packed is None and not special:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
+        )
         return out.transpose(1, 2)
-    if query.is_cuda and valid is None and not special:
+    if query.is_cuda and valid is None and not special and not dropout:
         return _flex(query, key, value, log_keep, window, scale, packed)
     length = query.shape[2]
     parts = [
@@ -84,6 +94,7 @@ def dense_attention(
             packed,
             lifetime,
             scoring,
+            dropout,
             first,
             min(first + BLOCK, length),
         )
@@ -103,6 +114,7 @@ def _rows(
     packed: Packed | None,
     lifetime: Lifetime | None,
     scoring: Scoring | None,
+    dropout: float,
     first: int,
     last: int,
 ) -> Tensor:  # [B, Hq, last - first, D]
@@ -110,13 +122,15 @@ def _rows(
     group = query.shape[1] // key.shape[1]
     mask = _mask(log_keep, window, valid, packed, lifetime, query, first, last)  # [B, 1 or H, last - first, last]
     if scoring is not None:
-        return scored.attend(query[:, :, first:last], key[:, :, :last], value[:, :, :last], mask, scale, scoring)
+        part = query[:, :, first:last], key[:, :, :last], value[:, :, :last]
+        return scored.attend(*part, mask, scale, scoring, dropout)
     mask = mask.repeat_interleave(group, 1) if mask.shape[1] > 1 else mask
     return F.scaled_dot_product_attention(
         query[:, :, first:last],
         key[:, :, :last],
         value[:, :, :last],
         attn_mask=mask.to(query.dtype),
+        dropout_p=dropout,
         scale=scale,
         enable_gqa=group > 1,
     )
@@ -141,6 +155,8 @@ def _mask(
     rows = columns[first:, None]
     seen = (columns <= rows) & ones[:, None, :]  # [B, N, last]
     if lifetime is not None and lifetime.chunked:
+        if packed is not None:  # each document is cut into chunks of its own
+            position = position - packed.first[:, :last]
         chunk = position // lifetime.length
         seen &= chunk[:, first:, None] == chunk[:, None, :]
     elif lifetime is not None:
