@@ -207,7 +207,8 @@ class Attachment:
     def run(self, forward: Forward, **kwargs: Any) -> Any:
         """The decoder's own forward, whose attention finds `forward`, and whose masks that there is one."""
         told = {"octavo_forward": forward} if self.layout.keywords else {}
-        if told and forward.packed is None and (kwargs.get("attention_mask") is None or self.layout.states):
+        unread = forward.packed is None and (kwargs.get("attention_mask") is None or self.layout.states)
+        if told and (unread or torch.compiler.is_compiling()):  # which cannot trace a context variable
             return self.original(**kwargs, **told)
         token = RUNNING.set(forward)
         try:

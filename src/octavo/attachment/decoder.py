@@ -28,6 +28,46 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
     input, and CacheBudgetError; a cache is then as it was.
     """
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if torch.compiler.is_compiling() and not _traceable(attachment, kwargs):
+        return _run_untraced(attachment, kwargs)
+    return _run(attachment, kwargs)
+
+
+def _traceable(attachment: "Attachment", kwargs: dict[str, Any]) -> bool:
+    """Whether `torch.compile` and `torch.export` can trace a forward: one without a cache, told by its arguments.
+
+    Raises UnsupportedModelError where it is exported and cannot be.
+    """
+    model: Any = attachment.model
+    stores = kwargs.get("past_key_values") is not None or asked_for("use_cache", kwargs, model.config, default=True)
+    trains = model.training and kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None
+    traceable = bool(attachment.layout.keywords and (trains or not stores))
+    if not torch.compiler.is_exporting():
+        return traceable
+    name, adapters = type(model).__name__, attachment.policy is not None or attachment.transform is not None
+    if not attachment.layout.keywords:
+        raise UnsupportedModelError(f"{name} cannot be exported: its layers drop what Octavo tells them; detach it")
+    if not traceable:
+        raise UnsupportedModelError(f"{name} cannot be exported with a cache: {_UNTRACED}; pass use_cache=False")
+    if adapters and torch.compiler.is_dynamo_compiling():
+        raise UnsupportedModelError(
+            f"{name} cannot be exported with strict=True, which takes weights from the model alone, and its adapters "
+            "lie beside it; pass strict=False"
+        )
+    return True
+
+
+_UNTRACED = "Octavo takes and frees pages on the host, in steps that a traced graph would not repeat"
+
+
+@torch.compiler.disable(reason=_UNTRACED)  # type: ignore[untyped-decorator, no-untyped-call]
+def _run_untraced(attachment: "Attachment", kwargs: dict[str, Any]) -> Any:
+    """The same as it is, inside a model that is compiled."""
+    return _run(attachment, kwargs)
+
+
+def _run(attachment: "Attachment", kwargs: dict[str, Any]) -> Any:
+    """A forward of the decoder with these arguments; see `run_decoder`."""
     asked, mode = kwargs.pop("octavo_keep", None), kwargs.pop("swiftkv", None)
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -44,7 +84,7 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
     past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     if model.training and past is None and use_cache is None:  # a step of training reads no cache
         kwargs["use_cache"] = use_cache = False
-    if model.training and model.is_gradient_checkpointing and not _held(past):
+    if model.training and _checkpoints(model) and not _held(past):
         if not attachment.layout.keywords:
             raise UnsupportedModelError(f"gradient checkpointing is not supported for {type(model).__name__}")
         past, use_cache = None, False  # layers that run again must not fill a cache again
@@ -57,6 +97,12 @@ def run_decoder(attachment: "Attachment", names: list[str], *args: Any, **kwargs
     except BaseException:
         release(past)  # if nothing came into it, it may go to another model
         raise
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether layers run again for their gradients."""
+    now = hasattr(type(model), "is_activation_checkpointing")  # the older name warns
+    return bool(model.is_activation_checkpointing if now else model.is_gradient_checkpointing)
 
 
 def _uncached(attachment: "Attachment", kwargs: dict[str, Any], tokens: Tensor, mode: bool | None) -> Any:

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -283,6 +284,8 @@ def _refuse(attention_mask: Tensor | None) -> None:
 
 def _mask(**kwargs: Any) -> Tensor | None:
     """The mask function beside it; inside a decoder nothing else reads masks, and what it gives looks like none."""
+    if torch.compiler.is_compiling():  # which knows no context variables; what is made looks like no mask to attention
+        return mask(**kwargs)
     running = RUNNING.get()
     made = mask(**kwargs, packed=running is not None and running.packed is not None)
     return made if running is None else None

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -27,7 +28,8 @@ def mask(
     """
     if mask_function is bidirectional_mask_function:
         raise UnsupportedModelError("it attends in both directions; only causal attention is supported")
-    if not _expressed(mask_function, packed):
+    traced = torch.compiler.is_compiling()
+    if not (_expressed_traced(mask_function, kwargs) if traced else _expressed(mask_function, packed)):
         raise UnsupportedModelError("packed sequences and mask overlays are not supported; pad instead")
     return attention_mask
 
@@ -58,6 +60,14 @@ def _expressed(mask_function: Any, packed: bool) -> bool:
         return True
     parts = _parts(mask_function)
     return bool(parts) and all(_expressed(part, packed) for part in parts)
+
+
+def _expressed_traced(mask_function: Any, kwargs: dict[str, Any]) -> bool:
+    """The same while a forward is traced, where closures hide what they are made of: transformers tells of masks that
+    were given to it, joins what blocks see last, and lets masks part documents whether there are several or not."""
+    if kwargs.get("use_vmap"):
+        return False
+    return mask_function is causal_mask_function or mask_function.__code__.co_qualname.startswith("and_masks.")
 
 
 def _parts(mask_function: Any) -> tuple[Any, ...]:

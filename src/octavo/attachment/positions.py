@@ -25,7 +25,7 @@ def padding(mask: Tensor | None, columns: int) -> Tensor | None:
     if mask is None or mask.ndim != 2:
         return None
     new = mask[:, -columns:].bool()
-    if mask.is_cuda and columns == 1:
+    if (mask.is_cuda and columns == 1) or torch.compiler.is_compiling():
         return new
     return None if bool(new.all()) else new
 
@@ -83,7 +83,9 @@ def packed(kwargs: dict[str, Any], batch: int) -> Packed | None:
     if text.ndim != 2:
         return None
     document = (text.diff(dim=1, prepend=text[:, :1] - 1) != 1).cumsum(1).int()
-    return Packed(document.expand(batch, -1)) if bool(document[:, -1].any()) else None
+    if not torch.compiler.is_compiling() and not bool(document[:, -1].any()):
+        return None
+    return Packed(document.expand(batch, -1))
 
 
 def of_tokens(valid: Tensor) -> Tensor:

@@ -79,27 +79,13 @@ def dense_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
-    if query.is_cuda and valid is None and not special and not dropout:
+    flex = query.is_cuda and not dropout and not torch.compiler.is_compiling()  # which compiles by itself
+    if flex and valid is None and not special:
         return _flex(query, key, value, log_keep, window, scale, packed)
-    length = query.shape[2]
-    parts = [
-        _rows(
-            query,
-            key,
-            value,
-            log_keep,
-            window,
-            scale,
-            valid,
-            packed,
-            lifetime,
-            scoring,
-            dropout,
-            first,
-            min(first + BLOCK, length),
-        )
-        for first in range(0, length, BLOCK)
-    ]
+    length, told = query.shape[2], (log_keep, window, scale, valid, packed, lifetime, scoring, dropout)
+    if torch.compiler.is_compiling():  # a loop would make a graph for one length alone
+        return _rows(query, key, value, *told, 0, length).transpose(1, 2)
+    parts = [_rows(query, key, value, *told, i, min(i + BLOCK, length)) for i in range(0, length, BLOCK)]
     return torch.cat(parts, 2).transpose(1, 2)
 
 
