@@ -51,8 +51,7 @@ def attach(
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
     `octavo.attachment.reuse`. `undo`: how many of its newest tokens a cache can always take back (`crop`), whatever has
     expired meanwhile; a marked token keeps its slot so many tokens longer. None: none, and 32 where `generate` is to
-    draft tokens (an assistant, prompt lookup, early exit). Where tokens expire, drafts are cut to what can be taken
-    back.
+    draft tokens (an assistant, prompt lookup, early exit); drafts are cut to it.
 
     An attached model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not
     columns as in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and

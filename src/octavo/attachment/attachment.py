@@ -28,7 +28,7 @@ from octavo.attachment.identity import Digests
 from octavo.attachment.layout import Layout, decoder_of, joined
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import rope_sees_length
+from octavo.attachment.supported import reach_of
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -83,8 +83,10 @@ class Attachment:
         self.settings = settings
         self.borrowed = lends_channel(model.config)
         plain = not (layout.windowed or layout.heads or layout.states)  # what a captured step knows
-        self.captures = settings.cuda_graphs and plain
-        self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
+        self.reach = reach_of(model.config)
+        self.needs_whole = self.reach.steady is not None  # all of an input must run as one chunk
+        # Dynamic RoPE puts other buffers in the place of those that a graph has captured.
+        self.captures = settings.cuda_graphs and plain and not (self.needs_whole and self.reach.most is None)
         self.original: Callable[..., Any] = decoder_of(model).forward
         self.digests = Digests()
         self._start()

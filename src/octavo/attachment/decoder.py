@@ -132,8 +132,7 @@ def _cached(attachment: "Attachment", cache: KVCache, kwargs: dict[str, Any], to
     positions.check_shapes(kwargs, batch, cache.seen, columns)
     mask = kwargs.get("attention_mask")
     valid = positions.padding(mask, columns)
-    config: Any = attachment.model.config
-    positions.check_length(getattr(config, "max_position_embeddings", None), cache, columns, valid)
+    positions.check_length(attachment.reach.most, cache, columns, valid)
     if cache.seen and mask is not None and mask.ndim == 2 and mask.shape[1] > columns:
         cache.check_mask(mask)
     kwargs.update(past_key_values=cache, use_cache=True)

@@ -1,6 +1,6 @@
 """Which models can be attached: every requirement is checked by name, and a refusal says which one failed."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def _lifetimes(model: PreTrainedModel, stores: tuple[int, ...]) -> tuple[Lifetim
     A window at or past the model's positions is none. Raises UnsupportedModelError for layers of another kind.
     """
     config: Any = model.config
-    name, most = type(model).__name__, getattr(config, "max_position_embeddings", None) or NEVER
+    name, most = type(model).__name__, reach_of(config).most or NEVER
     kinds = getattr(config, "layer_types", None)
     if not kinds:
         slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
@@ -126,11 +126,35 @@ def _lifetimes(model: PreTrainedModel, stores: tuple[int, ...]) -> tuple[Lifetim
     return tuple(out)
 
 
-def rope_sees_length(config: Any) -> bool:
-    """Whether RoPE's frequencies depend on how long the input of a forward is, as in longrope."""
+class Reach(NamedTuple):
+    """How long texts may be, in tokens."""
+
+    most: int | None  # positions that the model has; None: there is no end, or none is known
+    steady: int | None  # past so many RoPE's frequencies are others, for all tokens of a forward; None: never
+
+    @property
+    def in_pieces(self) -> int | None:
+        """How long a text may be that is read in pieces, or beside others."""
+        return min((limit for limit in self if limit is not None), default=None)
+
+    @property
+    def why(self) -> str:
+        """What to say of `in_pieces` to people."""
+        return "" if self.steady is None else ", past which its RoPE changes, for texts that are read whole (generate)"
+
+
+def reach_of(config: Any) -> Reach:
+    """What a configuration says of it: longrope has other factors past its first limit, dynamic RoPE grows for ever."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(one.get("rope_type", one.get("type")) in ("longrope", "dynamic") for one in each)
+    most: int | None = getattr(config, "max_position_embeddings", None) or None
+    kinds = {one.get("rope_type", one.get("type")): one for one in each}
+    if "dynamic" in kinds:
+        return Reach(None, most)
+    if "longrope" not in kinds:
+        return Reach(most, None)
+    first = kinds["longrope"].get("original_max_position_embeddings")
+    return Reach(most, first or getattr(config, "original_max_position_embeddings", None) or most)
 
 
 def head_dim(config: Any) -> int:

@@ -53,7 +53,7 @@ class Engine:
         self.ends = _ends(model, tokenizer)
         text_config = config.get_text_config()
         # Asked once: a configuration takes longer to answer than a request's part of a step.
-        self.positions: float = getattr(text_config, "max_position_embeddings", None) or math.inf
+        self.positions: float = require_attachment(model).reach.in_pieces or math.inf
         self.sampler = Sampler(max_batch, text_config.vocab_size, model.device, eos=tuple(self.ends))
         self.scheduler = Scheduler(max_batch, step_tokens)
         self.runner = Runner(model, self.sampler, prompt_lookup)
@@ -86,9 +86,8 @@ class Engine:
         if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
         if len(prompt) >= self.positions:
-            raise PromptError(
-                f"the prompt has {len(prompt):,} tokens, the model has {self.positions:,} positions; shorten it"
-            )
+            has = f"{self.positions:,} positions{require_attachment(self.model).reach.why}"
+            raise PromptError(f"the prompt has {len(prompt):,} tokens, the model has {has}; shorten it")
         if params.n > self.scheduler.max_batch:
             raise ConfigError(f"n is {params.n}, and at most {self.scheduler.max_batch} requests run at once")
         seed = torch.seed() % 2**63 if params.seed is None else params.seed
