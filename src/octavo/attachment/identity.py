@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from octavo.attachment.layout import NUMBER, decoder_of
@@ -153,7 +154,16 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
     Other buffers are computed from the configuration, and not to the same last bit on every device.
     """
-    return {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    named = module.state_dict(keep_vars=True).items()
+    return {name: part for n, t in named if isinstance(t, Tensor) for name, part in _parts(n, t)}
+
+
+def _parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor, or those that a quantised one is made of: such a tensor has no elements of its own to read."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [(name, tensor)]
+    inner, _ = tensor.__tensor_flatten__()
+    return [part for each in inner for part in _parts(f"{name}.{each}", getattr(tensor, each))]
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], settings: Any = None) -> str:
