@@ -1,5 +1,6 @@
 """What `attach` refuses before anything is made: settings that cannot be, and what its trial of a model finds out."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
@@ -11,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from octavo import KVCache, attach, detach
 from octavo.attachment import attachment_of, require_attachment
-from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
+from octavo.errors import CacheBudgetError, CacheStateError, ConfigError, UnsupportedModelError
 from tiny import SHAPE, tiny_adapter, tiny_model, tokens
 
 WRONG = {
@@ -123,8 +124,48 @@ def test_the_trial_changes_nothing():
     model.eval()(ids, labels=ids).loss.backward()
 
 
-def test_an_offloaded_model_is_refused_at_attach():
-    model = accelerate.cpu_offload(tiny_model(), torch.device("cpu"))
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_offloaded_model_is_refused_at_attach(where, tmp_path):
+    cpu = torch.device("cpu")
+    model = tiny_model()
+    model = accelerate.cpu_offload(model, cpu) if where == "memory" else accelerate.disk_offload(model, tmp_path, cpu)
     with pytest.raises(UnsupportedModelError, match="is offloaded: its weights come"):
         attach(model)
     assert attachment_of(model) is None
+
+
+def test_a_model_that_is_offloaded_afterwards_is_refused_where_it_would_need_pages():
+    model, ids = attach(tiny_model()), tokens(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        with pytest.raises(CacheStateError, match=r"were offloaded after octavo.attach"):
+            model(ids)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_models_whose_weights_are_still_on_one_device_are_attached_whatever_hooks_they_have():
+    model, ids = tiny_model(), tokens(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        adapter = tiny_adapter(model)
+        accelerate.dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+        torch.testing.assert_close(attach(model)(ids).logits, expected, rtol=0, atol=1e-4)
+        assert KVCache(attach(model, adapter)).eviction is not None
+        later, _ = accelerate.cpu_offload_with_hook(tiny_model(), torch.device("cpu"))
+        torch.testing.assert_close(attach(later)(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_without_weights_is_attached_and_loaded_later():
+    whole, ids = tiny_model(), tokens(1, 20)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(whole.config)).eval()
+    attach(model)
+    with pytest.raises(CacheStateError, match="lies on the meta device: its weights are not loaded"):
+        model(ids.to("meta"))
+    with pytest.raises(UnsupportedModelError, match="load its weights first, or attach it without"):
+        attach(model, tiny_adapter(whole))
+    model.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    model.model.rotary_emb.__init__(whole.config)  # whose frequencies are in no checkpoint
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0, atol=1e-4)

@@ -178,8 +178,14 @@ class Attachment:
     def memory(self, shape: CacheShape) -> Memory:
         """The memory of all caches, on the device and in the dtype that the model has now.
 
-        Raises CacheStateError where there is a budget and caches of another dtype or device still hold a part of it.
+        Raises CacheStateError where there is a budget and caches of another dtype or device still hold a part of it,
+        and where the model has no numbers to compute with.
         """
+        if shape.device.type == "meta":
+            raise CacheStateError(
+                f"{type(self.model).__name__} lies on the meta device: its weights are not loaded, or were offloaded "
+                "after octavo.attach; load them, as octavo.attach wants them, on one device"
+            )
         layout = shape.layout(self.settings)
         with self._lock:
             memory = self._memory

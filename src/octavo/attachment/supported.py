@@ -187,13 +187,19 @@ def shape_of(config: Any) -> dict[str, int]:
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model for an adapter: its shape, and a sample of its final norm's weight.
 
-    Norm weights survive casting and quantised files nearly unchanged and differ between models.
+    Norm weights survive casting and quantised files nearly unchanged and differ between models. Raises
+    UnsupportedModelError where there are none yet.
     """
     model = joined(model)
     weight = getattr(final_norm(model), "weight", None)
     if weight is None:  # a norm without weights, or none: what all embeddings have in common identifies a model too
         embeddings: Any = model.get_input_embeddings()
         weight = embeddings.weight.detach().float().mean(0)
+    if weight.is_meta:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lies on the meta device, where no weight tells whether an adapter is of this model"
+            "; load its weights first, or attach it without"
+        )
     return fingerprint_of(model.config, weight)
 
 
