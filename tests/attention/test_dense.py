@@ -97,6 +97,34 @@ def test_chunked_windows_are_cut_anew_in_each_document() -> None:
         torch.testing.assert_close(got[:, part], alone, **CLOSE)
 
 
+@pytest.mark.parametrize("block", [7, 512])
+@pytest.mark.parametrize("kind", ["plain", "window", "padding", "gates"])
+def test_tokens_of_a_picture_see_each_other(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "BLOCK", block)
+    case, N = first_chunk(B=2, G=2, N=30), 30
+    pictures = torch.full((2, N), -1)
+    pictures[0, 4:9], pictures[0, 12:28], pictures[1, 20:30] = 0, 1, 0
+    valid = torch.arange(N) >= torch.tensor([[0], [3]])
+    lifetime = Lifetime(6, False) if kind == "window" else None
+    log_keep = torch.zeros(2, 2, N).masked_fill(marks(case), float("-inf")) if kind == "gates" else None
+    got = dense_of(case, log_keep, 4, valid if kind == "padding" else None, None, lifetime, None, 0.0, pictures)
+    q, k = torch.arange(N)[:, None], torch.arange(N)
+    seen = (k <= q) | ((pictures[:, :, None] == pictures[:, None]) & (pictures >= 0)[:, None])
+    if kind == "window":
+        seen &= k > q - 6
+    if kind == "padding":
+        seen &= valid[:, None]
+    seen = seen[:, None].expand(2, 2, N, N)
+    if kind == "gates":
+        seen = seen & ((q - k <= 4) | (log_keep == 0)[:, :, None])
+    seen = seen.repeat_interleave(case.query.shape[1] // 2, 1) | torch.eye(N, dtype=torch.bool)
+    key, value = (t.repeat_interleave(case.query.shape[1] // 2, 1) for t in (case.chunk.key, case.chunk.value))
+    scores = (case.query @ key.mT * case.scale).masked_fill(~seen, float("-inf"))
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    real = valid if kind == "padding" else torch.ones_like(valid)
+    torch.testing.assert_close(got[real], expected[real], **CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["causal", "gates", "padding", "documents", "window", "sinks", "cap"])
 def test_dropout_drops_weights_and_scales_the_others(kind: str) -> None:
     case, dropped = first_chunk(B=2, G=2, N=30), 0.4
