@@ -270,7 +270,7 @@ class Attachment:
     def running(self) -> tuple[Policy | None, SwiftKV | None]:
         """`policy` and `transform` of a forward without a cache; our own follow the model where it has moved since."""
         if isinstance(self.policy, HardGates):
-            self.policy.gates.to(self.model.device)
+            self.policy.gates.to(self.modes.device)
         if self.transform is not None and self._ours:
             self.transform = self.modes.transform()
         return self.policy, self.transform

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from octavo.attachment.layout import NUMBER, decoder_of
 from octavo.dms import Gates
+from octavo.errors import CacheStateError
 from octavo.kv import CacheShape
 
 if TYPE_CHECKING:
@@ -182,7 +183,15 @@ def _state(tensors: Mapping[str, Tensor]) -> object:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A tensor's elements in order, [n] uint8; nothing is copied where they lie in order."""
+    """A tensor's elements in order, [n] uint8; nothing is copied where they lie in order.
+
+    Raises CacheStateError where they are not in memory.
+    """
+    if tensor.is_meta:
+        raise CacheStateError(
+            "weights of this model are offloaded, so nothing can say under which of them a cache was filled; snapshots "
+            "need a model that is loaded whole"
+        )
     return tensor.contiguous().flatten().view(torch.uint8)
 
 

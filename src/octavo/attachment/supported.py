@@ -1,5 +1,6 @@
 """Which models can be attached: every requirement is checked by name, and a refusal says which one failed."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from octavo.attachment.forward import NAME
-from octavo.attachment.layout import Layout, decoder_of, final_norm, joined, unwrapped
+from octavo.attachment.layout import Layout, decoder_of, final_norm, hooks_of, joined, runs_on, unwrapped
 from octavo.attachment.states import state_layers
 from octavo.attachment.trial import Trial, tried
 from octavo.attention import Lifetime
@@ -29,9 +30,15 @@ _LATENT = ("kv_lora_rank", "q_lora_rank")
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError where `layout_of` does; a model that is attached has been found fit."""
-    if "_octavo" not in joined(model).__dict__:
-        layout_of(model)
+    """Raise UnsupportedModelError where `layout_of` does, and where adapters could not be trained on a model.
+
+    One that is attached has been found fit.
+    """
+    if "_octavo" not in joined(model).__dict__ and layout_of(model).runs_on is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is offloaded: its weights come to its device only while they are used; load it "
+            "whole to train adapters on it"
+        )
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
@@ -65,12 +72,12 @@ def layout_of(model: PreTrainedModel) -> Layout:
         raise UnsupportedModelError(
             f"{name} has differential attention, which attends twice in a layer; Octavo's attention does so once"
         )
-    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
-        raise UnsupportedModelError(f"{name} is offloaded: its weights come to its device only while they are used")
-    devices = {p.device for p in decoder_of(model).parameters()}
+    where, devices = runs_on(model), {p.device for p in decoder_of(model).parameters()}
+    if where is not None:
+        devices = {where} | (devices - {torch.device("meta")})
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} lies on {len(devices)} devices; put it on one")
-    return _layout(model, tried(outer, model))
+    return replace(_layout(model, tried(outer, model, where or model.device)), runs_on=where)
 
 
 def _layout(model: PreTrainedModel, trial: Trial) -> Layout:
@@ -191,14 +198,18 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     UnsupportedModelError where there are none yet.
     """
     model = joined(model)
-    weight = getattr(final_norm(model), "weight", None)
+    norm = final_norm(model)
+    weight = getattr(norm, "weight", None)
+    if norm is not None and weight is not None and weight.is_meta:  # accelerate knows where it lies
+        known = (getattr(hook, "weights_map", None) for hook in hooks_of(norm))
+        weight = next((weights["weight"] for weights in known if weights is not None), weight)
     if weight is None:  # a norm without weights, or none: what all embeddings have in common identifies a model too
         embeddings: Any = model.get_input_embeddings()
         weight = embeddings.weight.detach().float().mean(0)
     if weight.is_meta:
         raise UnsupportedModelError(
-            f"{type(model).__name__} lies on the meta device, where no weight tells whether an adapter is of this model"
-            "; load its weights first, or attach it without"
+            f"no weight of {type(model).__name__} is in memory that tells whether an adapter is of this model; load "
+            "its weights first, or attach it without"
         )
     return fingerprint_of(model.config, weight)
 
