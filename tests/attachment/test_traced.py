@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo import KVCache, attach
+from octavo import KVCache, attach, detach
 from octavo.errors import UnsupportedModelError
 from tiny import tiny_adapter, tiny_model, tokens
 from tiny_decoders import tiny_decoder
@@ -89,6 +89,20 @@ def test_a_compiled_forward_with_a_cache_breaks_its_graph_and_is_the_same():
         whole = torch.compile(model.forward, backend="eager", fullgraph=True)
         with pytest.raises(torch._dynamo.exc.Unsupported, match="Octavo takes and frees pages on the host"):
             whole(ids, past_key_values=KVCache(model))
+
+
+def test_what_was_compiled_first_is_attached_at_the_model_inside():
+    model, ids = tiny_model(num_hidden_layers=1), tokens(2, 40)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(ids, use_cache=False).logits
+        assert attach(compiled, tiny_adapter(model, window=6), chunk=16) is compiled
+        hard = model(ids, use_cache=False).logits
+        assert (hard - plain).abs().max() > 0.01
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, hard, **CLOSE)
+        torch.testing.assert_close(compiled(ids, past_key_values=KVCache(compiled)).logits, hard, **CLOSE)
+        detach(compiled)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, plain, **CLOSE)
 
 
 def test_layers_that_pass_nothing_on_run_as_they_are():

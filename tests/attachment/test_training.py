@@ -93,11 +93,12 @@ def trained(model, folder, **changes):
     return losses, [p.detach().clone() for p in model.parameters()]
 
 
-def test_a_trainer_learns_the_same_of_packed_documents_with_dropout(tmp_path):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_trainer_learns_the_same_of_packed_documents_with_dropout(again, tmp_path):
     model = tiny_model(attention_dropout=0.2)
     twin = copy.deepcopy(model)
-    losses, weights = trained(model, tmp_path)
-    got, ours = trained(attach(twin), tmp_path)
+    losses, weights = trained(model, tmp_path, gradient_checkpointing=again)  # whose layers run again
+    got, ours = trained(attach(twin), tmp_path, gradient_checkpointing=again)
     assert len(losses) == 3
     assert got == pytest.approx(losses, abs=1e-4)
     for a, b in zip(ours, weights, strict=True):

@@ -76,11 +76,12 @@ class Layout:
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model inside a `PeftModel`, whose layers are in it, or the model itself.
+    """The transformers model inside a `PeftModel`, whose layers are in it, or what `torch.compile` made, or itself.
 
     Raises UnsupportedModelError for anything else, and for prompts and prefixes that such a model learns: it hands the
     prefixes over in caches of its own.
     """
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         learned = [c for c in model.peft_config.values() if getattr(c, "is_prompt_learning", False)]
         if learned:
