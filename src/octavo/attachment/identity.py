@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from octavo.attachment.layout import NUMBER, decoder_of
 from octavo.dms import Gates
+from octavo.errors import CacheStateError
 from octavo.kv import CacheShape
 
 if TYPE_CHECKING:
@@ -154,7 +156,16 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
     Other buffers are computed from the configuration, and not to the same last bit on every device.
     """
-    return {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    named = module.state_dict(keep_vars=True).items()
+    return {name: part for n, t in named if isinstance(t, Tensor) for name, part in _parts(n, t)}
+
+
+def _parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor, or those that a quantised one is made of: such a tensor has no elements of its own to read."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [(name, tensor)]
+    inner, _ = tensor.__tensor_flatten__()
+    return [part for each in inner for part in _parts(f"{name}.{each}", getattr(tensor, each))]
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], settings: Any = None) -> str:
@@ -189,7 +200,15 @@ def _probed(tensor: Tensor) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A tensor's elements in order, [n] uint8; nothing is copied where they lie in order."""
+    """A tensor's elements in order, [n] uint8; nothing is copied where they lie in order.
+
+    Raises CacheStateError where they are not in memory.
+    """
+    if tensor.is_meta:
+        raise CacheStateError(
+            "weights of this model are offloaded, so nothing can say under which of them a cache was filled; snapshots "
+            "need a model that is loaded whole"
+        )
     return tensor.contiguous().flatten().view(torch.uint8)
 
 

@@ -43,8 +43,8 @@ class Engine:
         self, model: PreTrainedModel, tokenizer: Any = None, *, max_batch: int = 64, step_tokens: int | None = None,
         prompt_lookup: int = 0,
     ) -> None:  # fmt: skip
-        device = model.device.type
-        step_tokens = STEP_TOKENS.get(device, STEP_TOKENS["cpu"]) if step_tokens is None else step_tokens
+        device = require_attachment(model).modes.device
+        step_tokens = STEP_TOKENS.get(device.type, STEP_TOKENS["cpu"]) if step_tokens is None else step_tokens
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -54,8 +54,8 @@ class Engine:
         self.ends = ends_of(model, tokenizer)
         text_config = config.get_text_config()
         # Asked once: a configuration takes longer to answer than a request's part of a step.
-        self.positions: float = getattr(text_config, "max_position_embeddings", None) or math.inf
-        self.sampler = Sampler(max_batch, text_config.vocab_size, model.device, eos=tuple(self.ends))
+        self.positions: float = require_attachment(model).reach.in_pieces or math.inf
+        self.sampler = Sampler(max_batch, text_config.vocab_size, device, eos=tuple(self.ends))
         self.scheduler = Scheduler(max_batch, step_tokens)
         self.runner = Runner(model, self.sampler, prompt_lookup)
         self._free = list(range(max_batch))[::-1]  # places in the sampler
@@ -87,9 +87,8 @@ class Engine:
         if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
         if len(prompt) >= self.positions:
-            raise PromptError(
-                f"the prompt has {len(prompt):,} tokens, the model has {self.positions:,} positions; shorten it"
-            )
+            has = f"{self.positions:,} positions{require_attachment(self.model).reach.why}"
+            raise PromptError(f"the prompt has {len(prompt):,} tokens, the model has {has}; shorten it")
         if params.n > self.scheduler.max_batch:
             raise ConfigError(f"n is {params.n}, and at most {self.scheduler.max_batch} requests run at once")
         seed = torch.seed() % 2**63 if params.seed is None else params.seed

@@ -30,9 +30,8 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = self.model.device
-        return device
+        """Where the model computes."""
+        return self.sampler.device
 
     @property
     def read_nbytes(self) -> int:
