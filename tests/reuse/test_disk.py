@@ -225,7 +225,7 @@ def test_a_full_disk_and_a_read_only_folder_cost_a_warning(tmp_path, monkeypatch
         def fails(*args, code=code):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(store.shelving.folder, "_replace", fails)
+        monkeypatch.setattr(store.tiers.folder.folder, "_replace", fails)
         caught: list[Warning] = []
         monkeypatch.setattr(warnings, "warn", lambda message, *args, caught=caught, **kwargs: caught.append(message))
         model.ask(store, prompt(0))
@@ -283,7 +283,7 @@ def test_a_disk_that_is_slower_than_the_model_is_passed_over_and_measured_again(
     store.close()
     again = opened(tmp_path, None)
     assert model.ask(again, prompt(0)) == 69
-    again.costs.per_byte, again.costs.per_token = 1.0, {again.list()[0].space: 1e-6}
+    again.costs.per_byte, again.costs.per_token = {"disk": 1.0}, {again.list()[0].space: 1e-6}
     again.costs.computed = lambda *args: None
     again.costs.worth_loading = functools.partial(MEASURED, again.costs)
     got = [model.ask(again, prompt(0)) for _ in range(17)]
@@ -320,6 +320,20 @@ def test_impossible_settings_are_refused(tmp_path):
     for bad in ("text", [1.5], [[1], [2]], object(), [["a"]]):
         with pytest.raises(InputError):
             store.pin(bad)
+
+
+def test_deleting_reaches_files_that_have_no_room_here(tmp_path):
+    model, store = Model(None), opened(tmp_path)
+    for i in range(8):
+        with store.request(tenant=f"{i % 2}"):
+            model.ask(store, [i, *prompt(i)])
+    store.close()
+    small = opened(tmp_path, "20KB")
+    assert small.stats().disk_records < 4
+    assert small.delete(tenant="1") == 4
+    assert len(list(tmp_path.glob("*.kv"))) == 4
+    small.clear()
+    assert list(tmp_path.glob("*.kv")) == []
 
 
 def test_explanations_name_the_first_token_that_differs():

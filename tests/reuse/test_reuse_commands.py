@@ -49,6 +49,51 @@ def test_a_folder_is_looked_at_and_managed(folder):
     assert "2 records deleted, 0 left" in run("cache", "delete", folder, "--all")
 
 
+@pytest.fixture
+def url(tmp_path):
+    served = pytest.importorskip("reuse.served", reason="fakeredis is not installed")
+    if not served.installed():
+        pytest.skip("no redis-server and no valkey-server is installed")
+    server = served.Real(tmp_path)
+    model, store = Model(Eviction(7)), ReuseStore(None, remote=server.url, **SETTINGS)
+    for i in range(3):
+        with store.request(tags=[f"tag{i}"]):
+            model.ask(store, prompt(i, 90))
+            store.flush()
+    store.close()
+    yield server.url
+    server.stop()
+
+
+def test_a_server_is_looked_at_and_managed(url):
+    here = ["--remote", url]
+    assert re.search("3 records, .* on the server", run("cache", "stats", *here))
+    assert json.loads(run("cache", "stats", *here, "--json"))["remote_records"] == 3
+    records = json.loads(run("cache", "list", *here, "--json"))
+    assert [(each["tokens"], each["remote"], each["disk"]) for each in records] == [(90, True, False)] * 3
+    ids = json.dumps(prompt(1, 90))
+    assert "89 of 90 tokens would be reused" in run("cache", "explain", *here, input=ids)
+    assert "90 tokens pinned" in run("cache", "pin", *here, "--ttl", 500, input=ids)
+    assert "pinned" in run("cache", "list", *here)
+    assert "90 tokens let go" in run("cache", "pin", *here, "--undo", input=ids)
+    assert "3 records are whole, 0 were damaged" in run("cache", "verify", *here)
+    assert "1 records deleted, 2 left" in run("cache", "delete", *here, "--tag", "tag2")
+    assert "2 records deleted, 0 left" in run("cache", "delete", *here, "--all")
+
+
+def test_a_server_that_cannot_be_reached_is_told():
+    pytest.importorskip("redis")
+    for arguments, match in (
+        (["--remote", "redis://127.0.0.1:1"], "cannot use the server at 127.0.0.1:1"),
+        (["--remote", "nowhere"], "must be a URL"),
+        ([], "either a folder"),
+        (["/tmp", "--remote", "redis://127.0.0.1:1"], "either a folder"),
+    ):
+        out = runner.invoke(cli.app, ["cache", "stats", *arguments])
+        assert isinstance(out.exception, ConfigError)
+        assert match in str(out.exception)
+
+
 def test_verify_finds_what_is_damaged(folder):
     path = sorted(folder.glob("*.kv"))[0]
     data = bytearray(path.read_bytes())

@@ -191,6 +191,24 @@ def test_what_goes_on_from_an_unreadable_file_is_left_where_it_is(tmp_path, monk
     assert model.ask(opened(tmp_path, None), [*prompt(0), *prompt(1)]) == 139
 
 
+def test_what_goes_on_from_a_file_that_fails_in_a_request_is_left_where_it_is(tmp_path, monkeypatch):
+    model, store = Model(None), opened(tmp_path)
+    model.ask(store, prompt(0))
+    store.flush()
+    model.ask(store, [*prompt(0), *prompt(1)])
+    store.close()
+    again = opened(tmp_path, None)
+
+    def fails(path, entry):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("octavo.reuse.shelving.read_extent", fails)
+    assert model.ask(again, prompt(0)[:60]) == 0
+    monkeypatch.undo()
+    assert again.stats().errors >= 1
+    assert model.ask(opened(tmp_path, None), [*prompt(0), *prompt(1)]) == 139
+
+
 def test_a_file_that_is_replaced_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
     model, store = Model(None), opened(tmp_path, "20MB")
     model.ask(store, prompt(0))
@@ -224,7 +242,7 @@ def test_a_folder_that_is_deleted_costs_a_warning(tmp_path):
 
 def test_a_write_that_fails_in_an_unknown_way_holds_nothing(tmp_path, monkeypatch):
     model, store = Model(None), opened(tmp_path)
-    monkeypatch.setattr("octavo.reuse.shelving.encoded", lambda *args: 1 / 0)
+    monkeypatch.setattr("octavo.reuse.tiers.encoded", lambda *args: 1 / 0)
     model.ask(store, prompt(0))
     with pytest.raises(ZeroDivisionError):
         store.flush()
@@ -325,13 +343,13 @@ def test_an_interrupt_while_a_request_is_opened_leaves_nothing_open(monkeypatch)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_writes_on_its_own(tmp_path, monkeypatch):
     model, store = Model(None), ReuseStore("20MB", tmp_path, shortest=4)
-    held, write = threading.Event(), Shelving._write_file
+    held, write = threading.Event(), Shelving.write
 
     def slow(self, *args):
         held.wait()
-        write(self, *args)
+        return write(self, *args)
 
-    monkeypatch.setattr(Shelving, "_write_file", slow)
+    monkeypatch.setattr(Shelving, "write", slow)
     model.ask(store, list(range(20)))  # the writer has it in hand when the process forks
     other = ReuseStore(shortest=4)
     model.ask(other, list(range(30, 50)))
@@ -342,7 +360,7 @@ def test_a_forked_process_writes_on_its_own(tmp_path, monkeypatch):
         try:
             held.set()
             with store.lock:
-                store.shelving.refresh()
+                store.tiers.refresh()
                 free = all(each.users == 0 for each in store.index.records.values())
                 stored = store.put(Record(record.entry, record.nbytes, record.extent), set())
             store.close()

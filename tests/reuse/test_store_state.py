@@ -1,20 +1,29 @@
 """The store against a dictionary: what it gives is always right, never another tenant's, never what was deleted or has
-expired, and always there unless a budget made it leave."""
+expired, and always there unless a budget, or a server's own policy, made it leave."""
 
+import importlib.util
 import math
 import random
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from octavo.config import Eviction
 from octavo.kv.capture import capture, kept_and_tail, snapshot_of, trimmed
 from octavo.kv.ragged import between
-from octavo.reuse import ReuseStore
+from octavo.reuse import ReuseStore, remote
 from octavo.reuse.record import OVERHEAD
 from reuse.plain import Model, read
 
@@ -24,6 +33,11 @@ STEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 
 
 stems = st.integers(0, len(STEM))
 ends = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+TIERS = ["memory", "disk", "both"]
+if importlib.util.find_spec("fakeredis"):
+    from reuse.served import Fake, values
+
+    TIERS += ["server", "memory and server", "all"]
 tenants = st.sampled_from(["", "a"])
 
 
@@ -42,26 +56,34 @@ class Stored:
 class Machine(RuleBasedStateMachine):
     budgets: tuple = (None, None)
 
-    @initialize(eviction=st.sampled_from(EVICTIONS), tiers=st.sampled_from(["memory", "disk", "both"]),
+    @initialize(eviction=st.sampled_from(EVICTIONS), tiers=st.sampled_from(TIERS),
                 tight=st.booleans(), policy=st.sampled_from(["lru", "slru"]))  # fmt: skip
     def begin(self, eviction, tiers, tight, policy):
         self.folder = tempfile.TemporaryDirectory()
         self.model, self.now = Model(eviction), 1000.0
         self.limits = {
-            "memory": None if tiers == "disk" else 60_000 if tight else 10**8,
-            "disk": None if tiers == "memory" else Path(self.folder.name),
-            "disk_budget": None if tiers == "memory" else 30_000 if tight else 10**8,
+            "memory": None if tiers in ("disk", "server") else 60_000 if tight else 10**8,
+            "disk": Path(self.folder.name) if tiers in ("disk", "both", "all") else None,
+            "disk_budget": 30_000 if tight else 10**8,
         }
+        self.server = Fake() if tiers in ("server", "memory and server", "all") else None
+        self.evicted = False  # whether the server has evicted anything
+        self.plugged, self.failed = True, False  # whether the server is there, and was ever away
         self.policy, self.tight = policy, tight
         self.live: list[Stored] = []
         self.complete = True  # nothing had to leave yet, and nothing lives for some time only
         self.open_store()
+        if self.server is not None:  # another machine, which has nothing but the server
+            self.other = self.opened(memory=None)
 
     def open_store(self):
-        self.store = ReuseStore(
-            **self.limits, policy=self.policy, shortest=SHORTEST, back=BACK, clock=lambda: self.now,
-            quotas={"a": 40_000} if self.tight else None,
-        )  # fmt: skip
+        self.store = self.opened(**self.limits, quotas={"a": 40_000} if self.tight else None)
+
+    def opened(self, **options):
+        server = None if self.server is None else self.server.client()
+        return ReuseStore(
+            **options, policy=self.policy, shortest=SHORTEST, back=BACK, clock=lambda: self.now, remote=server
+        )
 
     def alive(self, tenant):
         return [s for s in self.live if s.tenant == tenant and s.expires > self.now]
@@ -69,6 +91,16 @@ class Machine(RuleBasedStateMachine):
     @rule(stem=stems, end=ends, tenant=tenants, tag=st.sampled_from(["x", "y"]), answer=st.integers(0, 12),
           ttl=st.sampled_from([None, None, None, 50]))  # fmt: skip
     def ask(self, stem, end, tenant, tag, answer, ttl):
+        self.asked(self.store, stem, end, tenant, tag, answer, ttl)
+
+    @precondition(lambda self: self.server is not None)
+    @rule(stem=stems, end=ends, tenant=tenants, answer=st.integers(0, 12))
+    def ask_elsewhere(self, stem, end, tenant, answer):
+        if self.tight:
+            self.complete = False  # the bookkeeping of what others have stored may have no room
+        self.asked(self.other, stem, end, tenant, "z", answer, None)
+
+    def asked(self, store, stem, end, tenant, tag, answer, ttl):
         tokens = STEM[:stem] + end
         n = max(1, len(tokens) - answer)
         alive = self.alive(tenant)
@@ -76,13 +108,13 @@ class Machine(RuleBasedStateMachine):
         known = [s for s in alive if s.tokens == tokens[: len(s.tokens)] and SHORTEST <= len(s.tokens) < n]
         if not self.complete:
             known = [s for s in known if s.pinned]
-        before = self.store.stats()
-        with self.store.request(tenant=tenant, tags=[tag], ttl=ttl):
-            got = self.model.ask(self.store, tokens, n)
+        before = store.stats()
+        with store.request(tenant=tenant, tags=[tag], ttl=ttl):
+            got = self.model.ask(store, tokens, n)
         assert got <= most, "no more than what is stored"
         assert got >= max((len(s.tokens) for s in known), default=0), "all that is stored"
-        self.store.flush()
-        after = self.store.stats()
+        store.flush()
+        after = store.stats()
         if after.evicted > before.evicted or after.refused > before.refused or ttl is not None:
             self.complete = False
         for p in {n, len(tokens)}:
@@ -103,6 +135,33 @@ class Machine(RuleBasedStateMachine):
             if ttl is None and held == len(chosen.tokens) and chosen.expires > self.now:
                 chosen.pinned = True
                 chosen.expires = math.inf
+
+    @precondition(lambda self: self.server is not None)
+    @rule(dice=st.randoms(use_true_random=False))
+    def evict(self, dice):
+        self.complete, self.evicted = False, True
+        client = self.server.client()
+        for name in client.keys("octavo:*"):
+            if dice.random() < 0.3:
+                client.delete(name)
+        for s in self.live:
+            s.pinned = False
+
+    @precondition(lambda self: self.server is not None and self.plugged)
+    @rule()
+    def unplug(self):
+        self.complete, self.failed, self.plugged = False, True, False
+        self.server.server.connected = False
+        self.store.stats()
+        for s in self.live:
+            s.pinned = False
+
+    @precondition(lambda self: not self.plugged)
+    @rule()
+    def plug(self):
+        self.plugged = self.server.server.connected = True
+        self.store.list()
+        self.store.flush()  # what was deleted meanwhile goes before others look
 
     @rule(stem=stems, tenant=tenants)
     def delete_prefix(self, stem, tenant):
@@ -126,17 +185,20 @@ class Machine(RuleBasedStateMachine):
     def clear(self):
         self.store.clear()
         self.live.clear()
-        assert self.store.stats().memory_records == self.store.stats().disk_records == 0
+        stats = self.store.stats()
+        assert stats.memory_records == stats.disk_records == stats.remote_records == 0
+        assert self.server is None or not self.plugged or not values(self.server.client())
         assert self.store.index.index_nbytes == 0
         assert not self.store.index.trees
 
+    @precondition(lambda self: self.plugged)
     @rule()
     def restart(self):
-        if self.limits["disk"] is None:
+        if self.limits["disk"] is None and self.server is None:
             return
         self.store.close()
         assert self.store.verify() == ()
-        if self.tight:
+        if self.tight or self.failed:
             self.complete = False
             for s in self.live:
                 s.pinned = False  # what was pinned in memory alone may be gone
@@ -162,8 +224,16 @@ class Machine(RuleBasedStateMachine):
             full = most is not None and (len(known) + 1) * OVERHEAD > most / 2
             assert known <= there if full else known == there
             assert full or sum(f.stat().st_size for f in files) == stats.disk_nbytes
+        if self.server is not None and self.plugged:
+            there = {name.decode()[-32:] for name in values(self.server.client())}
+            known = {r.key for r in index.remote.records}
+            assert self.evicted or known <= there
+            assert self.evicted or self.tight or known == there
+            assert index.remote.nbytes == sum(r.remote_nbytes for r in index.records.values())
+            assert stats.damaged == 0
+            assert self.failed or stats.errors == 0
         if self.tight:
-            assert all(shelf.by_tenant["a"] <= 40_000 for shelf in index.shelves)
+            assert all(shelf.by_tenant["a"] <= 40_000 for shelf in index.shelves if shelf is not index.remote)
         assert all(r.users == 0 for r in index.records.values())
         assert all(p.key in index.records for r in index.records.values() for p in r.parents)
 
@@ -173,7 +243,11 @@ class Machine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-def test_the_store_is_a_dictionary_of_prefixes_within_budgets(full):
+def test_the_store_is_a_dictionary_of_prefixes_within_budgets(full, monkeypatch):
+    monkeypatch.setattr(remote, "LOOK", 0.0)
+    monkeypatch.setattr(remote, "SHARE", 0)
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    warnings.filterwarnings("ignore", "the reuse cache cannot use the server")
     torch.set_num_threads(1)
     run_state_machine_as_test(
         Machine,

@@ -26,6 +26,7 @@ def reuse(
     dtype: Dtype = None,
     device: Device = None,
     clock: Annotated[str, typer.Option(help="Of first tokens: wall, or cpu for the process's own seconds.")] = "wall",
+    remote: Annotated[str | None, typer.Option(help="Of first tokens: a server's URL, to measure it as well.")] = None,
     peer: Annotated[bool, typer.Option(help="Replay traces with transformers' generate_batch too.")] = True,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures; a plot of traces lies beside.")] = None,
 ) -> None:
@@ -40,7 +41,9 @@ def reuse(
         check_writable(out)
     found: dict[str, Any] = {}
     if set(parts) != {"policies"}:
-        found |= _with_model(parts, text, document, questions, rounds, peer, clock, (model, adapter, dtype, device))
+        found |= _with_model(
+            parts, text, document, questions, rounds, peer, (clock, remote), (model, adapter, dtype, device)
+        )
     else:
         found |= surroundings()
     if "policies" in parts:
@@ -64,7 +67,7 @@ def _with_model(
     questions: int,
     rounds: int,
     peer: bool,
-    clock: str,
+    timing: tuple[str, str | None],
     chosen: tuple[Any, ...],
 ) -> dict[str, Any]:
     import octavo
@@ -84,8 +87,8 @@ def _with_model(
     found["subject"] = f"{name or 'the default model'}, {kind}, adapter {adapter}"
     timed(model, cuts.piece(600))
     if "first" in parts:
-        measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": kind}, clock)
-        found["first"], found["clock"] = measured.figures, clock
+        measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": kind}, *timing)
+        found["first"], found["clock"] = measured.figures, timing[0]
     if "bytes" in parts:
         found["bytes"] = stored_bytes(model, cuts)
     if "similar" in parts:
@@ -135,8 +138,10 @@ def _show(found: dict[str, Any]) -> None:
         for name, key in (
             ("nothing known, no store", "cold_s"), ("nothing known, with a store", "miss_s"),
             ("document in memory", "memory_s"), ("the same until all is stored", "memory_call_s"),
-            ("document on disk, fresh process", "disk_s"),
+            ("document on disk, fresh process", "disk_s"), ("document on the server, fresh process", "remote_s"),
         ):  # fmt: skip
+            if key not in first:
+                continue
             table.add_row(name, f"{first[key]:.3f}", f"{first['cold_s'] / first[key]:.1f}")
         console.print(table)
     if "bytes" in found:

@@ -1,14 +1,14 @@
 """What users ask of a store beside reuse: what it holds, why a prompt would miss, pinning, deleting, checking."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from octavo.errors import ConfigError, ReuseFileError
 from octavo.reuse.cover import longest, plan
-from octavo.reuse.files import read_entry, read_extent
 from octavo.reuse.index import ancestors
-from octavo.reuse.record import Record, Tokens
+from octavo.reuse.record import Entry, Record, Tokens
 from octavo.reuse.stats import Explanation, Listed, Stats
 from octavo.reuse.tree import common
 
@@ -28,6 +28,8 @@ def stats(store: "ReuseStore") -> Stats:
         memory_records=sum(record.extent is not None for record in index.records.values()),
         disk_nbytes=index.disk.nbytes,
         disk_records=len(index.disk.records),
+        remote_nbytes=index.remote.nbytes,
+        remote_records=len(index.remote.records),
     )
 
 
@@ -51,6 +53,7 @@ def listed(store: "ReuseStore") -> list[Listed]:
                 entry.created,
                 record.expires,
                 record.pinned,
+                record.remote_nbytes > 0,
             )
         )
     return out
@@ -121,28 +124,27 @@ def pin(store: "ReuseStore", tokens: Tokens, tenant: str, until: float) -> int:
             store.index.soonest = min(store.index.soonest, record.ends)
         held = max((common(r.entry.tokens, tokens) for r in records), default=0)
     for record in records:
-        store.shelving.note(record)
+        store.tiers.note(record)
+    store.flush()
     return held
 
 
-def chosen(
-    store: "ReuseStore", prefix: Tokens | None, tag: str | None, tenant: str | None, key: str | None
-) -> set[Record]:
-    """The records that all of what was given applies to. Raises ConfigError where nothing was given."""
+def condition(prefix: Tokens | None, tag: str | None, tenant: str | None, key: str | None) -> Callable[[Entry], bool]:
+    """Whether all of what was given applies to a record. Raises ConfigError where nothing was given."""
     if prefix is None and tag is None and tenant is None and key is None:
         raise ConfigError("say what to delete: prefix, tag, tenant or key; clear() deletes everything")
     if key == "":
         raise ConfigError("key is empty, and every key begins so; give its first digits as list() shows them")
-    found: Iterable[Record] = store.index.records.values()
-    if prefix is not None:
-        found = {record for tree in store.index.trees.values() for record in tree.below(prefix)}
-    return {
-        r
-        for r in found
-        if (tag is None or tag in r.entry.tags)
-        and (tenant is None or r.entry.tenant == tenant)
-        and (key is None or r.key.startswith(key))
-    }
+
+    def fits(entry: Entry) -> bool:
+        return (
+            (tag is None or tag in entry.tags)
+            and (tenant is None or entry.tenant == tenant)
+            and (prefix is None or np.array_equal(entry.tokens[: len(prefix)], prefix))
+            and (key is None or entry.key.startswith(key))
+        )
+
+    return fits
 
 
 def delete(store: "ReuseStore", records: set[Record]) -> int:
@@ -164,7 +166,7 @@ def _cut(store: "ReuseStore", record: Record, survivors: set[Record]) -> None:
     """Put what survivors need of a record in its place."""
     shift = record.entry.layout.shift
     last = max(common(child.entry.tokens, record.entry.tokens) for child in survivors) - shift
-    extent = store.shelving.fetch(record) if last > record.entry.first else None
+    extent = store.tiers.fetch(record) if last > record.entry.first else None
     parents = {parent for parent in record.parents if parent.key in store.index.records}
     if extent is None:
         store.forget(record)  # they need nothing of it that could be had
@@ -189,22 +191,22 @@ def _cut(store: "ReuseStore", record: Record, survivors: set[Record]) -> None:
 
 def verify(store: "ReuseStore") -> tuple[str, ...]:
     """See `ReuseStore.verify`. Inside the lock."""
-    folder, wrong = store.shelving.folder, []
-    if folder is None:
-        return ()
-    for key in folder.files():
-        path: Path = folder.file(key)
+    wrong = []
+    for tier in store.tiers.each:
         try:
-            entry = read_entry(path)
-            read_extent(path, entry)
-            if entry.key != key:
-                raise ReuseFileError(f"{path} holds another record than its name says")
-        except FileNotFoundError:
-            continue
-        except (ReuseFileError, OSError) as e:
+            keys = tier.keys()
+        except OSError as e:
             wrong.append(str(e))
-            if isinstance(e, ReuseFileError):
-                store.shelving.damaged(key, e)
-                if (record := store.index.records.get(key)) is not None:
-                    store.forget(record)
+            continue
+        for key in keys:
+            try:
+                tier.check(key)
+            except FileNotFoundError:
+                continue
+            except (ReuseFileError, OSError) as e:
+                wrong.append(str(e))
+                if isinstance(e, ReuseFileError):
+                    store.tiers.damaged(tier, key, e)
+                    if (record := store.index.records.get(key)) is not None:
+                        store.tiers.drop(tier, record, e)
     return tuple(wrong)

@@ -1,6 +1,7 @@
 """What computing and loading cost, as measured: a tier that is slower than the model is passed over."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 WEIGHT = 0.3  # of the newest measurement in the running mean
 MOST = 1000  # namespaces of which something is known
@@ -8,32 +9,35 @@ AGAIN = 16  # a tier that was passed over so often is measured again, since it m
 
 
 class Costs:
-    """Seconds per token by namespace and seconds per byte from disk, as running means."""
+    """Seconds per token by namespace, and per byte by the tier that is loaded from, as running means."""
 
     def __init__(self) -> None:
         self.per_token: dict[str, float] = {}
-        self.per_byte: float | None = None
-        self._passed: Counter[str] = Counter()
+        self.per_byte: dict[str, float] = {}
+        self._passed: dict[str, Counter[tuple[str, ...]]] = {}
 
     def computed(self, space: str, tokens: int, seconds: float) -> None:
         """Take note of a prompt's computation."""
         self.per_token[space] = _mean(self.per_token.pop(space, None), seconds / tokens)
         if len(self.per_token) > MOST:
             oldest = next(iter(self.per_token))
-            del self.per_token[oldest], self._passed[oldest]
+            del self.per_token[oldest]
+            self._passed.pop(oldest, None)
 
-    def loaded(self, nbytes: int, seconds: float) -> None:
-        """Take note of a file that was read and checked."""
+    def loaded(self, tier: str, nbytes: int, seconds: float) -> None:
+        """Take note of a record that was read and checked, or would have taken longer than so many seconds."""
         if nbytes:
-            self.per_byte = _mean(self.per_byte, seconds / nbytes)
+            self.per_byte[tier] = _mean(self.per_byte.get(tier), seconds / nbytes)
 
-    def worth_loading(self, space: str, nbytes: int, tokens: int) -> bool:
-        """Whether reading so many bytes from disk is faster than computing so many tokens, as far as is known."""
-        token, byte = self.per_token.get(space), self.per_byte
-        if token is None or byte is None or byte * nbytes <= token * tokens:
+    def worth_loading(self, space: str, nbytes: Mapping[str, int], tokens: int) -> bool:
+        """Whether reading so many bytes from each tier is faster than computing so many tokens, as far as is known."""
+        token = self.per_token.get(space)
+        loading = sum(size * self.per_byte.get(tier, 0.0) for tier, size in nbytes.items())
+        if token is None or loading <= token * tokens:
             return True
-        self._passed[space] += 1
-        return self._passed[space] % AGAIN == 0
+        passed = self._passed.setdefault(space, Counter())
+        passed[tuple(nbytes)] += 1
+        return passed[tuple(nbytes)] % AGAIN == 0
 
 
 def _mean(before: float | None, new: float) -> float:

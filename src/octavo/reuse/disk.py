@@ -6,9 +6,6 @@ was left by a process that was killed.
 """
 
 import fcntl
-import hashlib
-import json
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from octavo.errors import OutputFileError
+from octavo.reuse.files import note, read_note
 
 TICK = 50_000_000  # nanoseconds
 SUFFIX, ASIDE, NOTE, LOCK = ".kv", ".tmp", ".note", "lock"
@@ -119,25 +117,12 @@ class Folder:
     def note(self, key: str, pinned: float, expires: float, *, locked: bool) -> None:
         """Keep until when a record is pinned and when it expires, seconds since the epoch; `locked`: inside the lock
         already. Raises OSError."""
-        named = {
-            name: None if math.isinf(value) and value > 0 else max(value, 0)
-            for name, value in (("pinned", pinned), ("expires", expires))
-        }
-        text = json.dumps(named).encode()
         with nullcontext() if locked else self.locked():
-            self._replace(self.path / f"{key}{NOTE}", [hashlib.sha256(text).digest(), text])
+            self._replace(self.path / f"{key}{NOTE}", [note(pinned, expires)])
 
     def noted(self, key: str) -> tuple[float, float] | None:
         """(pinned, expires) of a record of which `note` has said something; None: nothing, or nothing readable."""
         try:
-            data = (self.path / f"{key}{NOTE}").read_bytes()
-            if hashlib.sha256(data[32:]).digest() != data[:32]:
-                return None
-            named = json.loads(data[32:])
-            pinned, expires = (named[name] for name in ("pinned", "expires"))
-            return (
-                math.inf if pinned is None else float(pinned),
-                math.inf if expires is None else float(expires),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_note((self.path / f"{key}{NOTE}").read_bytes())
+        except OSError:
             return None

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -57,17 +58,7 @@ def encoded(entry: Entry, extent: Extent) -> list[bytes | memoryview]:
 def read_entry(path: Path) -> Entry:
     """A file's head. Raises ReuseFileError unless all of it is as it was written, and OSError."""
     with path.open("rb") as file:
-        fields = _fields(file.read(HEAD.size), path)
-        _, _, text_size, file_size, begins, digest, slots_digest = fields
-        if os.fstat(file.fileno()).st_size != file_size or not HEAD.size + text_size <= begins <= file_size:
-            raise ReuseFileError(f"{path} is truncated or damaged: its size is not what its head says")
-        body = file.read(begins - HEAD.size)
-    if hashlib.sha256(HEAD.pack(*fields[:5], b"", slots_digest) + body).digest() != digest:
-        raise ReuseFileError(f"{path} is damaged: the SHA-256 of its head does not match")
-    try:
-        return _entry(json.loads(body[:text_size]), body, text_size)
-    except (KeyError, TypeError, ValueError) as e:
-        raise ReuseFileError(f"{path} contradicts itself: {e}") from e
+        return entry_in(file, os.fstat(file.fileno()).st_size, path)
 
 
 def read_extent(path: Path, entry: Entry) -> Extent:
@@ -77,14 +68,34 @@ def read_extent(path: Path, entry: Entry) -> Extent:
     that is cut short ends no process.
     """
     with path.open("rb") as file:
-        _, _, _, file_size, begins, _, digest = _fields(file.read(HEAD.size), path)
-        size = sum(_aligned(t) for _, _, t in _expected(entry))
-        if file_size - begins != size or os.fstat(file.fileno()).st_size != file_size:
-            raise ReuseFileError(f"{path} is truncated or damaged: its size is not what its head says")
-        file.seek(begins)
-        raw = torch.empty(size, dtype=torch.uint8)
-        if file.readinto(_array(raw)) != size:
-            raise ReuseFileError(f"{path} is truncated")
+        return extent_in(file, os.fstat(file.fileno()).st_size, path, entry)
+
+
+def entry_in(file: BinaryIO, size: int, path: Path | str) -> Entry:
+    """The head at the beginning of what is `size` bytes in all; `path` is named in errors. As `read_entry`."""
+    fields = _fields(file.read(HEAD.size), path)
+    _, _, text_size, file_size, begins, digest, slots_digest = fields
+    if size != file_size or not HEAD.size + text_size <= begins <= file_size:
+        raise ReuseFileError(f"{path} is truncated or damaged: its size is not what its head says")
+    body = file.read(begins - HEAD.size)
+    if hashlib.sha256(HEAD.pack(*fields[:5], b"", slots_digest) + body).digest() != digest:
+        raise ReuseFileError(f"{path} is damaged: the SHA-256 of its head does not match")
+    try:
+        return _entry(json.loads(body[:text_size]), body, text_size)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ReuseFileError(f"{path} contradicts itself: {e}") from e
+
+
+def extent_in(file: BinaryIO, size: int, path: Path | str, entry: Entry) -> Extent:
+    """The slots in what is `size` bytes in all, from its beginning. As `read_extent`."""
+    _, _, _, file_size, begins, _, digest = _fields(file.read(HEAD.size), path)
+    expected = sum(_aligned(t) for _, _, t in _expected(entry))
+    if file_size - begins != expected or size != file_size:
+        raise ReuseFileError(f"{path} is truncated or damaged: its size is not what its head says")
+    file.seek(begins)
+    raw = torch.empty(expected, dtype=torch.uint8)
+    if file.readinto(_array(raw)) != expected:  # type: ignore[attr-defined]
+        raise ReuseFileError(f"{path} is truncated")
     if hashlib.sha256(_array(raw)).digest() != digest:
         raise ReuseFileError(f"{path} is damaged: the SHA-256 of its slots does not match")
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
@@ -99,7 +110,41 @@ def read_extent(path: Path, entry: Entry) -> Extent:
     return Extent(entry.layout, entry.first, entry.last, made["kept"], made["marked"], entry.held, made.get("newest"))
 
 
-def _fields(head: bytes, path: Path) -> tuple[Any, ...]:
+def slots_nbytes(entry: Entry) -> int:
+    """Bytes of an entry's slots, without what aligns them."""
+    return sum(t.nbytes for _, _, t in _expected(entry))
+
+
+def head_nbytes(beginning: bytes) -> int:
+    """How long the head is that begins so; 0 where that is no head of this format."""
+    if len(beginning) < HEAD.size or beginning[: len(MAGIC)] != MAGIC:
+        return 0
+    return int(HEAD.unpack(beginning[: HEAD.size])[4])
+
+
+def note(pinned: float, expires: float) -> bytes:
+    """The note that says until when a record is pinned and when it expires, seconds since the epoch."""
+    named = {
+        name: None if math.isinf(value) and value > 0 else max(value, 0)
+        for name, value in (("pinned", pinned), ("expires", expires))
+    }
+    text = json.dumps(named).encode()
+    return hashlib.sha256(text).digest() + text
+
+
+def read_note(data: bytes | None) -> tuple[float, float] | None:
+    """(pinned, expires) of a note; None where it is none, or is damaged."""
+    if data is None or hashlib.sha256(data[32:]).digest() != data[:32]:
+        return None
+    try:
+        named = json.loads(data[32:])
+        pinned, expires = (math.inf if named[name] is None else float(named[name]) for name in ("pinned", "expires"))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return pinned, expires
+
+
+def _fields(head: bytes, path: Path | str) -> tuple[Any, ...]:
     if len(head) < HEAD.size or head[: len(MAGIC)] != MAGIC:
         raise ReuseFileError(f"{path} is no file of a reuse cache, or its beginning is damaged")
     fields = HEAD.unpack(head)

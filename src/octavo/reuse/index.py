@@ -1,4 +1,4 @@
-"""All records of a store: found by tokens, kept within two tiers' budgets, never half there.
+"""All records of a store: found by tokens, kept within the tiers' budgets, never half there.
 
 Nothing here locks or warns; `octavo.reuse.store` does both.
 """
@@ -13,6 +13,8 @@ from octavo.reuse.record import Record, Tokens
 from octavo.reuse.shelf import Rules, Shelf
 from octavo.reuse.tree import Tree
 
+MOST = 1000  # records of the server that wait for those before them
+
 
 class Index:
     """The records by namespace and tokens, and what lies on which tier."""
@@ -24,9 +26,15 @@ class Index:
         self.memory = None
         if memory is not None:  # what has no file is gone altogether when it leaves memory
             self.memory = Shelf(
-                memory, lambda r: r.nbytes, self._may_leave_memory, lambda r: 0 if r.path else r.index_nbytes
+                memory, lambda r: r.nbytes, self._may_leave_memory, lambda r: 0 if r.behind else r.index_nbytes
             )
         self.disk = Shelf(disk, lambda r: r.file_nbytes, self._may_leave_disk)
+        self.remote = Shelf(Rules(None, disk.policy, {}), lambda r: r.remote_nbytes, lambda r, leaving: False)
+        self.away = False  # whether the server cannot be asked now
+        # Records of the server that lack those before them, (namespace, where their slots begin) by key, and those of
+        # them that may have got them.
+        self.waiting: dict[str, tuple[str, int]] = {}
+        self.ready: list[str] = []
         self.watch: Callable[[Record], None] | None = None  # told of each record that comes or goes
         self.now = 0.0  # what the store's clock said last
         self.soonest = math.inf  # when the first record expires, or earlier
@@ -40,22 +48,27 @@ class Index:
     # Looking
 
     def find(
-        self, space: str, tokens: Tokens, layout: SnapshotLayout, *, within: bool = False, expired: bool = False
+        self, space: str, tokens: Tokens, layout: SnapshotLayout, within: Callable[[Record], bool] | None = None
     ) -> tuple[int, list[Usable]]:
         """(tokens of a prompt that records agree with, what holds of them).
 
-        `within`: of the memory tier alone. `expired`: of records that have expired, too.
+        `within`: of which records that have not expired; None: of those whose slots can be had now.
         """
+        within = self.reachable if within is None else within
+        return self._find(space, tokens, layout, lambda r: r.ends > self.now and within(r))
+
+    def reachable(self, record: Record) -> bool:
+        """Whether a record's slots can be had now, as far as is known."""
+        return record.extent is not None or record.path is not None or not self.away
+
+    def _find(
+        self, space: str, tokens: Tokens, layout: SnapshotLayout, suits: Callable[[Record], bool]
+    ) -> tuple[int, list[Usable]]:
         tree = self.trees.get(space)
         if tree is None:
             return 0, []
         matched, agreed = tree.walk(tokens)
-        live = {
-            record: n
-            for record, n in agreed.items()
-            if (expired or record.ends > self.now) and (not within or record.extent is not None)
-        }
-        return matched, usable(live, layout)
+        return matched, usable({record: n for record, n in agreed.items() if suits(record)}, layout)
 
     # Changing
 
@@ -69,13 +82,18 @@ class Index:
         for parent in parents:
             record.parents.add(parent)
             parent.children.add(record)
+        self.waiting.pop(record.key, None)
+        entry = record.entry
+        self.ready += [
+            key for key, (space, at) in self.waiting.items() if space == entry.space and entry.first < at <= entry.last
+        ]
         if self.watch is not None:
             self.watch(record)
 
     def adopt(self, record: Record) -> bool:
-        """Take in a record that was found on disk; False where nothing holds the slots before its own."""
+        """Take in a record that was found on disk or the server; False where nothing holds the slots before its own."""
         # What has expired counts: it will be cut, not dropped, where others go on from it.
-        _, found = self.find(record.entry.space, record.entry.tokens, record.entry.layout, expired=True)
+        _, found = self._find(record.entry.space, record.entry.tokens, record.entry.layout, lambda r: True)
         parents = ancestors(found, record.entry.layout, record.entry.first)
         if parents is None:
             return False
@@ -113,8 +131,16 @@ class Index:
         for shelf in self.shelves:
             shelf.remove(record)
         record.gone = True
+        if record.remote_nbytes:
+            self.wait(record)
         if self.watch is not None:
             self.watch(record)
+
+    def wait(self, record: Record) -> None:
+        """Keep in mind a record of the server that nothing can go on from until those before it are here."""
+        self.waiting[record.key] = (record.entry.space, record.entry.first)
+        if len(self.waiting) > MOST:
+            del self.waiting[next(iter(self.waiting))]
 
     def used(self, record: Record) -> None:
         """Take note that a request goes on from a record."""
@@ -125,20 +151,32 @@ class Index:
     @property
     def shelves(self) -> Iterator[Shelf]:
         """The tiers."""
-        return (shelf for shelf in (self.memory, self.disk) if shelf is not None)
+        return (shelf for shelf in (self.memory, self.disk, self.remote) if shelf is not None)
 
     def take_from_memory(self, record: Record) -> list[Record]:
         """Free a record's memory; returns what is gone altogether."""
         assert self.memory is not None
         self.memory.remove(record)
         record.extent = None
-        return self.drop(record) if record.path is None else []
+        return [] if record.behind else self.drop(record)
 
     def take_from_disk(self, record: Record) -> list[Record]:
         """Take note that a record has no file any more; returns what is gone altogether."""
         self.disk.remove(record)
         record.path = None
-        return self.drop(record) if record.extent is None else []
+        return self.drop(record) if record.extent is None and not record.behind else []
+
+    def take_from_remote(self, record: Record) -> list[Record]:
+        """Take note that the server does not have a record any more; returns what is gone altogether."""
+        self.remote.remove(record)
+        record.remote_nbytes = 0
+        return self.drop(record) if record.extent is None and not record.behind else []
+
+    def put_on_remote(self, record: Record, nbytes: int) -> None:
+        """Take note that the server has a record, in so many bytes."""
+        self.remote.remove(record)
+        record.remote_nbytes = nbytes
+        self.remote.add(record)
 
     def expired(self) -> list[Record]:
         """What has expired and no request goes on from."""
@@ -162,13 +200,20 @@ class Index:
     def _may_leave_memory(self, record: Record, leaving: Set[Record]) -> bool:
         if record.path is not None:
             return True  # its file stays
-        return record.pinned <= self.now and record.children <= leaving
+        if record.pinned > self.now:
+            return False  # the server's own policy may evict what is pinned
+        return record.remote_nbytes > 0 or all(
+            # What is on the server alone is forgotten with it; the server keeps it.
+            child in leaving or (child.extent is None and child.path is None and child.children <= leaving)
+            for child in record.children
+        )
 
     def _may_leave_disk(self, record: Record, leaving: Set[Record]) -> bool:
         if record.pinned > self.now:
             return False
         others = record.children - leaving
-        return not others or (record.extent is not None and all(child.path is None for child in others))
+        elsewhere = record.extent is not None or record.remote_nbytes > 0
+        return not others or (elsewhere and all(child.path is None for child in others))
 
 
 def ancestors(found: list[Usable], layout: SnapshotLayout, first: int) -> set[Record] | None:

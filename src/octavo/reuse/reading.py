@@ -60,7 +60,7 @@ class Reading:
         extents: dict[Record, Extent] = {}
         ordered = sorted(self.plan.records, key=lambda r: r.entry.first)
         for record in ordered:
-            extent = store.shelving.fetch(record)
+            extent = store.tiers.fetch(record)
             if extent is None:
                 return False
             extents[record] = extent
@@ -74,7 +74,7 @@ class Reading:
             store.counts.update(requests=1, hits=hit, asked=len(self.tokens), reused=self.boundary)
             for record in reversed(ordered):
                 store.index.used(record)
-                store.shelving.touch(record)
+                store.tiers.touch(record)
         self._began = time.perf_counter()
         return True
 

@@ -78,10 +78,11 @@ class Entry:
 
 @dataclass(eq=False)
 class Record:
-    """An entry, where its slots are (memory, a file or both), and how it is used.
+    """An entry, where its slots are (memory, a file, a server), and how it is used.
 
-    `order` rises whenever it is used; `users` are requests that go on from it now. `pinned`: until when it must stay.
-    `parents` hold the slots before its own; `children` are those whose parent it is.
+    `remote_nbytes`: bytes of its value on the server, 0 where it has none as far as is known. `order` rises whenever it
+    is used; `users` are requests that go on from it now. `pinned`: until when it must stay. `parents` hold the slots
+    before its own; `children` are those whose parent it is.
     """
 
     entry: Entry
@@ -89,6 +90,7 @@ class Record:
     extent: Extent | None = None
     path: Path | None = None
     file_nbytes: int = 0
+    remote_nbytes: int = 0
     order: int = 0
     users: int = 0
     pinned: float = -math.inf
@@ -107,6 +109,16 @@ class Record:
     def ends(self) -> float:
         """Until when it may be gone on from: what is pinned does not expire."""
         return max(self.expires, self.pinned)
+
+    @property
+    def behind(self) -> bool:
+        """Whether its slots are anywhere but in memory."""
+        return self.path is not None or self.remote_nbytes > 0
+
+    @property
+    def noted(self) -> bool:
+        """Whether it is pinned or lives otherwise than its entry says, which a note tells others."""
+        return self.pinned > 0 or self.expires != self.entry.expires
 
     @property
     def index_nbytes(self) -> int:

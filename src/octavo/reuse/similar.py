@@ -174,7 +174,7 @@ class Similar:
             for record in records:
                 record.users += 1
         try:
-            extents = {record: store.shelving.fetch(record) for record in records}
+            extents = {record: store.tiers.fetch(record) for record in records}
         finally:
             with store.lock:
                 for record in records:

@@ -2,7 +2,7 @@
 
 A request goes `open` (find the longest prefix that can be gone on from, restore it, name boundaries to be kept), the
 model reads the rest, `Reading.insert`, `Reading.close`. Records are found in `octavo.reuse.index`; which boundary can
-be gone on from is `octavo.reuse.cover`'s to say; files are `octavo.reuse.shelving`'s to write.
+be gone on from is `octavo.reuse.cover`'s to say; files and what lies on a server are `octavo.reuse.tiers`' to write.
 """
 
 import functools
@@ -24,33 +24,37 @@ from octavo.kv.snapshot import SnapshotLayout
 from octavo.reuse import admin
 from octavo.reuse.answers import AnswerSettings, kept
 from octavo.reuse.costs import Costs
-from octavo.reuse.cover import NOTHING, Plan, longest, plan
+from octavo.reuse.cover import NOTHING, Plan
 from octavo.reuse.flights import Flight, Flights
 from octavo.reuse.index import Index
+from octavo.reuse.planning import planned
 from octavo.reuse.reading import Reading
 from octavo.reuse.record import Record, Space, Tokens, token_array
 from octavo.reuse.shelf import Rules
-from octavo.reuse.shelving import Shelving
 from octavo.reuse.similar import SimilarSettings, made
 from octavo.reuse.stats import Explanation, Listed, Stats
 from octavo.reuse.terms import Terms, at_least_one, seconds
+from octavo.reuse.tiers import Tiers
 from octavo.reuse.wanted import Keeping, intervals
 
 PATIENCE = 600.0  # seconds for which a request waits for another one's computation
 
 
 class ReuseStore:
-    """Keys and values of prompts that were read before, by their tokens, on up to two tiers.
+    """Keys and values of prompts that were read before, by their tokens, on up to three tiers.
 
     `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. `disk`:
-    a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files. `policy`:
-    "slru" or "lru" (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`:
-    bytes on each tier by tenant. `back`, `every`, `shortest`, `turns`: `octavo.reuse.wanted.Keeping`. `similar`:
+    a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files. `remote`: a
+    Redis or Valkey server, which several machines may share: a URL such as "redis://host:6379/0" or a `redis.Redis`
+    (needs the extra `redis`); its own settings bound it and choose what leaves. `policy`: "slru" or "lru"
+    (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`: bytes in memory
+    and on disk by tenant. `back`, `every`, `shortest`, `turns`: `octavo.reuse.wanted.Keeping`. `similar`:
     whether and how similar prompts help, approximately (`octavo.reuse.similar`). `answers`: whether whole
     answers are given again (`octavo.reuse.answers`). `clock`: epoch seconds, for tests.
 
-    For several threads at once. What fails here (a full disk, a damaged file) costs a warning and a hit, never an
-    answer. Raises ConfigError for impossible settings, OutputFileError where the folder cannot be made.
+    For several threads at once. What fails here (a full disk, a damaged file, a server that is away) costs a warning
+    and a hit, never an answer. Raises ConfigError for impossible settings, OutputFileError where the folder cannot be
+    made.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class ReuseStore:
         disk: str | Path | None = None,
         disk_budget: int | str | None = None,
         *,
+        remote: Any = None,
         policy: str = "slru",
         ttl: float | None = None,
         quotas: Mapping[str, int | str] | None = None,
@@ -70,12 +75,12 @@ class ReuseStore:
         answers: bool | AnswerSettings = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if memory is None and disk is None:
-            raise ConfigError("a store needs a tier: give memory, disk or both")
+        if memory is None and disk is None and remote is None:
+            raise ConfigError("a store needs a tier: give memory, disk or remote")
         self._settings: dict[str, Any] = {
-            "memory": memory, "disk": disk, "disk_budget": disk_budget, "policy": policy, "ttl": ttl, "quotas": quotas,
-            "back": back, "every": every, "shortest": shortest, "turns": turns, "similar": similar,
-            "answers": answers,
+            "memory": memory, "disk": disk, "disk_budget": disk_budget, "remote": remote, "policy": policy,
+            "ttl": ttl, "quotas": quotas, "back": back, "every": every, "shortest": shortest, "turns": turns,
+            "similar": similar, "answers": answers,
         }  # fmt: skip
         self.keeping = Keeping(back, every, shortest, turns)
         bounds = {tenant: at_least_one(size, f"quota of {tenant!r}") for tenant, size in (quotas or {}).items()}
@@ -90,10 +95,10 @@ class ReuseStore:
         self._warned: set[str] = set()
         usual = Terms(ttl=seconds(ttl))
         self._terms = ContextVar("terms", default=usual)
-        self.shelving = Shelving(self, None if disk is None else Path(disk).expanduser())
+        self.tiers = Tiers(self, None if disk is None else Path(disk).expanduser(), remote)
         self.similar = made(self, similar)
         self.answers = kept(self, answers)
-        self.shelving.refresh()
+        self.tiers.refresh()
 
     @contextmanager
     def request(
@@ -130,7 +135,7 @@ class ReuseStore:
         with self.lock:
             self._look()
             layout = layout_of(cache.tables, cache.sequences.shift)
-            return self._plan(space.name, ids, layout)[1].boundary
+            return planned(self, space.name, ids, layout)[1].boundary
 
     def open(
         self,
@@ -158,7 +163,7 @@ class ReuseStore:
             try:
                 with self.lock:
                     self._look()
-                    matched, chosen = self._plan(space.name, ids, layout) if restore else (0, NOTHING)
+                    matched, chosen = planned(self, space.name, ids, layout) if restore else (0, NOTHING)
                     kept = self.keeping.boundaries(layout, len(ids), (matched, *learned), ends)
                     kept = tuple(p for p in kept if p > chosen.boundary)
                     flight = self._awaited(space.name, ids, layout, chosen.boundary) if wait else None
@@ -178,23 +183,6 @@ class ReuseStore:
             for reading in opened:
                 reading.close()  # a file was damaged and is dropped: look again
 
-    def _plan(self, space: str, tokens: Tokens, layout: SnapshotLayout) -> tuple[int, Plan]:
-        """(tokens that records agree with, how the longest prefix is put together); loads nothing."""
-        if len(tokens) < self.keeping.shortest:
-            return 0, NOTHING
-        matched, found = self.index.find(space, tokens, layout)
-        boundary = longest(found, layout, len(tokens) - 1)
-        if boundary < self.keeping.shortest:
-            return matched, NOTHING
-        chosen = plan(found, layout, boundary)
-        there = self.index.find(space, tokens, layout, within=True)[1]
-        within = longest(there, layout, len(tokens) - 1)
-        load = sum(r.file_nbytes for r in chosen.records if r.extent is None)
-        if load and not self.costs.worth_loading(space, load, boundary - within):
-            self.counts["passed_over"] += 1
-            return matched, plan(there, layout, within)
-        return matched, chosen
-
     def _awaited(self, space: str, tokens: Tokens, layout: SnapshotLayout, held: int) -> Flight | None:
         return self.flights.worth_waiting(space, tokens, layout, held, self.keeping.shortest, len(tokens) - 1)
 
@@ -213,11 +201,13 @@ class ReuseStore:
     def put(self, record: Record, parents: set[Record]) -> bool:
         """Take in a new record, inside the lock, after others have left for it; False where it has no room."""
         index, memory, tenant = self.index, self.index.memory, record.entry.tenant
-        if record.key in index.records:
-            return False
+        known = index.records.get(record.key)
+        if known is not None:  # on a server that is away
+            extent = record.extent if known.entry.sizes == record.entry.sizes else None
+            return extent is not None and self.tiers.promote(known, extent)
         gone = index.clear_memory(record.nbytes + record.index_nbytes, tenant, parents)
         stays = gone is not None
-        if not stays and self.shelving.writable:
+        if not stays and self.tiers.writable:
             gone = [] if memory is None else index.clear_memory(record.index_nbytes, tenant, parents)
         if gone is None:
             self.counts["refused"] += 1
@@ -229,7 +219,7 @@ class ReuseStore:
         if stays and memory is not None:
             memory.add(record)
         self.counts["inserted"] += 1
-        self.shelving.write(record, stays=stays)
+        self.tiers.write(record, stays=stays)
         return True
 
     def in_memory(self, record: Record) -> bool:
@@ -237,17 +227,17 @@ class ReuseStore:
         memory = self.index.memory
         return memory is not None and record in memory.records
 
-    def _look(self) -> None:
-        """Inside the lock: take in what time and other processes have changed."""
+    def _look(self, patient: bool = False) -> None:
+        """Inside the lock: take in what time and others have changed, `patient`: however long it takes."""
         self.index.now = self.clock()
-        self.shelving.refresh()
+        self.tiers.refresh(patient)
         admin.delete(self, set(self.index.expired()))
 
     def forget(self, record: Record) -> int:
         """Drop a record and what goes on from it, files too; returns how many there were. Inside the lock."""
         gone = self.index.drop(record)
         for each in gone:
-            self.shelving.remove(each)
+            self.tiers.remove(each)
         return len(gone)
 
     def warn(self, kind: str, message: str) -> None:
@@ -267,7 +257,7 @@ class ReuseStore:
     def list(self) -> Sequence[Listed]:
         """All records, the one that was used last first."""
         with self.lock:
-            self._look()
+            self._look(patient=True)
             return admin.listed(self)
 
     def explain(self, prompt: Any) -> Explanation:
@@ -277,7 +267,7 @@ class ReuseStore:
         """
         ids = token_array(prompt)
         with self.lock:
-            self._look()
+            self._look(patient=True)
             return admin.explain(self, ids, self._terms.get().tenant)[0]
 
     def pin(self, prompt: Any, ttl: float | None = None) -> int:
@@ -287,13 +277,13 @@ class ReuseStore:
         """
         ids, until = token_array(prompt), self.clock() + seconds(ttl)
         with self.lock:
-            self._look()
+            self._look(patient=True)
         return admin.pin(self, ids, self._terms.get().tenant, until)
 
     def unpin(self, prompt: Any) -> int:
         """Let go of what `pin` kept; returns of how many tokens."""
         with self.lock:
-            self._look()
+            self._look(patient=True)
         return admin.pin(self, token_array(prompt), self._terms.get().tenant, -math.inf)
 
     def delete(
@@ -302,43 +292,48 @@ class ReuseStore:
         """Delete the records whose tokens begin with `prefix`, that have a tag, a tenant, or a key that begins so; of
         several conditions all must hold. Returns how many.
 
-        What prompts that stay go on from stays too, cut where they part from what is deleted. Raises InputError, and
-        ConfigError where no condition is given.
+        What prompts that stay go on from stays too, cut where they part from what is deleted. What a server has that is
+        away is deleted when it is back. Raises InputError, and ConfigError where no condition is given.
         """
         ids = None if prefix is None else token_array(prefix)
+        fits = admin.condition(ids, tag, tenant, key)
         self.flush()
         with self.lock:
-            self._look()
-            count = admin.delete(self, admin.chosen(self, ids, tag, tenant, key))
+            self._look(patient=True)
+            count = admin.delete(self, {record for record in self.index.records.values() if fits(record.entry)})
+            count += self.tiers.delete(fits)
             if self.answers is not None and key is None:
                 self.answers.delete(ids, tag, tenant)
         self.flush()
         return count
 
     def clear(self) -> None:
-        """Delete everything, files too."""
+        """Delete everything, files and what lies on the server too."""
         self.flush()
         with self.lock:
-            self._look()
+            self._look(patient=True)
             for record in list(self.index.records.values()):
                 self.forget(record)
+            self.tiers.delete(lambda entry: True)
             if self.answers is not None:
                 self.answers.delete(None, None, None)
+        self.flush()
 
     def verify(self) -> tuple[str, ...]:
-        """Read and check every file; returns what was wrong with those that were not whole, which are dropped."""
+        """Read and check all that is on disk and the server; returns what was wrong with what was not whole, which is
+        dropped."""
         self.flush()
         with self.lock:
-            self._look()
+            self._look(patient=True)
             return admin.verify(self)
 
     def flush(self) -> None:
-        """Wait until everything that was inserted is on disk."""
-        self.shelving.flush()
+        """Wait until everything that was inserted is on disk and the server."""
+        self.tiers.flush()
 
     def close(self) -> None:
         """Wait as `flush` does and end the thread that writes; the store can still be read."""
-        self.shelving.close()
+        self.tiers.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ReuseStore":
         return self  # a copied model goes on with the same store; its weights decide what it finds

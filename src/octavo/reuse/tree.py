@@ -91,19 +91,6 @@ class Tree:
                 agreed[record] = matched
         return matched, agreed
 
-    def below(self, tokens: Tokens) -> set[Record]:
-        """All records whose tokens begin with these."""
-        node, matched = self.root, 0
-        for node, shared in self._path(tokens):
-            matched = node.start + shared
-        found: set[Record] = set()
-        waiting = [node] if matched == len(tokens) else []
-        while waiting:
-            each = waiting.pop()
-            found |= {record for record in each.records if len(record.entry.tokens) >= len(tokens)}
-            waiting += each.children.values()
-        return found
-
     def _path(self, tokens: Tokens) -> Iterator[tuple[Node, int]]:
         """Nodes below the root that agree with a prompt, each with how many of its tokens do."""
         node = self.root

@@ -1,5 +1,6 @@
 """The measurements: the first token of a prompt seen before, what a miss costs, bytes, and whole traces."""
 
+import importlib
 import json
 import statistics
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ DENSE_PROMPT = 8192
 class First:
     """Seconds, medians. Of a prompt that nobody has seen, until the call returns, without a store and with an empty one
     (storing included). Of a new question about a document that was seen, until its first token is streamed, from memory
-    and in a fresh process from disk; `memory_call_s`: until that call returns, storing included."""
+    and in fresh processes from disk and, where one was given, from a server; `memory_call_s`: until that call returns,
+    storing included."""
 
     document: int
     cold_s: float
@@ -37,12 +39,15 @@ class First:
     memory_s: float
     disk_s: float
     memory_call_s: float
+    remote_s: float | None = None
 
     @property
     def figures(self) -> dict[str, float]:
         """All of them, and the ratios that matter."""
+        served = {} if self.remote_s is None else {"remote_ratio": self.cold_s / self.remote_s}
         return {
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if value is not None},
+            **served,
             "memory_ratio": self.cold_s / self.memory_s,
             "disk_ratio": self.cold_s / self.disk_s,
             "miss_overhead": self.miss_s / self.cold_s - 1,
@@ -97,12 +102,14 @@ def _settle(model: PreTrainedModel) -> None:
 
 
 def first_tokens(
-    model: PreTrainedModel, cuts: Cuts, document: int, rounds: int, options: dict[str, Any], clock: str = "wall"
-) -> First:
+    model: PreTrainedModel, cuts: Cuts, document: int, rounds: int, options: dict[str, Any], clock: str = "wall",
+    remote: str | None = None,
+) -> First:  # fmt: skip
     """See `First`; the ways take turns, so that whatever else the machine does meets all of them. `clock`: "wall", or
-    "cpu" for the seconds that the process itself had, with one thread, where others run beside it."""
+    "cpu" for the seconds that the process itself had, with one thread, where others run beside it. `remote`: a server's
+    URL, where nothing of these prompts is left."""
     now = CLOCKS[clock]
-    cold, miss, memory, disk, call = [], [], [], [], []
+    cold, miss, memory, disk, call, served = [], [], [], [], [], list[float]()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
             place = Path(folder) / str(i)
@@ -119,24 +126,39 @@ def first_tokens(
             memory.append(first)
             call.append(whole)
             store.close()
-            task = {"options": options, "folder": str(place), "tokens": text + cuts.piece(QUESTION), "clock": clock}
-            code = "from octavo.bench.reuse.measure import elsewhere; elsewhere()"
-            run = subprocess.run(
-                [sys.executable, "-c", code], input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True
-            )
-            found = json.loads(run.stdout.splitlines()[-1])
-            assert found["reused"] >= document, "the document came from disk"
-            disk.append(found["seconds"])
-    return First(document, *(statistics.median(each) for each in (cold, miss, memory, disk, call)))
+            task = {"options": options, "tokens": text + cuts.piece(QUESTION), "clock": clock, "document": document}
+            disk.append(_elsewhere({**task, "disk": str(place)}))
+            if remote is not None:
+                store = octavo.ReuseStore("1GiB", remote=remote)
+                with_store(model, store)
+                timed(model, text + cuts.piece(QUESTION))
+                store.flush()
+                served.append(_elsewhere({**task, "remote": remote}))
+                store.delete(prefix=text)
+    medians = (statistics.median(each) for each in (cold, miss, memory, disk, call))
+    return replace(First(document, *medians), remote_s=statistics.median(served) if served else None)
+
+
+def _elsewhere(task: dict[str, Any]) -> float:
+    """Seconds that a fresh process takes."""
+    code = "from octavo.bench.reuse.measure import elsewhere; elsewhere()"
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True
+    )
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["reused"] >= task["document"], "the document came from disk or the server"
+    return float(found["seconds"])
 
 
 def elsewhere() -> None:
     """What the fresh process does: its task is JSON on standard input."""
     task = json.loads(sys.stdin.read())
+    if task.get("remote"):
+        importlib.import_module("redis")  # as the model, loaded before the time is taken
     options, now = task["options"], CLOCKS[task["clock"]]
     options["dtype"] = getattr(torch, options["dtype"])
     began = now()
-    store = octavo.ReuseStore(None, task["folder"])
+    store = octavo.ReuseStore(None, task.get("disk"), remote=task.get("remote"))
     opening = now() - began
     model, _ = octavo.load(**options, reuse=store)
     timed(model, task["tokens"][-40:])  # what a first call costs is no matter of the cache
