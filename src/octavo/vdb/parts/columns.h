@@ -132,7 +132,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
 }
 
 /* The number of a text in the dictionary, or VDB_NO_ROW. */
-static inline uint32_t vdb_word_find(const vdb_column *column, const char *text, size_t size, uint64_t hash) {
+VDB_ONCE uint32_t vdb_word_find(const vdb_column *column, const char *text, size_t size, uint64_t hash) {
   if (!column->place_count) return VDB_NO_ROW;
   for (size_t mask = column->place_count - 1, at = (size_t)hash & mask;; at = (at + 1) & mask) {
     uint32_t number = column->places[at];
@@ -149,7 +149,7 @@ static inline void vdb_word_enter(vdb_column *column, uint32_t number) {
 }
 
 /* Adds a text to the dictionary. 0 for want of memory. */
-static inline int vdb_word_add(vdb_column *column, const char *text, size_t size, uint64_t hash) {
+VDB_ONCE int vdb_word_add(vdb_column *column, const char *text, size_t size, uint64_t hash) {
   if (column->word_count == column->word_capacity) {
     size_t capacity = vdb_max(16, 2 * column->word_capacity), places = 2 * capacity;
     uint32_t *fresh = (uint32_t *)VDB_MALLOC(places * sizeof(uint32_t));
@@ -177,7 +177,7 @@ static inline int vdb_word_add(vdb_column *column, const char *text, size_t size
 }
 
 /* The tag of a value in a column, and its word. VDB_TAG_MISSING for want of memory. */
-static inline vdb_tag vdb_column_encode(vdb_column *column, const vdb_value *value, uint64_t *word) {
+VDB_ONCE vdb_tag vdb_column_encode(vdb_column *column, const vdb_value *value, uint64_t *word) {
   *word = 0;
   if (value->type == VDB_VALUE_NONE) return VDB_TAG_NONE;
   if (value->type == VDB_VALUE_BOOL) return value->integer ? VDB_TAG_TRUE : VDB_TAG_FALSE;
@@ -202,7 +202,7 @@ static inline void vdb_column_clear(vdb_column *column, size_t row) {
 }
 
 /* 0 for want of memory. */
-static inline int vdb_column_put(vdb_column *column, size_t row, const vdb_value *value) {
+VDB_ONCE int vdb_column_put(vdb_column *column, size_t row, const vdb_value *value) {
   vdb_chunk **at = &column->chunks[row / VDB_COLUMN_ROWS], *chunk = *at;
   size_t place = row % VDB_COLUMN_ROWS;
   uint64_t word;
@@ -231,7 +231,7 @@ static inline int vdb_column_put(vdb_column *column, size_t row, const vdb_value
 }
 
 /* The value of this name in a row. 0 if there is none. */
-static inline int vdb_find_value(const vdb_database *db, size_t row, const char *name, vdb_value *out) {
+VDB_ONCE int vdb_find_value(const vdb_database *db, size_t row, const char *name, vdb_value *out) {
   const char *id;
   const unsigned char *metadata;
   size_t id_size, size, place = 0;
@@ -242,7 +242,7 @@ static inline int vdb_find_value(const vdb_database *db, size_t row, const char 
 }
 
 /* Reads a row's values into columns [count]. 0 for want of memory. */
-static inline int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_column *columns, size_t count) {
+VDB_ONCE int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_column *columns, size_t count) {
   const char *id;
   const unsigned char *metadata;
   size_t id_size, size, place = 0;
@@ -291,7 +291,7 @@ VDB_RARE int vdb_column_is_numbers(const vdb_column *column, vdb_tag *tag, size_
 }
 
 /* The rows of a column in the order of their numbers. Nothing happens for want of memory. */
-VDB_RARE void vdb_column_sort(vdb_column *column) {
+VDB_LIGHT void vdb_column_sort(vdb_column *column) {
   size_t count, filled = 0;
   if (!vdb_column_is_numbers(column, &column->order_tag, &count)) return;
   vdb_keyed *pairs = (vdb_keyed *)VDB_MALLOC(2 * count * sizeof(vdb_keyed));
@@ -322,7 +322,7 @@ VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
 }
 
 /* Reads what has changed since. Under a reader's lock and the mutex. */
-VDB_RARE vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
+VDB_LIGHT vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
   size_t old = columns->rows, slots = db->slots, words = (columns->rows + 63) / 64;
   if (columns->any_touched || slots > old) {
     vdb_kept_release(columns);
@@ -355,7 +355,7 @@ static inline vdb_column *vdb_columns_find(const vdb_columns *columns, const cha
 }
 
 /* Adds the column of a name, read from all rows. Columns must be fresh. */
-VDB_RARE vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns, const char *name) {
+VDB_LIGHT vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns, const char *name) {
   vdb_column column;
   memset(&column, 0, sizeof column);
   if (columns->count == columns->capacity) {
