@@ -4830,7 +4830,7 @@ static inline float vdb_finish_distance(vdb_metric metric, const double sums[2],
 }
 
 /* The distance as answered. `decoded` is room for a vector, used unless rows are f32. */
-VDB_ONCE float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
+static inline float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
                                        float *decoded) {
   double sums[2];
   const float *vector = (const float *)vdb_vector_at(db, row);
@@ -4903,7 +4903,7 @@ VDB_INLINE int vdb_farther(vdb_found a, vdb_found b) {
   return a.distance > b.distance || (a.distance == b.distance && a.row > b.row);
 }
 
-VDB_ONCE void vdb_keep_lower(vdb_shortlist *list, float lower) {
+static inline void vdb_keep_lower(vdb_shortlist *list, float lower) {
   float *heap = list->lowers;
   size_t place = list->lower_count, child;
   if (place < list->k) { /* sift up */
@@ -4922,7 +4922,7 @@ VDB_ONCE void vdb_keep_lower(vdb_shortlist *list, float lower) {
 }
 
 /* Puts `found` in place of the farthest of a heap. */
-VDB_ONCE void vdb_sift_found(vdb_found *heap, size_t count, vdb_found found) {
+static inline void vdb_sift_found(vdb_found *heap, size_t count, vdb_found found) {
   size_t place = 0, child;
   for (; (child = 2 * place + 1) < count; place = child) {
     if (child + 1 < count && vdb_farther(heap[child + 1], heap[child])) child++;
@@ -4932,7 +4932,7 @@ VDB_ONCE void vdb_sift_found(vdb_found *heap, size_t count, vdb_found found) {
   heap[place] = found;
 }
 
-VDB_ONCE void vdb_keep_found(vdb_shortlist *list, vdb_found found) {
+static inline void vdb_keep_found(vdb_shortlist *list, vdb_found found) {
   vdb_found *heap = list->best;
   size_t place = list->found;
   if (place < list->k) {
@@ -4945,7 +4945,7 @@ VDB_ONCE void vdb_keep_found(vdb_shortlist *list, vdb_found found) {
 }
 
 /* A key that no row at this distance or nearer falls below, slack included. */
-VDB_ONCE float vdb_key_of(const vdb_scan *scan, float distance) {
+static inline float vdb_key_of(const vdb_scan *scan, float distance) {
   double d = distance, square = scan->question->square, key;
   if (!vdb_is_finite(distance)) return -INFINITY;
   switch (scan->form) {
@@ -4990,7 +4990,7 @@ VDB_ONCE void vdb_settle(const vdb_scan *scan, vdb_shortlist *list) {
   list->count = 0;
 }
 
-VDB_ONCE void vdb_shortlist_add(const vdb_scan *scan, vdb_shortlist *list, float upper, float lower,
+static inline void vdb_shortlist_add(const vdb_scan *scan, vdb_shortlist *list, float upper, float lower,
                                      uint32_t row) {
   vdb_candidate candidate = {upper, row};
   if (list->count == list->room) vdb_settle(scan, list);
@@ -5049,21 +5049,21 @@ VDB_ONCE vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question *ques
  * places behind them, and all where there is no array, get `otherwise`. */
 VDB_INLINE void vdb_pick(const float *from, size_t first, const uint8_t *picked, size_t count, float otherwise,
                          float *out) {
-  size_t i = 0;
-  if (from && !picked) memcpy(out, from + first, count * sizeof(float)), i = count;
-  else if (from)
-    for (; i < count; i++) out[i] = from[first + picked[i]];
-  for (; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
+  for (size_t i = 0; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
+  if (!from) return;
+  if (count == VDB_TILE_ROWS && !picked) memcpy(out, from + first, VDB_TILE_ROWS * sizeof(float));
+  else
+    for (size_t i = 0; i < count; i++) out[i] = from[first + (picked ? picked[i] : i)];
 }
 
 /* The terms of rows from their norms, scales and residuals, a whole tile of them. Loops go over all, so that compilers make
  * vectors of them: with codes a scan reads a row in 15 ns, and this is part of it. */
 VDB_ONCE void vdb_terms_from(const vdb_scan *scan, const float *norms, const float *scales, const float *residuals,
                                size_t count, vdb_row_terms *out) {
-  float lowest = 0.0f;
+  uint32_t signs = 0;
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
     out->alpha[i] = scales[i], out->beta[i] = 0.0f, out->rho[i] = norms[i], out->residual[i] = residuals[i];
-    lowest = norms[i] < lowest ? norms[i] : lowest;
+    signs |= vdb_bits(norms[i]); /* a minimum of floats would make no vectors */
   }
   if (scan->form == VDB_FORM_COSINE) {
     for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
@@ -5078,7 +5078,7 @@ VDB_ONCE void vdb_terms_from(const vdb_scan *scan, const float *norms, const flo
       out->rho[i] = out->residual[i] = 0.0f;
     }
   }
-  for (size_t i = 0; lowest < 0.0f && i < count; i++) {
+  for (size_t i = 0; signs >> 31 && i < count; i++) {
     if (!(norms[i] < 0.0f)) continue;
     out->alpha[i] = out->rho[i] = out->residual[i] = 0.0f;
     out->beta[i] = VDB_UNBOUNDED;
@@ -5109,7 +5109,7 @@ VDB_ONCE void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size
 }
 
 /* The lower bound that belongs to an upper one. */
-VDB_ONCE float vdb_lower_of(const vdb_scan *scan, const vdb_row_terms *terms, size_t i, float upper, float score) {
+static inline float vdb_lower_of(const vdb_scan *scan, const vdb_row_terms *terms, size_t i, float upper, float score) {
   if (upper >= VDB_UNBOUNDED) return -INFINITY;
   if (scan->form == VDB_FORM_SQUARES) return -score * (1.0f + scan->gamma) - terms->beta[i];
   float error = terms->rho[i] * scan->gamma + terms->residual[i] * scan->delta;
