@@ -224,6 +224,20 @@ def test_deleting_reaches_what_waits_for_those_before_it(server):
     assert b.explain(longer).boundary == 70
 
 
+def test_deleting_reaches_what_the_log_has_lost(server):
+    model, a, client = Model(None), opened(server, None), server.client()
+    for i in range(2):
+        asked(model, a, [i, *prompt(i)])
+    client.delete(resp.LOG)
+    b = opened(server, None)
+    assert b.list() == []
+    assert b.verify() == ()
+    assert b.delete(prefix=[1]) == 1
+    assert len(values(client)) == 1
+    b.clear()
+    assert values(client) == []
+
+
 def test_deleting_while_the_server_is_away_reaches_what_is_not_known():
     now = [1000.0]
     server, model = Fake(), Model(None)

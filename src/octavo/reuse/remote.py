@@ -42,6 +42,7 @@ class Remote:
         self._removed: dict[str, None] = {}  # what must not be there, and may be still
         self._deleted: list[tuple[float, Callable[[Entry], bool]]] = []  # what must go, if it was stored before then
         self._count = 0  # of what went for that
+        self._scans = False  # whether the next look is to find what the log has lost, too
         self._noted: dict[str, tuple[float, float]] = {}  # (pinned, expires) that the server has not been told yet
 
     @property
@@ -80,6 +81,9 @@ class Remote:
             self._left = dict.fromkeys(record.key for record in index.remote.records)
         self._left.update(dict.fromkeys([*keys, *index.ready]))
         index.ready.clear()
+        if self._scans:
+            self._left.update(dict.fromkeys(self.server.all_keys()))
+            self._scans = False
         while self._left:
             batch = list(self._left)[:BATCH]
             found = self.server.look(batch, index.records.keys())
@@ -141,6 +145,7 @@ class Remote:
         """Leave the server alone for a while. Inside the store's lock."""
         self._until, self.store.index.away = time.monotonic() + PAUSE, True
         self._left.clear()
+        self._scans = bool(self._deleted)
         self.server.start_over()
         self.store.warn(
             "remote",
@@ -263,8 +268,7 @@ class Remote:
         """Remove what is on the server, is not in the index, and fits, later where the server is away; returns how many
         there were now. Inside the store's lock."""
         self._deleted.append((self.store.clock(), fits))
-        self._count = 0
-        self.server.start_over()
+        self._count, self._scans = 0, True
         self.refresh(patient=True)
         return self._count
 
@@ -309,7 +313,7 @@ class Remote:
     # Checking
 
     def keys(self) -> Sequence[str]:
-        """All keys that the log knows, of which the server may have evicted some. Raises OSError."""
+        """The keys of all records on the server. Raises OSError."""
         return self.server.all_keys()
 
     def check(self, key: str) -> Entry:

@@ -80,9 +80,11 @@ class Server:
         return whole, _named(entries[1:] if comes_again else entries)
 
     def all_keys(self) -> list[str]:
-        """All keys that the log knows, the oldest first; there may be nothing under some of them."""
+        """The keys of all records that are there, whether the log knows them or not; it takes a look at every key."""
+        begins = self.value("").encode()
         with _told():
-            return _named(self._reader.xrange(LOG))
+            names = [name.removeprefix(begins) for name in self._reader.scan_iter(match=self.value("*"), count=1000)]
+        return sorted({name.decode() for name in names if KEY.fullmatch(name)})
 
     def look(self, keys: Sequence[str], known: Collection[str]) -> list[Found]:
         """What lies under each of some keys, without the heads of those that are `known`."""
