@@ -266,8 +266,6 @@ def test_bad_calls_are_refused_clearly():
             model(ids, attention_mask=torch.zeros(1, 1, 30, 30))
         with pytest.raises(CacheStateError, match="StaticCache"):
             model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
-        with pytest.raises(UnsupportedModelError, match="packed"):
-            model(ids, position_ids=torch.arange(15).repeat(2)[None], use_cache=False)
 
 
 def test_an_adapter_of_another_model_is_refused_and_nothing_changes():

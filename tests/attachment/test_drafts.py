@@ -51,13 +51,19 @@ def test_prompt_lookup_and_early_exit_answer_as_plain_decoding(kind):
         assert torch.equal(model.generate(ids, **drafted, **GREEDY), expected), drafted
 
 
+def like(model, noise=0.03):
+    """An assistant much like the model, so that some drafts hold and some do not."""
+    assistant = tiny_model(seed=3, num_hidden_layers=3)
+    with torch.no_grad():
+        for ours, theirs in zip(assistant.parameters(), model.parameters(), strict=True):
+            ours.copy_(theirs + noise * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0)))
+    return assistant
+
+
 @pytest.mark.parametrize("draws", ["attached", "unattached"])
 def test_an_assistant_answers_as_plain_decoding(draws):
     model, ids = made("gates"), repetitive(50)
-    assistant = tiny_model(seed=3, num_hidden_layers=3)
-    with torch.no_grad():  # much like the model, so that some drafts hold and some do not
-        for ours, theirs in zip(assistant.parameters(), model.parameters(), strict=True):
-            ours.copy_(theirs + 0.03 * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0)))
+    assistant = like(model)
     if draws == "attached":
         attach(assistant, tiny_adapter(assistant, window=5))
     expected = model.generate(ids, **GREEDY)
@@ -148,6 +154,62 @@ def test_caches_with_and_without_drafts_run_as_one_batch():
             caches[0].crop(-20)
 
 
+def drafted(model, ids, monkeypatch, length=60, **asked):
+    """What `generate` answers when it drafts, and how many tokens each draft had at most."""
+    lengths, update = [], type(model).forward
+
+    def forward(self, input_ids=None, **kwargs):
+        if self is model and kwargs["past_key_values"].get_seq_length():
+            lengths.append(input_ids.shape[1] - 1)
+        return update(self, input_ids=input_ids, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "forward", forward)
+        answer = model.generate(ids, **asked, **{**GREEDY, "max_new_tokens": length})
+    return answer, max(lengths)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+@pytest.mark.parametrize("draws", ["attached", "unattached", "attached, undo 2", "early exit", "lookup"])
+def test_drafts_are_no_longer_than_what_can_be_taken_back(draws, schedule, monkeypatch):
+    model, ids = tiny_model(), repetitive(50)
+    attach(model, tiny_adapter(model, window=9), undo=4)
+    expected = model.generate(ids, **{**GREEDY, "max_new_tokens": 60})
+    assistant = like(model, 0.01)
+    for each in (model, assistant):
+        each.generation_config.update(num_assistant_tokens_schedule=schedule, assistant_confidence_threshold=0)
+    if draws.startswith("attached"):
+        attach(assistant, tiny_adapter(assistant, window=5), undo=2 if "2" in draws else None)
+    asked = {"early exit": {"assistant_early_exit": 2}, "lookup": {"prompt_lookup_num_tokens": 10}}
+    answer, longest = drafted(model, ids, monkeypatch, **asked.get(draws, {"assistant_model": assistant}))
+    assert torch.equal(answer, expected)
+    assert longest == (2 if "2" in draws else 4)
+
+
+def test_a_schedule_stops_at_what_caches_keep_for_drafts(monkeypatch):
+    model, ids = made("gates"), repetitive(50)
+    assistant = tiny_model()
+    attach(assistant, tiny_adapter(assistant, window=9))
+    assistant.generation_config.update(
+        num_assistant_tokens=UNDO - 1, num_assistant_tokens_schedule="heuristic", assistant_confidence_threshold=0
+    )
+    expected = model.generate(ids, **{**GREEDY, "max_new_tokens": 100})
+    answer, longest = drafted(model, ids, monkeypatch, 100, assistant_model=assistant)  # all drafts hold
+    assert torch.equal(answer, expected)
+    assert longest == UNDO
+    assert UNDO <= assistant.generation_config.num_assistant_tokens <= UNDO + 2  # where it is kept for the next call
+
+
+def test_a_model_that_can_take_nothing_back_refuses_drafts_at_once():
+    model, ids = tiny_model(), repetitive(50)
+    attach(model, tiny_adapter(model, window=9), undo=0)
+    with pytest.raises(CacheStateError, match="undo=0 can take no draft back"):
+        model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY)
+    attach(model, undo=0)  # nothing is evicted, so all can be
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), expected)
+
+
 @pytest.mark.parametrize("undo", [-1, 2.5, 10**9, True, "many"])
 def test_an_impossible_undo_is_refused(undo):
     with pytest.raises(ConfigError, match="undo"):
@@ -157,4 +219,4 @@ def test_an_impossible_undo_is_refused(undo):
 def test_detach_gives_generate_back():
     model = made("gates")
     detach(model)
-    assert "generate" not in model.__dict__
+    assert not {"generate", "_get_candidate_generator"} & set(model.__dict__)

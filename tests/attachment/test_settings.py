@@ -1,5 +1,6 @@
 """What `attach` refuses before anything is made: settings that cannot be, and what its trial of a model finds out."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
@@ -9,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, NemotronConfig, StableLmConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from octavo import KVCache, attach, detach
+from octavo import LLM, KVCache, ReuseStore, SamplingParams, attach, detach
 from octavo.attachment import attachment_of, require_attachment
-from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
+from octavo.attachment.supported import check_supported
+from octavo.errors import AdapterMismatchError, CacheBudgetError, CacheStateError, ConfigError, UnsupportedModelError
 from tiny import SHAPE, tiny_adapter, tiny_model, tokens
+from tiny_swift import model_of, pair
 
 WRONG = {
     "budget": [0, -1, 1.5, 10**19, 2**70, 1e30, float("inf"), float("nan"), "1GB", True, [1]],
@@ -123,8 +126,92 @@ def test_the_trial_changes_nothing():
     model.eval()(ids, labels=ids).loss.backward()
 
 
-def test_an_offloaded_model_is_refused_at_attach():
-    model = accelerate.cpu_offload(tiny_model(), torch.device("cpu"))
-    with pytest.raises(UnsupportedModelError, match="is offloaded: its weights come"):
-        attach(model)
-    assert attachment_of(model) is None
+# Weights that are elsewhere
+
+
+def offloaded(model, where, folder):
+    """The model, whose weights come from memory, a folder or, for some layers, from a folder while they are used."""
+    cpu = torch.device("cpu")
+    if where == "memory":
+        return accelerate.cpu_offload(model, cpu)
+    if where == "disk":
+        return accelerate.disk_offload(model, folder, cpu)
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    parts |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "cpu"}
+    return accelerate.dispatch_model(model, parts, main_device="cpu", offload_dir=folder)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "some on disk"])
+def test_an_offloaded_model_answers_as_it_does_whole(where, tmp_path):
+    model, ids, greedy = tiny_model(), tokens(2, 40), {"do_sample": False, "max_new_tokens": 8}
+    adapter = tiny_adapter(model, window=6)
+    with torch.no_grad():
+        expected, answer = model(ids).logits, model.generate(ids, **greedy)
+        hard = attach(model, adapter)(ids, use_cache=False).logits
+        model = offloaded(detach(model), where, tmp_path)
+        assert any(p.is_meta for p in model.parameters())
+        attach(model, chunk=16)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
+        assert torch.equal(model.generate(ids, **greedy), answer)
+        (out,) = LLM(model, tokenizer=None).generate([ids[0].tolist()], SamplingParams(temperature=0.0, max_tokens=8))
+        assert out.tokens == answer[0, 40:].tolist()
+        attach(model, adapter, chunk=16)  # whose fingerprint is looked for where the norm's weight is
+        cache = KVCache(model)
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, hard, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, hard, rtol=0, atol=1e-4)
+        with pytest.raises(CacheStateError, match="weights of this model are offloaded"):
+            cache.snapshot()
+        other = tiny_adapter(tiny_model())
+        other.fingerprint["norms"] = [2.0] * len(other.fingerprint["norms"])
+        with pytest.raises(AdapterMismatchError, match="other weights"):
+            attach(model, other)
+        detach(model)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_what_reads_weights_itself_is_refused_for_an_offloaded_model():
+    whole = model_of()
+    adapter, model = pair(whole, 1, False), accelerate.cpu_offload(whole, torch.device("cpu"))
+    for asked in ({"adapter": adapter}, {"reuse": ReuseStore(memory="1MiB")}):
+        with pytest.raises(UnsupportedModelError, match="is offloaded: its weights come to cpu only while"):
+            attach(model, **asked)
+        assert attachment_of(model) is None
+    with pytest.raises(UnsupportedModelError, match="load it whole to train"):
+        check_supported(model)
+
+
+def test_a_model_that_is_offloaded_afterwards_is_refused_where_it_would_need_pages():
+    model, ids = attach(tiny_model()), tokens(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        with pytest.raises(CacheStateError, match=r"were offloaded after octavo.attach"):
+            model(ids)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_models_whose_weights_are_still_on_one_device_are_attached_whatever_hooks_they_have():
+    model, ids = tiny_model(), tokens(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        adapter = tiny_adapter(model)
+        accelerate.dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+        torch.testing.assert_close(attach(model)(ids).logits, expected, rtol=0, atol=1e-4)
+        assert KVCache(attach(model, adapter)).eviction is not None
+        later, _ = accelerate.cpu_offload_with_hook(tiny_model(), torch.device("cpu"))
+        torch.testing.assert_close(attach(later)(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_without_weights_is_attached_and_loaded_later():
+    whole, ids = tiny_model(), tokens(1, 20)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(whole.config)).eval()
+    attach(model)
+    with pytest.raises(CacheStateError, match="lies on the meta device: its weights are not loaded"):
+        model(ids.to("meta"))
+    with pytest.raises(UnsupportedModelError, match="load its weights first, or attach it without"):
+        attach(model, tiny_adapter(whole))
+    model.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    model.model.rotary_emb.__init__(whole.config)  # whose frequencies are in no checkpoint
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0, atol=1e-4)

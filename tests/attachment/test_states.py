@@ -104,6 +104,8 @@ def test_what_states_do_not_go_with_is_refused(hybrid):
         cache.crop(-1)
     with pytest.raises(CacheStateError, match="for the last token read alone"):
         cache.snapshot([10])
+    with pytest.raises(CacheStateError, match="layers with a state, which cannot take drafts back"):
+        model.generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=8, do_sample=False)
     with pytest.raises(CacheStateError, match="boundaries within a text cannot be kept"):
         cache.keep([30])
     cache.crop(-20)

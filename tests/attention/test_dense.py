@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention.case import Case, make_case
-from octavo.attention import Packed, dense, dense_attention, reference
+from octavo.attention import Lifetime, Packed, Scoring, dense, dense_attention, reference
 from octavo.config import NEVER
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -85,6 +85,65 @@ def test_packed_documents_are_documents_alone() -> None:
         torch.testing.assert_close(got[:, part], alone, **CLOSE)
     with pytest.raises(ValueError, match="packed"):
         dense_of(case, log_keep, 3, document >= 0, Packed(document))
+
+
+def test_chunked_windows_are_cut_anew_in_each_document() -> None:
+    case = first_chunk(B=1, G=2, N=20)
+    document, chunks = torch.tensor([[0] * 7 + [1] * 13]).int(), Lifetime(5, True)
+    got = dense_of(case, None, 0, None, Packed(document), chunks)
+    for part in (slice(0, 7), slice(7, 20)):
+        q, k, v = (t[:, :, part] for t in (case.query, case.chunk.key, case.chunk.value))
+        alone = dense_attention(q, k, v, None, 0, case.scale, lifetime=chunks)
+        torch.testing.assert_close(got[:, part], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("block", [7, 512])
+@pytest.mark.parametrize("kind", ["plain", "window", "padding", "gates"])
+def test_tokens_of_a_picture_see_each_other(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "BLOCK", block)
+    case, N = first_chunk(B=2, G=2, N=30), 30
+    pictures = torch.full((2, N), -1)
+    pictures[0, 4:9], pictures[0, 12:28], pictures[1, 20:30] = 0, 1, 0
+    valid = torch.arange(N) >= torch.tensor([[0], [3]])
+    lifetime = Lifetime(6, False) if kind == "window" else None
+    log_keep = torch.zeros(2, 2, N).masked_fill(marks(case), float("-inf")) if kind == "gates" else None
+    got = dense_of(case, log_keep, 4, valid if kind == "padding" else None, None, lifetime, None, 0.0, pictures)
+    q, k = torch.arange(N)[:, None], torch.arange(N)
+    seen = (k <= q) | ((pictures[:, :, None] == pictures[:, None]) & (pictures >= 0)[:, None])
+    if kind == "window":
+        seen &= k > q - 6
+    if kind == "padding":
+        seen &= valid[:, None]
+    seen = seen[:, None].expand(2, 2, N, N)
+    if kind == "gates":
+        seen = seen & ((q - k <= 4) | (log_keep == 0)[:, :, None])
+    seen = seen.repeat_interleave(case.query.shape[1] // 2, 1) | torch.eye(N, dtype=torch.bool)
+    key, value = (t.repeat_interleave(case.query.shape[1] // 2, 1) for t in (case.chunk.key, case.chunk.value))
+    scores = (case.query @ key.mT * case.scale).masked_fill(~seen, float("-inf"))
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    real = valid if kind == "padding" else torch.ones_like(valid)
+    torch.testing.assert_close(got[real], expected[real], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["causal", "gates", "padding", "documents", "window", "sinks", "cap"])
+def test_dropout_drops_weights_and_scales_the_others(kind: str) -> None:
+    case, dropped = first_chunk(B=2, G=2, N=30), 0.4
+    N, H, Hq = 30, case.chunk.key.shape[1], case.query.shape[1]
+    log_keep = torch.zeros(2, H, N).masked_fill(marks(case), float("-inf")) if kind == "gates" else None
+    valid = torch.arange(N) >= torch.tensor([[4], [0]]) if kind == "padding" else None
+    packed = Packed((torch.arange(N) // 11).int().expand(2, N)) if kind == "documents" else None
+    lifetime = Lifetime(6, False) if kind == "window" else None
+    sinks = torch.randn(Hq, generator=torch.Generator().manual_seed(1)) if kind == "sinks" else None
+    scoring = Scoring(2.0 if kind == "cap" else None, sinks) if kind in ("sinks", "cap") else None
+    told = log_keep, 5, case.scale, valid, packed, lifetime, scoring
+    ones = torch.eye(N).expand(2, H, N, N)  # as values: what comes out is the weights
+    weights = dense_attention(case.query, case.chunk.key, ones, *told).transpose(1, 2)  # [B, Hq, N, N]
+    torch.manual_seed(3)
+    got = dense_attention(case.query, case.chunk.key, case.chunk.value, *told, dropout=dropped)
+    torch.manual_seed(3)
+    value = case.chunk.value.repeat_interleave(Hq // H, 1)
+    expected = (torch.nn.functional.dropout(weights, dropped) @ value).transpose(1, 2)
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def test_flex_attention_compiles_anew_for_many_lengths_whoever_calls_first(monkeypatch: pytest.MonkeyPatch) -> None:

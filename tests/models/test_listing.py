@@ -41,6 +41,13 @@ def test_what_would_be_attached_is_told_without_weights(kind, tmp_path):
     assert run(tmp_path) == (code, said)
 
 
+def test_the_default_is_the_embedded_model_and_no_hub_is_asked(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *address: pytest.fail("it asks a hub"))
+    code, said = run("default")
+    assert code == 0
+    assert said.startswith("LlamaForCausalLM: octavo.attach takes it layers that keep keys: 30, of 3 KV heads of 64")
+
+
 @pytest.mark.parametrize("kind", ["bloom", "minicpm3", "bert"])
 def test_what_would_be_refused_is_told_with_the_reason_that_attach_gives(kind, tmp_path):
     code, said = run(saved(kind, tmp_path))

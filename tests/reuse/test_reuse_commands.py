@@ -157,6 +157,9 @@ def test_the_benchmark_measures_every_part(tmp_path, smollm):
     alike = {row["change"]: row for row in found["similar"]}
     assert alike["instruction"]["computed"] < 0.7
     assert alike["instruction"]["kl"] > 0
+    embeddings = {row["embedding"]: row["first"] for row in found["embeddings"]}
+    assert embeddings["input embeddings (default)"]["edit"] == 1.0
+    assert len(embeddings) >= 2
     assert {row["policy"] for row in found["policies"]} == {"lru", "slru"}
     assert {"commit", "cpu", "torch", "command"} <= set(found)
     assert (tmp_path / "r.png").stat().st_size > 1000

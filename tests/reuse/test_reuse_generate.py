@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 import octavo
 from octavo import KVCache, ReuseStore, attach, detach
@@ -270,6 +271,38 @@ def test_an_interrupted_answer_leaves_its_prompt():
     model.generate(torch.cat([ids, tokens(1, 4, seed=9)], 1), **GREEDY)
     assert store.stats().reused == 50
     assert all(record.users == 0 for record in store.index.records.values())
+
+
+class Streamed(BaseStreamer):
+    """Notes what comes, and whether the prompt was stored by then."""
+
+    def __init__(self, store):
+        self.store, self.came, self.ended = store, [], False
+
+    def put(self, value):
+        self.came.append((value.flatten().tolist(), self.store.stats().inserted))
+
+    def end(self):
+        self.ended = True
+
+
+def test_the_first_token_is_streamed_before_the_prompt_is_stored():
+    store, ids = ReuseStore("10MB"), tokens(1, 90)
+    model, expected = attach(tiny_model(), reuse=store), tiny_model().generate(ids, do_sample=False, max_new_tokens=4)
+    streamer, asked = Streamed(store), []
+
+    class Asked(StoppingCriteria):
+        def __call__(self, input_ids, scores, **more):
+            asked.append(input_ids.shape[1])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    more = {"streamer": streamer, "stopping_criteria": [Asked()]}
+    out = model.generate(ids, do_sample=False, max_new_tokens=4, **more)
+    assert torch.equal(out, expected)
+    assert [token for each, _ in streamer.came for token in each] == expected[0].tolist()
+    assert streamer.ended
+    assert asked == [91, 92, 93, 94]
+    assert [inserted for _, inserted in streamer.came] == [0, 0, 1, 1, 1]  # the prompt, then one token after another
 
 
 def test_threads_compute_a_new_prefix_once():

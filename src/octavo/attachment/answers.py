@@ -1,17 +1,17 @@
 """Calls of `generate` whose whole answer a reuse store may know: one prompt, greedy, nothing asked for but tokens."""
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from octavo.attachment.cache import KVCache
 from octavo.attachment.similar import mean_embedding
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
-    from octavo.attachment.reuse import Call
+    from octavo.attachment.calls import Call
 
 _ASIDE = ("inputs", "input_ids", "attention_mask", "generation_config")
 _MORE = (  # what `generate` must not be asked for: more than tokens, an end that depends on time, other sequences
@@ -36,42 +36,43 @@ def asked_for(attachment: "Attachment", call: "Call") -> str | None:
     for name in _MORE:
         if any((each or {}).get(name) for each in (*settings, named)):
             return None
-    head = model.get_output_embeddings()
-    digest = None if head is None else attachment.digests.of("head", head)
     try:
-        return json.dumps([settings, named, digest, type(model).__name__], sort_keys=True)
+        return json.dumps([settings, named, head_digest(attachment), type(model).__name__], sort_keys=True)
     except (TypeError, ValueError):  # a streamer, a processor of logits, a stopping criterion: no plain values
         return None
 
 
 class Known:
-    """A call and the answers of its store."""
+    """What is asked of a model with some prompt, and the answers of its store. `asked`: all that decides the answer
+    beside the decoder and the prompt, as text."""
 
-    def __init__(self, attachment: "Attachment", call: "Call", answers: Any, asked: str) -> None:
-        self.attachment, self.call, self.answers, self.asked = attachment, call, answers, asked
+    def __init__(self, attachment: "Attachment", answers: Any, asked: str, prompt: Sequence[int]) -> None:
+        self.attachment, self.answers, self.asked, self.prompt = attachment, answers, asked, prompt
         self.identity = KVCache(attachment.model).identity()
 
-    def find(self) -> Tensor | None:
-        """What `generate` would return; None: the answer is not known."""
-        answer = self.answers.find(self.identity, self.asked, self.call.rows[0], self._embed)
-        if answer is None:
-            return None
-        ids = self.call.ids
-        return torch.cat([ids, torch.tensor([answer], dtype=ids.dtype, device=ids.device)], 1)
+    def find(self) -> tuple[int, ...] | None:
+        """The answer's tokens; None: it is not known."""
+        found: tuple[int, ...] | None = self.answers.find(self.identity, self.asked, self.prompt, self._embed)
+        return found
 
-    def keep(self, out: Any, approximate: bool) -> None:
-        """Keep what `generate` has returned, unless it was approximate or weights have changed meanwhile."""
-        if approximate or not isinstance(out, Tensor) or KVCache(self.attachment.model).identity() != self.identity:
-            return
-        answer = out[0, self.call.columns :].tolist()
-        self.answers.keep(self.identity, self.asked, self.call.rows[0], answer, self._embed)
+    def keep(self, answer: Sequence[int]) -> None:
+        """Keep the answer's tokens, unless weights have changed meanwhile."""
+        if KVCache(self.attachment.model).identity() == self.identity:
+            self.answers.keep(self.identity, self.asked, self.prompt, answer, self._embed)
 
     def _embed(self, ids: Any) -> list[float]:
         return mean_embedding(self.attachment, ids)
+
+
+def head_digest(attachment: "Attachment") -> str | None:
+    """Digest of the output layer's weights, which no identity has; None where there is none."""
+    model: Any = attachment.model
+    head = model.get_output_embeddings()
+    return None if head is None else attachment.digests.of("head", head)
 
 
 def known(attachment: "Attachment", call: "Call") -> Known | None:
     """A call whose answer may be given again; None: the store keeps none, or not of such a call."""
     answers = getattr(attachment.reuse, "answers", None)
     asked = None if answers is None else asked_for(attachment, call)
-    return None if answers is None or asked is None else Known(attachment, call, answers, asked)
+    return None if answers is None or asked is None else Known(attachment, answers, asked, call.rows[0])

@@ -51,7 +51,7 @@ def attach(
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
     `octavo.attachment.reuse`. `undo`: how many of its newest tokens a cache can always take back (`crop`), whatever has
     expired meanwhile; a marked token keeps its slot so many tokens longer. None: none, and 32 where `generate` is to
-    draft tokens (an assistant, prompt lookup, early exit).
+    draft tokens (an assistant, prompt lookup, early exit); drafts are cut to it.
 
     An attached model is detached first. Where a padded input comes without `position_ids`, positions count tokens, not
     columns as in transformers, so that a sequence's keys are the same however it was padded; `generate` passes them and
@@ -70,7 +70,7 @@ def attach(
     try:
         layout = layout_of(model)
         shape = Modes(inner, layout, None, None).shape(skips=False)
-        chunk = default_chunk(inner.device) if chunk is None else chunk
+        chunk = default_chunk(shape.device) if chunk is None else chunk
         settings = cache_settings(shape, chunk, page_size, budget, kv_dtype, cuda_graphs, compile, undo)
         gates, swiftkv = _checked(inner, resolve(adapter))
         _check_layout(inner, layout, gates, swiftkv, reuse)
@@ -126,6 +126,11 @@ def _check_layout(
                 f"the gates {gates.name} are of {spec.layers} layers of {spec.kv_heads} KV heads, and {name} keeps "
                 f"keys of {len(layout.stores)} layers of {layout.kv_heads}"
             )
+    if layout.runs_on is not None and (swiftkv is not None or reuse is not None):
+        raise UnsupportedModelError(
+            f"{name} is offloaded: its weights come to {layout.runs_on} only while they are used, with which SwiftKV "
+            "and a ReuseStore are not supported; attach it without"
+        )
     if layout.states and reuse is not None:
         raise UnsupportedModelError(
             f"{name} has layers with a state of their own, which a ReuseStore cannot keep; attach it without"

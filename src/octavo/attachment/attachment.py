@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.cache import KVCache
 from octavo.attachment.decoder import run_decoder
-from octavo.attachment.drafts import run_drafts
+from octavo.attachment.drafts import run_candidates, run_drafts
 from octavo.attachment.forward import NAME, RUNNING, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
 from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.layout import Layout, decoder_of, joined
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
-from octavo.attachment.supported import rope_sees_length
+from octavo.attachment.supported import reach_of
 from octavo.attention import Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
@@ -36,6 +36,8 @@ from octavo.errors import CacheStateError, ConfigError, NotAttachedError
 from octavo.kv import CacheShape, Memory
 from octavo.swiftkv import SwiftKV, SwiftKVAdapter
 from octavo.swiftkv.initial import MODEL_TYPES
+
+CANDIDATES = "_get_candidate_generator"  # what transformers' `generate` asks a model for where it is to draft
 
 
 def attachment_of(model: PreTrainedModel) -> "Attachment | None":
@@ -81,8 +83,10 @@ class Attachment:
         self.settings = settings
         self.borrowed = lends_channel(model.config)
         plain = not (layout.windowed or layout.heads or layout.states)  # what a captured step knows
-        self.captures = settings.cuda_graphs and plain
-        self.needs_whole = rope_sees_length(model.config)  # all of an input must run as one chunk
+        self.reach = reach_of(model.config)
+        self.needs_whole = self.reach.steady is not None  # all of an input must run as one chunk
+        # Dynamic RoPE puts other buffers in the place of those that a graph has captured.
+        self.captures = settings.cuda_graphs and plain and not (self.needs_whole and self.reach.most is None)
         self.original: Callable[..., Any] = decoder_of(model).forward
         self.digests = Digests()
         self._start()
@@ -150,6 +154,7 @@ class Attachment:
         if self.reuse is not None:
             generate = like(functools.partial(run_generate, self, generate))
         self._replace(model, generate, "generate")
+        self._replace(model, functools.partial(run_candidates, model._get_candidate_generator), CANDIDATES)
 
     def undo(self) -> None:
         """Put everything back; `join` may follow, and caches made before it work again then."""
@@ -173,8 +178,14 @@ class Attachment:
     def memory(self, shape: CacheShape) -> Memory:
         """The memory of all caches, on the device and in the dtype that the model has now.
 
-        Raises CacheStateError where there is a budget and caches of another dtype or device still hold a part of it.
+        Raises CacheStateError where there is a budget and caches of another dtype or device still hold a part of it,
+        and where the model has no numbers to compute with.
         """
+        if shape.device.type == "meta":
+            raise CacheStateError(
+                f"{type(self.model).__name__} lies on the meta device: its weights are not loaded, or were offloaded "
+                "after octavo.attach; load them, as octavo.attach wants them, on one device"
+            )
         layout = shape.layout(self.settings)
         with self._lock:
             memory = self._memory
@@ -204,7 +215,8 @@ class Attachment:
     def run(self, forward: Forward, **kwargs: Any) -> Any:
         """The decoder's own forward, whose attention finds `forward`, and whose masks that there is one."""
         told = {"octavo_forward": forward} if self.layout.keywords else {}
-        if told and (kwargs.get("attention_mask") is None or self.layout.states):
+        unread = forward.packed is None and (kwargs.get("attention_mask") is None or self.layout.states)
+        if told and (unread or torch.compiler.is_compiling()):  # which cannot trace a context variable
             return self.original(**kwargs, **told)
         token = RUNNING.set(forward)
         try:
@@ -258,7 +270,7 @@ class Attachment:
     def running(self) -> tuple[Policy | None, SwiftKV | None]:
         """`policy` and `transform` of a forward without a cache; our own follow the model where it has moved since."""
         if isinstance(self.policy, HardGates):
-            self.policy.gates.to(self.model.device)
+            self.policy.gates.to(self.modes.device)
         if self.transform is not None and self._ours:
             self.transform = self.modes.transform()
         return self.policy, self.transform

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -32,7 +33,8 @@ class Forward:
     """One forward of the decoder, as its layers see it.
 
     With a cache, `gates` decide what it forgets; without one, `policy` does, and `valid` marks real tokens or
-    `packed` tells documents apart.
+    `packed` tells documents apart. Layers in which the tokens of a picture see each other need both: they attend as
+    without a cache.
     """
 
     layout: Layout  # of the model
@@ -41,6 +43,7 @@ class Forward:
     policy: Policy | None = None
     valid: Tensor | None = None  # [B, N] bool
     packed: Packed | None = None
+    pictures: tuple[Tensor | None, ...] = ()  # by KV layer which picture tokens belong to, [B, N], -1: none; or ()
     transform: SwiftKV | None = None
     borrowed: bool = False  # whether queries lend a channel to gates
     rotary: Rotary | None = None  # what they were turned by, for these models
@@ -110,8 +113,36 @@ class Forward:
             self.store(kv_layer, [hidden], [filled(key, heads, D)], [filled(value, heads, D)])
         if scoring is not None and scoring.sinks is not None and query_heads < heads * group:
             scoring = scoring._replace(sinks=nn.functional.pad(scoring.sinks, (0, heads * group - query_heads)))
+        if self.pictures and self.pictures[kv_layer] is not None:
+            return self._both_ways(number, query, key, value, hidden, scale, scoring)
         out = self.attend(kv_layer, filled(query, heads * group, D), scale, layout.last[number], scoring)
         return out if out.shape[2:] == (query_heads, width) else out[:, :, :query_heads, :width]
+
+    def _both_ways(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float,
+        scoring: Scoring | None,
+    ) -> Tensor:  # fmt: skip
+        """The same for the first tokens of a text, of which those of a picture see each other: no page is read."""
+        assert self.cache is not None
+        if self.layout.last[number]:
+            self.cache.step.settle(self.layout.reads[number])
+        return self.whole(number, query, key, value, hidden, scale, scoring)
+
+    def whole(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float,
+        scoring: Scoring | None, dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """One attention module's attention over all of the input, as without a cache, [B, N, Hq, D]."""
+        layout, kv_layer = self.layout, self.layout.reads[number]
+        if self.policy is not None and layout.owns[number]:
+            self.kept[kv_layer] = self.policy.log_keep(kv_layer, hidden, key)
+        kept = self.kept.get(kv_layer)
+        log_keep = None if kept is None else kept[:, : key.shape[1]]  # gates have the most heads of any layer
+        if layout.last[number]:
+            self.kept.pop(kv_layer, None)
+        pictures = self.pictures[kv_layer] if self.pictures else None
+        lifetime = layout.lifetimes[kv_layer]
+        return self.masked(query, key, value, log_keep, scale, lifetime, scoring, dropout, pictures)
 
     def enter(self, residual: Tensor, rotary: Rotary) -> None:
         """Make the keys and values of all KV layers from K on, from the residual stream [B, N, hidden] before layer K.
@@ -137,11 +168,12 @@ class Forward:
 
     def masked(
         self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float,
-        lifetime: Lifetime | None = None, scoring: Scoring | None = None,
+        lifetime: Lifetime | None = None, scoring: Scoring | None = None, dropout: float = 0.0,
+        pictures: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of a forward without a cache, [B, N, Hq, D]."""
         window = self.policy.window if self.policy else 0
-        special = lifetime, scoring
+        special = lifetime, scoring, dropout, pictures
         return dense_attention(query, key, value, log_keep, window, scale, self.valid, self.packed, *special)
 
 
@@ -211,14 +243,15 @@ def run_attention(
     assert transform is not None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     rotary: Rotary = kwargs["position_embeddings"]
-    _refuse(module, kwargs.get("attention_mask"), 0.0, kwargs)
+    _refuse(kwargs.get("attention_mask"))
     query = transform.query(layer, hidden, module, rotary)
     kv_layer, scale = transform.spec.kv_layer_of(layer), float(module.scaling)  # type: ignore[arg-type]
     if forward.cache is not None:
         last = layer + 1 == forward.cache.shape.layers or transform.spec.kv_layer_of(layer + 1) != kv_layer
         out = forward.attend(kv_layer, query, scale, last)
     else:
-        out = forward.masked(query, *forward.shared[kv_layer], scale)
+        dropout = getattr(module, "attention_dropout", 0.0) if module.training else 0.0
+        out = forward.masked(query, *forward.shared[kv_layer], scale, dropout=dropout)
     return module.o_proj(out.reshape(*hidden.shape[:2], -1)), None  # type: ignore[operator]
 
 
@@ -242,7 +275,7 @@ def _attention(
             f"attention '{NAME}' needs a model prepared by octavo.attach, "
             "and a model that shares its configuration with an attached one needs one of its own"
         )
-    _refuse(module, attention_mask, dropout, kwargs)
+    _refuse(attention_mask)
     number: int = module.__dict__[NUMBER]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     forward, hidden = octavo_forward, octavo_forward.entering
@@ -256,31 +289,29 @@ def _attention(
         query, channel = take_channel(query, key.shape[1], forward.rotary)
         hidden = channel if forward.reads_channel else hidden
     scoring = None if softcap is None and s_aux is None else Scoring(softcap, s_aux)
-    kv_layer = forward.layout.reads[number]
     if forward.cache is not None:
+        if dropout:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} drops attention weights in training, which attention over a cache does not; "
+                "pass use_cache=False, or call model.eval()"
+            )
         return forward.paged(number, query, key, value, hidden, scale, scoring).contiguous(), None
-    if forward.policy is not None and forward.layout.owns[number]:
-        forward.kept[kv_layer] = forward.policy.log_keep(kv_layer, hidden, key)
-    kept = forward.kept.get(kv_layer)
-    log_keep = None if kept is None else kept[:, : key.shape[1]]  # gates have the most heads of any layer
-    if forward.layout.last[number]:
-        forward.kept.pop(kv_layer, None)
-    lifetime = forward.layout.lifetimes[kv_layer]
-    return forward.masked(query, key, value, log_keep, scale, lifetime, scoring).contiguous(), None
+    return forward.whole(number, query, key, value, hidden, scale, scoring, dropout).contiguous(), None
 
 
-def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(attention_mask: Tensor | None) -> None:
     """Raise UnsupportedModelError for what Octavo's attention does not compute."""
     if attention_mask is not None and attention_mask.ndim > 2:
         raise UnsupportedModelError("custom 4-D attention masks are not supported; pass a 2-D padding mask")
-    if dropout:
-        raise UnsupportedModelError("attention dropout is not supported; call model.eval()")
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
     """The mask function beside it; inside a decoder nothing else reads masks, and what it gives looks like none."""
-    made = mask(**kwargs)
-    return made if RUNNING.get() is None else None
+    if torch.compiler.is_compiling():  # which knows no context variables; what is made looks like no mask to attention
+        return mask(**kwargs)
+    running = RUNNING.get()
+    made = mask(**kwargs, packed=running is not None and running.packed is not None)
+    return made if running is None else None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,6 +36,7 @@ class Layout:
     states: bool  # some layers have a state of their own, which goes from token to token
     continues: bool  # whether several tokens at once can go on from such a state
     keywords: bool  # whether what the decoder is called with reaches its attention
+    runs_on: torch.device | None = None  # where accelerate brings weights that lie elsewhere; None: they lie there
 
     @property
     def kv_heads(self) -> int:
@@ -74,11 +76,12 @@ class Layout:
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model inside a `PeftModel`, whose layers are in it, or the model itself.
+    """The transformers model inside a `PeftModel`, whose layers are in it, or what `torch.compile` made, or itself.
 
     Raises UnsupportedModelError for anything else, and for prompts and prefixes that such a model learns: it hands the
     prefixes over in caches of its own.
     """
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         learned = [c for c in model.peft_config.values() if getattr(c, "is_prompt_learning", False)]
         if learned:
@@ -97,6 +100,24 @@ def joined(model: PreTrainedModel) -> PreTrainedModel:
     model = unwrapped(model)
     inner = getattr(model.base_model, "language_model", None)
     return inner if isinstance(inner, PreTrainedModel) else model
+
+
+def runs_on(model: nn.Module) -> torch.device | None:
+    """The device that accelerate's hooks bring a model's weights to while they are used, None: no weight is offloaded.
+
+    Raises UnsupportedModelError where there are several.
+    """
+    hooks = [hook for module in model.modules() for hook in hooks_of(module) if getattr(hook, "offload", False)]
+    devices = {torch.device(hook.execution_device) for hook in hooks}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"{type(model).__name__} runs on {len(devices)} devices; let it run on one")
+    return next(iter(devices), None)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def decoder_of(model: PreTrainedModel) -> Any:

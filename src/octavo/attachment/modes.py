@@ -24,6 +24,11 @@ class Modes:
         self._cast: SwiftKV | None = None  # what `transform` gave last
         self._folded: FoldedGates | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.layout.runs_on or self.model.device
+
     def gates(self, skips: bool) -> Adapter | None:
         """The gates that apply in a mode: those distilled on SwiftKV rest without it."""
         adapter = self.adapter
@@ -39,7 +44,7 @@ class Modes:
         layout, there = self.layout, self.model.config.num_hidden_layers
         layers = sum(layer < there for layer in layout.stores)  # fewer than all while generation exits early
         cached = self.swiftkv.transform.spec.kv_layer_of(layers - 1) + 1 if self.swiftkv and skips else layers
-        where = self.model.dtype, self.model.device
+        where = self.model.dtype, self.device
         lives = layout.lifetimes[:cached]
         heads = layout.heads[:cached]
         return CacheShape(layers, cached, layout.kv_heads, layout.head_dim, *where, lives, heads)
@@ -47,7 +52,7 @@ class Modes:
     def oracle(self, skips: bool) -> tuple[Policy | None, SwiftKV | None]:
         """What a forward without a cache must run under to equal one with a cache of this mode."""
         adapter = self.gates(skips)
-        policy = HardGates(adapter.gates.to(self.model.device)) if adapter else None
+        policy = HardGates(adapter.gates.to(self.device)) if adapter else None
         return policy, self.transform() if skips else None
 
     def folded(self, skips: bool) -> FoldedGates | None:
@@ -55,9 +60,9 @@ class Modes:
         adapter = self.gates(skips)
         if adapter is None:
             return None
-        if self._folded is None or self._folded.weight.device != self.model.device:
+        if self._folded is None or self._folded.weight.device != self.device:
             with torch.inference_mode(False), torch.no_grad():  # it outlives this forward and its mode
-                self._folded = adapter.gates.folded(self.model.device)
+                self._folded = adapter.gates.folded(self.device)
         return self._folded
 
     def transform(self) -> SwiftKV:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from octavo.attention import Packed
 from octavo.errors import CacheStateError, PromptError, UnsupportedModelError
 from octavo.kv.late import capturing
 
@@ -24,7 +25,7 @@ def padding(mask: Tensor | None, columns: int) -> Tensor | None:
     if mask is None or mask.ndim != 2:
         return None
     new = mask[:, -columns:].bool()
-    if mask.is_cuda and columns == 1:
+    if (mask.is_cuda and columns == 1) or torch.compiler.is_compiling():
         return new
     return None if bool(new.all()) else new
 
@@ -68,6 +69,23 @@ def check_length(limit: int | None, cache: "KVCache", columns: int, valid: Tenso
         longest = int((cache.position + new).max() if cache.rows else torch.as_tensor(new).max())
     if longest > limit:
         raise PromptError(f"the prompt has {longest:,} tokens, the model has {limit:,} positions; shorten it")
+
+
+def packed(kwargs: dict[str, Any], batch: int) -> Packed | None:
+    """The documents of rows that are packed, None: there is one in each row.
+
+    As in transformers a document begins where `position_ids` do not go on by one, in a forward without mask or cache.
+    """
+    given = kwargs.get("position_ids")
+    if kwargs.get("attention_mask") is not None or not isinstance(given, Tensor):
+        return None
+    text = given[0] if given.ndim == 3 and given.shape[0] == 4 else given  # beside three axes of pictures
+    if text.ndim != 2:
+        return None
+    document = (text.diff(dim=1, prepend=text[:, :1] - 1) != 1).cumsum(1).int()
+    if not torch.compiler.is_compiling() and not bool(document[:, -1].any()):
+        return None
+    return Packed(document.expand(batch, -1))
 
 
 def of_tokens(valid: Tensor) -> Tensor:

@@ -3,36 +3,30 @@
 One prompt: what the store knows is restored, transformers computes the rest, and once the first new token is there the
 prompt is stored; at the end so is the answer, for the next turn of a chat. Several prompts that hit, or that begin
 alike, are read one after the other up to their last tokens and then joined, so that what they share is computed once.
-What is not understood here runs as if there were no store, and so does everything when the store fails.
+What `octavo.attachment.calls` does not understand runs as if there were no store, and so does everything when the store
+fails.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from octavo.attachment.answers import known
 from octavo.attachment.cache import KVCache
+from octavo.attachment.calls import Call, understood
 from octavo.attachment.similar import begin_similar
 from octavo.errors import CacheBudgetError
 from octavo.kv import PagedCache
 
 if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
-
-_ELSEWHERE = (  # what makes `generate` another method, or asks for more than logits of the prompt
-    "assistant_model", "assistant_early_exit", "cache_implementation", "constraints", "custom_generate", "dola_layers",
-    "force_words_ids", "negative_prompt_ids", "num_beam_groups", "output_attentions", "output_hidden_states",
-    "past_key_values", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens", "speculation_type",
-    "token_healing", "use_mtp",
-)  # fmt: skip
 
 
 class Reading(Protocol):
@@ -76,21 +70,6 @@ class Reuse(Protocol):
         ends: Sequence[int] = (),
     ) -> Reading:
         """Restore what is known of a prompt into an empty cache."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of `generate` that can be helped: its arguments by name, and its prompts without padding."""
-
-    given: dict[str, Any]
-    ids: Tensor  # [B, T] int64
-    rows: list[list[int]]
-    copies: int  # sequences that each prompt becomes: beams, or answers asked for
-
-    @property
-    def columns(self) -> int:
-        """T, padding included."""
-        return int(self.ids.shape[1])
 
 
 def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -> Reading | None:
@@ -144,12 +123,12 @@ def run_generate(attachment: "Attachment", original: Callable[..., Any], *args: 
         return original(*args, **kwargs)
     if len(call.rows) == 1 and call.copies == 1:
         answer = known(attachment, call)
-        if answer is not None and (whole := answer.find()) is not None:
-            return whole
+        if answer is not None and (found := answer.find()) is not None:
+            return torch.cat([call.ids, call.ids.new_tensor([found])], 1)
         cache = KVCache(attachment.model)
         memory, out = cache.memory, _one(cache, store, call, original)
-        if answer is not None:
-            answer.keep(out, cache.approximate)
+        if answer is not None and isinstance(out, Tensor) and not cache.approximate:
+            answer.keep(out[0, call.columns :].tolist())
         del cache
         memory.reclaim()  # pages that nobody has any more are zeroed now, not before the next answer's first token
         return out
@@ -180,7 +159,7 @@ def _one(cache: KVCache, store: Reuse, call: Call, original: Callable[..., Any])
         return original(**call.given)
     try:
         prompt = _Prompt([reading], cache)
-        out = original(**call.given, **_with(call, cache, prompt))
+        out = original(**_with(call, cache, prompt))
         prompt.store()
         answer = out if isinstance(out, Tensor) else out.sequences
         store_in(reading, cache, 0, answer[0, : int(cache.position[0])])
@@ -203,7 +182,7 @@ def _batch(store: Reuse, cache: KVCache, call: Call, original: Callable[..., Any
                 return original(**call.given)
             stack.callback(reading.close)
             readings.append(reading)
-        return original(**call.given, **_with(call, cache, _Prompt(readings, cache)))
+        return original(**_with(call, cache, _Prompt(readings, cache)))
 
 
 def _joined(model: PreTrainedModel, store: Reuse, call: Call) -> KVCache | None:
@@ -237,11 +216,11 @@ def _fill(model: PreTrainedModel, row: list[int], first: int, cache: KVCache, de
 
 
 class _Prompt(StoppingCriteria):  # type: ignore[misc]
-    """Stores prompts when `generate` asks for the first time whether to stop: they are read then, and their first token
-    has been streamed already. It never stops anything."""
+    """Stores prompts when `generate` asks for the first time whether to stop: they are read then. It never stops
+    anything. Where tokens are streamed that comes before the first one is, so `_Streamed` does it instead."""
 
     def __init__(self, readings: Sequence[Reading], cache: KVCache) -> None:
-        self.readings, self.cache, self.done = readings, cache, False
+        self.readings, self.cache, self.done, self.streamed = readings, cache, False, False
 
     def store(self) -> None:
         """Store all prompts, once."""
@@ -252,72 +231,37 @@ class _Prompt(StoppingCriteria):  # type: ignore[misc]
                 reading.close()  # while it generates, what it went on from may leave
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.store()
+        if not self.streamed:
+            self.store()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+class _Streamed(BaseStreamer):  # type: ignore[misc]
+    """A streamer that stores a prompt once its first token has been given on."""
+
+    def __init__(self, streamer: Any, prompt: _Prompt) -> None:
+        self.streamer, self.prompt, self.begun = streamer, prompt, False
+        prompt.streamed = True
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt, then with each token."""
+        self.streamer.put(value)
+        if self.begun:
+            self.prompt.store()
+        self.begun = True
+
+    def end(self) -> None:
+        """Called at the end."""
+        self.streamer.end()
+
+
 def _with(call: Call, cache: KVCache, prompt: _Prompt) -> dict[str, Any]:
-    """What is handed to `generate` beside what the user gave."""
-    criteria = [*(call.given.pop("stopping_criteria", None) or []), prompt]
-    return {"past_key_values": cache, "stopping_criteria": criteria}
-
-
-# What can be helped
-
-
-def understood(
-    attachment: "Attachment", original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Call | None:
-    """A call of `generate` as this module understands it; None: it must run without the store."""
-    model: Any = attachment.model
-    try:
-        named = inspect.signature(original).bind(*args, **kwargs).arguments
-    except TypeError:
-        return None
-    extra = named.pop("kwargs", {})
-    given = {name: value for name, value in {**named, **extra}.items() if value is not None}
-    ids: Any = given.get("inputs", given.get("input_ids"))
-    if ("inputs" in given) == ("input_ids" in given) or model.training or attachment.needs_whole:
-        return None
-    others = [v for name, v in given.items() if name not in ("inputs", "input_ids", "attention_mask")]
-    if not _tokens(ids) or any(isinstance(v, Tensor) for v in others):
-        return None
-    config = given.get("generation_config", model.generation_config)
-
-    def asked(name: str) -> Any:
-        chosen = given[name] if name in given else getattr(config, name, None)
-        # What a given configuration leaves open transformers takes from the model's own.
-        return getattr(model.generation_config, name, None) if chosen is None else chosen
-
-    if any(asked(name) for name in _ELSEWHERE) or asked("use_cache") is False:
-        return None
-    if asked("guidance_scale") not in (None, 1, 1.0) or "swiftkv" in given:
-        return None
-    rows = _rows(ids, given.get("attention_mask"), asked("pad_token_id"))
-    copies = max(asked("num_beams") or 1, asked("num_return_sequences") or 1)
-    if rows is None or max(map(len, rows)) < ids.shape[1]:  # columns of padding alone, of which nothing is restored
-        return None
-    if ids.shape[1] > (getattr(model.config, "max_position_embeddings", None) or ids.shape[1]):
-        return None  # refused, and not only where all of it must be read
-    return Call(given, ids, rows, copies)
-
-
-def _tokens(ids: Any) -> bool:
-    plain = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() and ids.dtype != torch.bool
-    return plain and len(ids) > 0 and ids.shape[1] > 1
-
-
-def _rows(ids: Tensor, mask: Any, pad: Any) -> list[list[int]] | None:
-    """The prompts without their padding; None where that is not all on the left, or not clear."""
-    listed: list[list[int]] = ids.tolist()
-    if mask is None:  # then transformers takes padding tokens for padding
-        return None if pad is not None and any(pad in row for row in listed) else listed
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        return None
-    real: Any = mask.bool().cpu()
-    if bool((real[:, 1:] < real[:, :-1]).any()) or bool((real.sum(1) < 2).any()):
-        return None
-    return [row[-n:] for row, n in zip(listed, real.sum(1).tolist(), strict=True)]
+    """What `generate` is given: what the user gave, the cache, and what stores the prompt."""
+    given = {**call.given, "past_key_values": cache}
+    given["stopping_criteria"] = [*(given.get("stopping_criteria") or []), prompt]
+    if "streamer" in given:
+        given["streamer"] = _Streamed(given["streamer"], prompt)
+    return given
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -1,6 +1,7 @@
 """Which models can be attached: every requirement is checked by name, and a refusal says which one failed."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from octavo.attachment.forward import NAME
-from octavo.attachment.layout import Layout, decoder_of, final_norm, joined, unwrapped
+from octavo.attachment.layout import Layout, decoder_of, final_norm, hooks_of, joined, runs_on, unwrapped
 from octavo.attachment.states import state_layers
 from octavo.attachment.trial import Trial, tried
 from octavo.attention import Lifetime
@@ -29,9 +30,15 @@ _LATENT = ("kv_lora_rank", "q_lora_rank")
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError where `layout_of` does; a model that is attached has been found fit."""
-    if "_octavo" not in joined(model).__dict__:
-        layout_of(model)
+    """Raise UnsupportedModelError where `layout_of` does, and where adapters could not be trained on a model.
+
+    One that is attached has been found fit.
+    """
+    if "_octavo" not in joined(model).__dict__ and layout_of(model).runs_on is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is offloaded: its weights come to its device only while they are used; load it "
+            "whole to train adapters on it"
+        )
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
@@ -65,12 +72,12 @@ def layout_of(model: PreTrainedModel) -> Layout:
         raise UnsupportedModelError(
             f"{name} has differential attention, which attends twice in a layer; Octavo's attention does so once"
         )
-    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
-        raise UnsupportedModelError(f"{name} is offloaded: its weights come to its device only while they are used")
-    devices = {p.device for p in decoder_of(model).parameters()}
+    where, devices = runs_on(model), {p.device for p in decoder_of(model).parameters()}
+    if where is not None:
+        devices = {where} | (devices - {torch.device("meta")})
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} lies on {len(devices)} devices; put it on one")
-    return _layout(model, tried(outer, model))
+    return replace(_layout(model, tried(outer, model, where or model.device)), runs_on=where)
 
 
 def _layout(model: PreTrainedModel, trial: Trial) -> Layout:
@@ -107,7 +114,7 @@ def _lifetimes(model: PreTrainedModel, stores: tuple[int, ...]) -> tuple[Lifetim
     A window at or past the model's positions is none. Raises UnsupportedModelError for layers of another kind.
     """
     config: Any = model.config
-    name, most = type(model).__name__, getattr(config, "max_position_embeddings", None) or NEVER
+    name, most = type(model).__name__, reach_of(config).most or NEVER
     kinds = getattr(config, "layer_types", None)
     if not kinds:
         slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
@@ -126,11 +133,35 @@ def _lifetimes(model: PreTrainedModel, stores: tuple[int, ...]) -> tuple[Lifetim
     return tuple(out)
 
 
-def rope_sees_length(config: Any) -> bool:
-    """Whether RoPE's frequencies depend on how long the input of a forward is, as in longrope."""
+class Reach(NamedTuple):
+    """How long texts may be, in tokens."""
+
+    most: int | None  # positions that the model has; None: there is no end, or none is known
+    steady: int | None  # past so many RoPE's frequencies are others, for all tokens of a forward; None: never
+
+    @property
+    def in_pieces(self) -> int | None:
+        """How long a text may be that is read in pieces, or beside others."""
+        return min((limit for limit in self if limit is not None), default=None)
+
+    @property
+    def why(self) -> str:
+        """What to say of `in_pieces` to people."""
+        return "" if self.steady is None else ", past which its RoPE changes, for texts that are read whole (generate)"
+
+
+def reach_of(config: Any) -> Reach:
+    """What a configuration says of it: longrope has other factors past its first limit, dynamic RoPE grows for ever."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(one.get("rope_type", one.get("type")) in ("longrope", "dynamic") for one in each)
+    most: int | None = getattr(config, "max_position_embeddings", None) or None
+    kinds = {one.get("rope_type", one.get("type")): one for one in each}
+    if "dynamic" in kinds:
+        return Reach(None, most)
+    if "longrope" not in kinds:
+        return Reach(most, None)
+    first = kinds["longrope"].get("original_max_position_embeddings")
+    return Reach(most, first or getattr(config, "original_max_position_embeddings", None) or most)
 
 
 def head_dim(config: Any) -> int:
@@ -163,13 +194,23 @@ def shape_of(config: Any) -> dict[str, int]:
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model for an adapter: its shape, and a sample of its final norm's weight.
 
-    Norm weights survive casting and quantised files nearly unchanged and differ between models.
+    Norm weights survive casting and quantised files nearly unchanged and differ between models. Raises
+    UnsupportedModelError where there are none yet.
     """
     model = joined(model)
-    weight = getattr(final_norm(model), "weight", None)
+    norm = final_norm(model)
+    weight = getattr(norm, "weight", None)
+    if norm is not None and weight is not None and weight.is_meta:  # accelerate knows where it lies
+        known = (getattr(hook, "weights_map", None) for hook in hooks_of(norm))
+        weight = next((weights["weight"] for weights in known if weights is not None), weight)
     if weight is None:  # a norm without weights, or none: what all embeddings have in common identifies a model too
         embeddings: Any = model.get_input_embeddings()
         weight = embeddings.weight.detach().float().mean(0)
+    if weight.is_meta:
+        raise UnsupportedModelError(
+            f"no weight of {type(model).__name__} is in memory that tells whether an adapter is of this model; load "
+            "its weights first, or attach it without"
+        )
     return fingerprint_of(model.config, weight)
 
 

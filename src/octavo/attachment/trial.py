@@ -144,8 +144,8 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @torch.no_grad()
-def tried(model: PreTrainedModel, inner: PreTrainedModel) -> Trial:
-    """What a forward of a few tokens through `model` shows of the language model in it, `inner`, or itself.
+def tried(model: PreTrainedModel, inner: PreTrainedModel, device: torch.device) -> Trial:
+    """What a forward of a few tokens on `device` through `model` shows of the language model in it, `inner`, or itself.
 
     Both are as they were afterwards. Raises UnsupportedModelError, which says why it cannot run.
     """
@@ -156,9 +156,9 @@ def tried(model: PreTrainedModel, inner: PreTrainedModel) -> Trial:
         raise UnsupportedModelError(f"{name}: its attention does not go through transformers' attention interface")
     try:
         try:
-            trial = _run(model, inner, decoder, keyword=True)
+            trial = _run(model, inner, decoder, device, keyword=True)
         except TypeError:  # layers that take no keyword arguments are told by a context variable
-            trial = _run(model, inner, decoder, keyword=False)
+            trial = _run(model, inner, decoder, device, keyword=False)
     except UnsupportedModelError as e:
         raise UnsupportedModelError(f"{name}: {e}") from e
     except (MemoryError, torch.OutOfMemoryError):
@@ -175,11 +175,13 @@ def tried(model: PreTrainedModel, inner: PreTrainedModel) -> Trial:
     return trial
 
 
-def _run(model: PreTrainedModel, inner: PreTrainedModel, decoder: nn.Module, keyword: bool) -> Trial:
+def _run(
+    model: PreTrainedModel, inner: PreTrainedModel, decoder: nn.Module, device: torch.device, keyword: bool
+) -> Trial:
     """The forward itself; `keyword`: the decoder is given a keyword argument."""
     trial = Trial(inner.config, keyword)
     with _running(inner, decoder, trial):
-        ids = torch.tensor([TOKENS], device=inner.device)
+        ids = torch.tensor([TOKENS], device=device)
         # A language model that is joined gets no mask where nothing else than attention reads it.
         mask = {} if model is inner else {"attention_mask": torch.ones_like(ids)}
         model(input_ids=ids, past_key_values=trial, use_cache=True, **mask)

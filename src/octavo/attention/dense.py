@@ -30,6 +30,13 @@ class Packed:
     def __init__(self, document: Tensor) -> None:
         self.document = document
 
+    @property
+    def first(self) -> Tensor:
+        """The column [B, T] int64 at which each token's document begins."""
+        columns = torch.arange(self.document.shape[1], device=self.document.device)
+        begins = self.document.diff(dim=1, prepend=self.document[:, :1] - 1) != 0
+        return torch.where(begins, columns, 0).cummax(1).values
+
     @cached_property
     def blocks(self) -> Any:
         """The same as FlexAttention's `BlockMask`, causality in it."""
@@ -52,8 +59,10 @@ def dense_attention(
     packed: Packed | None = None,  # rows of several documents: a token sees its own only
     lifetime: Lifetime | None = None,  # None: the layer attends to everything
     scoring: Scoring | None = None,
+    dropout: float = 0.0,  # the share of weights that are dropped, as SDPA drops them
+    pictures: Tensor | None = None,  # [B, T] of any integer dtype: tokens of one picture see each other; -1: of none
 ) -> Tensor:  # [B, T, Hq, D]
-    """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere and for windows.
+    """Causal attention with the gate's mask; FlexAttention on CUDA, a masked SDPA elsewhere, for windows and dropout.
 
     `window` and ages are in tokens. With padding, positions are counted over the valid tokens, as the cache counts
     them, and what a padded query gets has no meaning. Packed rows take no `valid`: together they raise ValueError.
@@ -66,29 +75,19 @@ def dense_attention(
     if lifetime is not None and not lifetime.chunked and lifetime.length >= query.shape[2]:
         lifetime = None
     special = lifetime is not None or scoring is not None
-    if log_keep is None and valid is None and packed is None and not special:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
-    if query.is_cuda and valid is None and not special:
-        return _flex(query, key, value, log_keep, window, scale, packed)
-    length = query.shape[2]
-    parts = [
-        _rows(
-            query,
-            key,
-            value,
-            log_keep,
-            window,
-            scale,
-            valid,
-            packed,
-            lifetime,
-            scoring,
-            first,
-            min(first + BLOCK, length),
+    if log_keep is None and valid is None and packed is None and pictures is None and not special:
+        out = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
         )
-        for first in range(0, length, BLOCK)
-    ]
+        return out.transpose(1, 2)
+    flex = query.is_cuda and not dropout and pictures is None and not torch.compiler.is_compiling()  # it does itself
+    if flex and valid is None and not special:
+        return _flex(query, key, value, log_keep, window, scale, packed)
+    length, told = query.shape[2], (log_keep, window, scale, valid, packed, lifetime, scoring, dropout, pictures)
+    # A loop would make a graph for one length alone, and tokens of a picture see later ones.
+    if torch.compiler.is_compiling() or pictures is not None:
+        return _rows(query, key, value, *told, 0, length).transpose(1, 2)
+    parts = [_rows(query, key, value, *told, i, min(i + BLOCK, length)) for i in range(0, length, BLOCK)]
     return torch.cat(parts, 2).transpose(1, 2)
 
 
@@ -103,20 +102,26 @@ def _rows(
     packed: Packed | None,
     lifetime: Lifetime | None,
     scoring: Scoring | None,
+    dropout: float,
+    pictures: Tensor | None,
     first: int,
     last: int,
 ) -> Tensor:  # [B, Hq, last - first, D]
     """Queries first..last on the keys before `last`, under a mask of their own."""
     group = query.shape[1] // key.shape[1]
-    mask = _mask(log_keep, window, valid, packed, lifetime, query, first, last)  # [B, 1 or H, last - first, last]
+    mask = _mask(
+        log_keep, window, valid, packed, lifetime, pictures, query, first, last
+    )  # [B, 1 or H, last - first, last]
     if scoring is not None:
-        return scored.attend(query[:, :, first:last], key[:, :, :last], value[:, :, :last], mask, scale, scoring)
+        part = query[:, :, first:last], key[:, :, :last], value[:, :, :last]
+        return scored.attend(*part, mask, scale, scoring, dropout)
     mask = mask.repeat_interleave(group, 1) if mask.shape[1] > 1 else mask
     return F.scaled_dot_product_attention(
         query[:, :, first:last],
         key[:, :, :last],
         value[:, :, :last],
         attn_mask=mask.to(query.dtype),
+        dropout_p=dropout,
         scale=scale,
         enable_gqa=group > 1,
     )
@@ -128,6 +133,7 @@ def _mask(
     valid: Tensor | None,
     packed: Packed | None,
     lifetime: Lifetime | None,
+    pictures: Tensor | None,
     query: Tensor,
     first: int,
     last: int,
@@ -139,8 +145,14 @@ def _mask(
     age = position[:, first:, None] - position[:, None, :]  # [B, N, last]
     columns = torch.arange(last, device=query.device)
     rows = columns[first:, None]
-    seen = (columns <= rows) & ones[:, None, :]  # [B, N, last]
+    seen = columns <= rows
+    if pictures is not None:
+        number = pictures[:, :last]
+        seen = seen | ((number[:, first:, None] == number[:, None]) & (number >= 0)[:, None])
+    seen = seen & ones[:, None, :]  # [B, N, last]
     if lifetime is not None and lifetime.chunked:
+        if packed is not None:  # each document is cut into chunks of its own
+            position = position - packed.first[:, :last]
         chunk = position // lifetime.length
         seen &= chunk[:, first:, None] == chunk[:, None, :]
     elif lifetime is not None:

@@ -12,7 +12,7 @@ from octavo.bench.source import surroundings
 from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of
 from octavo.errors import ConfigError
 
-PARTS = ("first", "bytes", "traces", "similar", "policies")
+PARTS = ("first", "bytes", "traces", "similar", "embeddings", "policies")
 
 
 def reuse(
@@ -31,7 +31,7 @@ def reuse(
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures; a plot of traces lies beside.")] = None,
 ) -> None:
     """First tokens of prompts seen before, what a miss costs, bytes, traces with and without a store, similar prompts,
-    policies."""
+    what finds them, policies."""
     parts = part.split(",")
     if not set(parts) <= set(PARTS):
         raise ConfigError(f"--part takes {', '.join(PARTS)}, separated by commas, not {part!r}")
@@ -95,6 +95,14 @@ def _with_model(
         from octavo.bench.reuse.similar import alike
 
         found["similar"] = [asdict(each) for each in alike(model, tokenizer, cuts, min(document, 3000), rounds)]
+    if "embeddings" in parts:
+        from octavo.bench.reuse.embeddings import nominating
+
+        plain, _ = octavo.load(**{**named, "adapter": None}, dtype=dtype_of(dtype))
+        octavo.detach(plain)
+        found["embeddings"] = [
+            asdict(each) for each in nominating(model, plain, tokenizer, ids, min(document, 1000), 12 * rounds)
+        ]
     if "traces" in parts:  # the last, since it leaves the model unattached
         found["traces"] = _traces(model, traces(ids, min(document, 3000), questions), peer)
     return found
@@ -155,6 +163,17 @@ def _show(found: dict[str, Any]) -> None:
                 row["change"], f"{row['tokens']:,}", f"{row['computed']:.1%}" if row["used"] else "all",
                 f"{row['kl']:.5f}", f"{row['top1']:.0%}", f"{row['similar_s']:.2f}", f"{row['full_s']:.2f}",
             )  # fmt: skip
+        console.print(table)
+    if "embeddings" in found:
+        rows = found["embeddings"]
+        table = Table("embedding", "ms", title="Stored prompts found by changed ones: nearest / among the nearest 4")
+        table.columns[0].no_wrap = True
+        for change in rows[0]["first"]:
+            table.add_column(change, justify="right")
+        console.print(f"{rows[0]['stored']} stored prompts of {rows[0]['tokens']:,} tokens")
+        for row in rows:
+            shares = [f"{share:.0%}/{row['among'][change]:.0%}" for change, share in row["first"].items()]
+            table.add_row(row["embedding"], f"{row['ms']:.1f}", *shares)
         console.print(table)
     if "policies" in found:
         table = Table("policy", "prompts that come once", "hits of prompts that came before", "hits of all")

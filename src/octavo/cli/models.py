@@ -13,7 +13,7 @@ app = typer.Typer()
 @app.command()
 def models(
     model: Annotated[
-        str | None, typer.Argument(help="Hub id, folder or config.json; nothing lists what has been tested.")
+        str | None, typer.Argument(help="Hub id, folder, config.json or default; nothing lists what is tested.")
     ] = None,
     refused: Annotated[bool, typer.Option("--refused", help="List what is refused, with the reasons.")] = False,
 ) -> None:

@@ -15,13 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from octavo.attachment import require_attachment
+from octavo.engine.answers import known
 from octavo.engine.grammar import Constraint
-from octavo.engine.lookup import looked_up
+from octavo.engine.lookup import check_lookup, looked_up
 from octavo.engine.request import Output, Request
 from octavo.engine.runner import Runner
 from octavo.engine.sampling import Sampled, Sampler, SamplingParams
 from octavo.engine.scheduler import Plan, Scheduler
-from octavo.engine.text import Detokenizer, cut_at
+from octavo.engine.text import Detokenizer, cut_at, ends_of
 from octavo.errors import CacheBudgetError, ConfigError, PromptError
 
 STEP_TOKENS = {"cuda": 8192, "cpu": 512}  # by device: what a step spends at most
@@ -42,19 +43,19 @@ class Engine:
         self, model: PreTrainedModel, tokenizer: Any = None, *, max_batch: int = 64, step_tokens: int | None = None,
         prompt_lookup: int = 0,
     ) -> None:  # fmt: skip
-        device = model.device.type
-        step_tokens = STEP_TOKENS.get(device, STEP_TOKENS["cpu"]) if step_tokens is None else step_tokens
+        device = require_attachment(model).modes.device
+        step_tokens = STEP_TOKENS.get(device.type, STEP_TOKENS["cpu"]) if step_tokens is None else step_tokens
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
-        _check_lookup(model, prompt_lookup)
+        check_lookup(model, prompt_lookup)
         config: Any = model.config
         self.model, self.tokenizer = model, tokenizer
-        self.ends = _ends(model, tokenizer)
+        self.ends = ends_of(model, tokenizer)
         text_config = config.get_text_config()
         # Asked once: a configuration takes longer to answer than a request's part of a step.
-        self.positions: float = getattr(text_config, "max_position_embeddings", None) or math.inf
-        self.sampler = Sampler(max_batch, text_config.vocab_size, model.device, eos=tuple(self.ends))
+        self.positions: float = require_attachment(model).reach.in_pieces or math.inf
+        self.sampler = Sampler(max_batch, text_config.vocab_size, device, eos=tuple(self.ends))
         self.scheduler = Scheduler(max_batch, step_tokens)
         self.runner = Runner(model, self.sampler, prompt_lookup)
         self._free = list(range(max_batch))[::-1]  # places in the sampler
@@ -86,9 +87,8 @@ class Engine:
         if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
         if len(prompt) >= self.positions:
-            raise PromptError(
-                f"the prompt has {len(prompt):,} tokens, the model has {self.positions:,} positions; shorten it"
-            )
+            has = f"{self.positions:,} positions{require_attachment(self.model).reach.why}"
+            raise PromptError(f"the prompt has {len(prompt):,} tokens, the model has {has}; shorten it")
         if params.n > self.scheduler.max_batch:
             raise ConfigError(f"n is {params.n}, and at most {self.scheduler.max_batch} requests run at once")
         seed = torch.seed() % 2**63 if params.seed is None else params.seed
@@ -178,6 +178,8 @@ class Engine:
         return list(takewhile(lambda token: token not in ends, drafted))
 
     def _prefill(self, request: Request, count: int) -> None:
+        if not request.read and not request.output.tokens and self._answered(request):
+            return
         while True:
             try:
                 if request.snapshot is not None:
@@ -199,6 +201,17 @@ class Engine:
             self.runner.join(each, sampled.tokens)
             self.scheduler.ran(each)
             self._post([each], sampled)
+
+    def _answered(self, request: Request) -> bool:
+        """Whether the reuse store knows the whole answer, which is given then."""
+        request.known = request.context.run(known, self.model, request, self.ends)
+        answer = None if request.known is None else request.context.run(request.known.find)
+        if answer is not None:
+            request.known = None  # it is kept already, or is another prompt's
+        for token in answer or ():
+            if not request.done:
+                self._accept(request, token)
+        return request.done
 
     def _siblings(self, request: Request) -> list[Request]:
         """The other samples of a prompt that has been read, on the same pages."""
@@ -271,22 +284,25 @@ class Engine:
                 if request in self.scheduler.running:  # it failed while it ran
                     self._end(request, request.output.finish_reason or "error", request.output.error)
                 continue
-            output = request.output
-            output.tokens.append(tokens[row])
-            if request.constraint is not None:
-                request.constraint.accept(tokens[row])
             if request.params.logprobs is not None:
-                output.logprobs.append(logprobs[row])
-                output.alternatives.append(sampled.alternatives(row, request.params.logprobs))
-            reason = self._reason(request, tokens[row])
-            if reason is not None:
-                self._end(request, reason)
-            if request.on_token is not None:
-                try:
-                    request.on_token(request)
-                except Exception as error:  # the others' tokens of this step are still to be taken in
-                    if not request.done:
-                        self._end(request, "error", error)
+                request.output.logprobs.append(logprobs[row])
+                request.output.alternatives.append(sampled.alternatives(row, request.params.logprobs))
+            self._accept(request, tokens[row])
+
+    def _accept(self, request: Request, token: int) -> None:
+        """A request has got its next token."""
+        request.output.tokens.append(token)
+        if request.constraint is not None:
+            request.constraint.accept(token)
+        reason = self._reason(request, token)
+        if reason is not None:
+            self._end(request, reason)
+        if request.on_token is not None:
+            try:
+                request.on_token(request)
+            except Exception as error:  # the others' tokens of this step are still to be taken in
+                if not request.done:
+                    self._end(request, "error", error)
 
     def _reason(self, request: Request, token: int) -> str | None:
         """Why a request ends with this token, None: it goes on. Adds the token's text."""
@@ -308,6 +324,8 @@ class Engine:
         request.output.finish_reason, request.output.error = reason, error
         if error is None:
             self.runner.remember(request)
+            if request.known is not None and reason != "cancelled":
+                request.context.run(request.known.keep, request.output.tokens)
         self.runner.leave([request])
         request.forget()
         self._release(request)
@@ -322,29 +340,7 @@ class Engine:
             request.slot = None
 
 
-def _check_lookup(model: PreTrainedModel, drafted: int) -> None:
-    """Raise ConfigError for an impossible length of drafts."""
-    if isinstance(drafted, bool) or not isinstance(drafted, int) or drafted < 0:
-        raise ConfigError(f"prompt_lookup must be a whole number of tokens, 0 for none, not {drafted!r}")
-    attachment = require_attachment(model)
-    undo = attachment.settings.undo
-    if drafted and attachment.layout.states:
-        raise ConfigError(f"prompt_lookup must be 0 for {type(model).__name__}: states of its layers cannot go back")
-    if undo is not None and undo < drafted:
-        raise ConfigError(f"prompt_lookup={drafted} needs octavo.attach(model, ..., undo={drafted}), not undo={undo}")
-
-
 def _arriving(t: torch.Tensor) -> torch.Tensor:
     """A copy on the host, whole when the device has got there."""
     there = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
     return there.copy_(t, non_blocking=True)
-
-
-def _ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Tokens that end a text."""
-    config: Any = model.generation_config
-    ends = getattr(config, "eos_token_id", None)
-    found = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return found

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.attachment import KVCache
+from octavo.attachment.answers import Known
 from octavo.attachment.reuse import Reading
 from octavo.engine.sampling import SamplingParams
 from octavo.kv import Snapshot
@@ -59,6 +60,7 @@ class Request:
     on_token: Callable[["Request"], None] | None = None
     constraint: Any = None  # see `octavo.engine.grammar`
     reading: Reading | None = None  # its way through the reuse store, once it reads its prompt
+    known: Known | None = None  # the answers of the store, while its own may be one of them
     context: Context = field(default_factory=copy_context)  # of who asked: under what it is looked up and stored
 
     @property

@@ -30,9 +30,8 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = self.model.device
-        return device
+        """Where the model computes."""
+        return self.sampler.device
 
     @property
     def read_nbytes(self) -> int:
@@ -71,6 +70,8 @@ class Runner:
             request.reading = request.context.run(begin, store, cache, request.tokens, wait=False)
         if request.reading is not None:
             request.read = request.reading.boundary
+            if getattr(request.reading, "similar", False):
+                request.known = None  # its answer is approximate
 
     def remember(self, request: Request) -> None:
         """Store what a running request has read, its answer too, for the next turn of a chat."""

@@ -1,7 +1,9 @@
-"""Text from tokens as they come, and where a stop string ends it."""
+"""Text from tokens as they come, and where it ends."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedModel
 
 _BROKEN = "�"  # what tokenizers show for bytes that are no character yet
 
@@ -36,3 +38,13 @@ def cut_at(text: str, new: int, stops: Sequence[str]) -> int | None:
     found = [text.find(stop, max(0, len(text) - new - len(stop) + 1)) for stop in stops]
     begun = [at for at in found if at >= 0]
     return min(begun) if begun else None
+
+
+def ends_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Tokens that end a text."""
+    config: Any = model.generation_config
+    ends = getattr(config, "eos_token_id", None)
+    found = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return found

@@ -11,7 +11,8 @@ from octavo.attention import Pages, slots
 from octavo.attention.cpu import copies
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
-from octavo.kv.plan import found, ranked
+from octavo.kv.holes import ranked
+from octavo.kv.plan import found
 from octavo.kv.restoring import layout_of
 from octavo.kv.snapshot import Ragged, Snapshot
 from octavo.kv.tables import Index, Tables

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from octavo.attention import Chunk, Scoring, attend, causal, cuda, slots, write
 from octavo.config import NEVER
-from octavo.kv.plan import append, extended, found, grown, owned_many, place, ranked
+from octavo.kv.holes import Holes, holes_in, ranked
+from octavo.kv.plan import append, extended, found, grown, owned_many, place
 from octavo.kv.pool import pages_for
 from octavo.kv.rewind import Overwritten
 from octavo.kv.step import Batch, Later, New, counted, newest_slot
@@ -169,9 +170,10 @@ class ChunkStep:
         stored = real & (chunk.expiry >= next_query - batch.undo)  # [B, l, H, N]
         whole, before = tables.table[rows], tables.length[rows]  # [B, l, H, M], [B, l, H]
         if batch.expired and batch.longest:
-            old = pool.pages.expiry[whole[..., : batch.columns]].flatten(-2)
-            placed = place(old, before, stored, batch.free_before(next_query))
-            self._remember(chunk.layers, old, before, whole)
+            limit, past = batch.free_before(new.after), whole[..., : batch.columns]
+            free = holes_in(pool.pages, past, before, limit, new.position.shape[1])
+            placed = place(free, before, stored)
+            self._remember(chunk.layers, free, stored, whole)
         else:
             placed = append(before, stored)
         if batch.shared:
@@ -216,21 +218,18 @@ class ChunkStep:
         recent = position >= (new.after - back).clamp(min=0)[:, None, None, None]
         tables.note_marks(rows, position, recent, slot, marked)
 
-    def _remember(self, layers: slice, old: Tensor, length: Tensor, table: Tensor) -> None:
-        """Keep what `rewind` needs: slots that come free within this chunk, of which each row has a gate's window and
-        `undo` at most, or as many as have come to the end of theirs."""
+    def _remember(self, layers: slice, free: Holes, stored: Tensor, table: Tensor) -> None:
+        """Keep what `rewind` needs: of the slots that are taken over, those that came free within this chunk."""
         batch, new, pool = self.batch, self.new, self.batch.tables.pool
-        within = torch.arange(old.shape[-1], device=old.device) < length[..., None]
-        start, after = (batch.free_before(t)[:, None, None, None] for t in (new.start, new.after))
-        dead = torch.where(within & (old < start), old, -1).amax(-1)
+        start = batch.free_before(new.start)[:, None, None, None]
+        taken = free.first(stored.sum(-1))
+        dead = torch.where(taken & (free.expiry < start), free.expiry, -1).amax(-1)
         self.lost[:, layers] = torch.maximum(self.lost[:, layers], dead)  # overwritten for good
-        dying = within & (old >= start) & (old < after)
-        order = dying.cumsum(-1, dtype=torch.int32)
-        most = (
-            min(batch.window + 1 + batch.undo, old.shape[-1]) if batch.lifetimes is None else int(order[..., -1].amax())
-        )
-        slot = ranked(dying, order, most)[..., :most]
-        some = torch.arange(most, device=old.device) < order[..., -1:]
+        some, slot, most = taken & (free.expiry >= start), free.slot, batch.window + 1 + batch.undo
+        if batch.lifetimes is None and slot.shape[-1] > most:  # no gate lets more of a row come free at once
+            order = some.cumsum(-1, dtype=torch.int32)
+            slot = slot.gather(-1, ranked(some, order, most)[..., :most])
+            some = torch.arange(most, device=slot.device) < order[..., -1:]
         where = found(table, slot, some, pool.layout.page_size)
         self.overwritten.append(Overwritten(layers, slot, some, slots(pool.pages, *where)))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention import Scoring, attend, cuda, write
+from octavo.kv.holes import holes_in
 from octavo.kv.plan import Placed, append, copies, extended, found, grown, owned, place, take_over
 from octavo.kv.pool import WASTE, pages_for
 from octavo.kv.step import Batch, Later, counted, newest_slot
@@ -84,7 +85,8 @@ class DecodeStep:
             return append(before, stored)
         now, tables = new.start[:, None, None, None], batch.tables
         if batch.scattered or stored.shape[-1] > 1:
-            return place(tables.pool.pages.expiry[table].flatten(-2), before, stored, batch.free_before(now))
+            limit = batch.free_before(new.start)
+            return place(holes_in(tables.pool.pages, table, before, limit, stored.shape[-1]), before, stored)
         if tables.window is None:
             return append(before, stored)
         expired = now - 1 - batch.undo  # what comes free now

@@ -9,6 +9,7 @@ from typing import NamedTuple, SupportsInt
 import torch
 from torch import Tensor
 
+from octavo.kv.holes import Holes
 from octavo.kv.pool import WASTE, PagePool, pages_for
 
 Reserve = Callable[[int, SupportsInt], None]  # lets at most so many pages be taken, of which so many are needed
@@ -39,36 +40,16 @@ def take_over(free: Tensor, expired: Tensor, length: Tensor, stored: Tensor) -> 
     return Placed(slot, length + (stored & ~taken)[..., 0].int(), torch.where(taken, expired, -1)[..., 0], None)
 
 
-def place(expiry: Tensor, length: Tensor, stored: Tensor, limit: Tensor) -> Placed:
-    """Places for tokens where slots with expiry < `limit` are free.
-
-    `expiry` [..., W] int32 of all slots of the rows, without meaning at and past `length` [...] int32; `stored`
-    [..., N] bool; `limit` [..., 1] int32.
-    """
-    N = stored.shape[-1]
-    slots = torch.arange(expiry.shape[-1], device=expiry.device)
-    hole = (slots < length[..., None]) & (expiry < limit)
+def place(free: Holes, length: Tensor, stored: Tensor) -> Placed:
+    """Places for tokens (`stored` [..., N] bool): free slots first, of which N are told, then the end of each row."""
+    K = free.slot.shape[-1]
     rank = stored.cumsum(-1) - 1  # [..., N]
-    order = hole.cumsum(-1, dtype=torch.int32)
-    free = order[..., -1]
-    holes = free.clamp(max=N)
-    hole_at = ranked(hole, order, N)
-    appended = length[..., None] + rank - holes[..., None]
-    slot = torch.where(rank < holes[..., None], hole_at.gather(-1, rank.clamp(min=0)), appended)
     count = rank[..., -1] + 1
-    length = (length + (count - holes).clamp(min=0)).int()
-    overwritten = hole & (order <= count[..., None])
-    return Placed(slot, length, torch.where(overwritten, expiry, -1).amax(-1), (free - count).clamp(min=0))
-
-
-def ranked(chosen: Tensor, order: Tensor, most: int) -> Tensor:
-    """Indices of the first `most` chosen (bool [..., W], `order` its cumsum): int64 [..., most + 1].
-
-    What is past the last chosen is 0; the last column is spill.
-    """
-    slots = torch.arange(chosen.shape[-1], device=chosen.device)
-    at = torch.where(chosen & (order <= most), order - 1, most).long()
-    return at.new_zeros(*chosen.shape[:-1], most + 1).scatter_(-1, at, slots.expand_as(at))
+    taken = torch.minimum(count, free.total)
+    appended = length[..., None] + rank - taken[..., None]
+    slot = torch.where(rank < taken[..., None], free.slot.gather(-1, rank.clamp(0, K - 1)), appended)
+    lost = torch.where(free.first(count), free.expiry, -1).amax(-1)
+    return Placed(slot, (length + count - taken).int(), lost, (free.total - taken).int())
 
 
 def extended(pool: PagePool, table: Tensor, before: Tensor, after: Tensor, tokens: int) -> Tensor:

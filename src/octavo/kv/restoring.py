@@ -129,14 +129,18 @@ def fill(pages: Pages, table: Tensor, filled: Tensor, part: Stretch) -> None:
 
 def _note_tail(tables: Tables, row: int, filled: Tensor, part: Stretch, boundary: int | None) -> None:
     """Tell the tables where the marked slots of a part are, and with a `boundary` where each head's newest token is."""
-    head, place, _ = part.places()
-    tail, slot = part.alone(), (filled[head] + place).int()
-    assert tail.expiry is not None
+    head, place, index = part.places()
+    position, slot = part.part.position[index], (filled[head] + place).int()
+    if part.window is None:
+        assert part.part.expiry is not None
+        expiry = part.part.expiry[index]
+    else:
+        expiry = position + part.window
     if boundary is not None:
-        last = tail.position == boundary - 1
+        last = position == boundary - 1
         tables.newest[row].view(-1)[head[last]] = slot[last]
     if tables.window is not None:
-        where = tables.place_of(tail.position, tail.expiry < NEVER)
+        where = tables.place_of(position, expiry < NEVER)
         marks = tables.marks[row].flatten(0, 1)
         marks[head, where] = slot
         marks[:, -1] = -1  # the last place takes what nobody reads

@@ -14,7 +14,8 @@ from octavo.attachment.published import base_config
 from octavo.attachment.states import state_layers
 from octavo.attachment.supported import layout_of
 from octavo.errors import ModelNotFoundError, OctavoError, UnsupportedModelError
-from octavo.models.load import published_config
+from octavo.models.gguf import unpacked_gguf
+from octavo.models.load import default_model, published_config
 
 
 class Walked(NamedTuple):
@@ -42,7 +43,8 @@ def walked() -> Sequence[Walked]:
 
 
 def foresee(source: str | Path) -> Foreseen:
-    """What `attach` would do with a model, from its configuration alone: a folder, a config.json or a hub id.
+    """What `attach` would do with a model, from its configuration alone: a folder, a config.json, a hub id, or
+    "default", the embedded model.
 
     The model is made without memory for its weights, and tried as `attach` tries it. Where its layers need numbers for
     that, what the walk found of its class is all that can be said. Raises ModelNotFoundError.
@@ -84,6 +86,9 @@ def _foreseen(config: PreTrainedConfig) -> Foreseen:
 
 def _config(source: str) -> PreTrainedConfig:
     """A model's configuration. Raises ModelNotFoundError."""
+    if source == "default":
+        embedded = default_model()
+        source = str(unpacked_gguf(embedded) if isinstance(embedded, Path) else embedded)
     path = Path(source)
     if path.suffix == ".gguf":
         raise ModelNotFoundError(

@@ -591,7 +591,16 @@ static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS
 #endif
 
 #define VDB_INLINE static inline __attribute__((always_inline))
-#define VDB_RARE static inline __attribute__((cold)) /* compiled to be small, which is quicker; no loop over numbers */
+/* gcc spends most of its time on making code quick. What is no inner loop has one body, which is called; loops over rows
+ * that wait for memory or files are compiled with less effort, and with none what seldom runs and does not loop. */
+#if defined(__clang__)
+#define VDB_EFFORT(level)
+#else
+#define VDB_EFFORT(level) __attribute__((optimize(level)))
+#endif
+#define VDB_ONCE static __attribute__((noinline, unused))
+#define VDB_LIGHT static __attribute__((noinline, unused)) VDB_EFFORT("O1")
+#define VDB_RARE static __attribute__((cold, noinline, unused)) VDB_EFFORT("O0")
 #define VDB_ALIGNMENT 64u /* of every array of rows; as many readable bytes follow each */
 
 VDB_INLINE size_t vdb_min(size_t a, size_t b) { return a < b ? a : b; }
@@ -599,7 +608,7 @@ VDB_INLINE size_t vdb_max(size_t a, size_t b) { return a > b ? a : b; }
 VDB_INLINE size_t vdb_round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
 /* 64-byte aligned memory from VDB_MALLOC, the address that VDB_FREE needs kept just before it. Not cleared. */
-static inline void *vdb_aligned_alloc(size_t bytes) {
+VDB_ONCE void *vdb_aligned_alloc(size_t bytes) {
   if (bytes > SIZE_MAX - 2 * VDB_ALIGNMENT) return NULL;
   unsigned char *raw = (unsigned char *)VDB_MALLOC(bytes + 2 * VDB_ALIGNMENT);
   if (!raw) return NULL;
@@ -621,7 +630,7 @@ static inline void vdb_advise_huge(void *memory, size_t bytes) {
 #endif
 }
 
-static inline void vdb_aligned_free(void *pointer) {
+VDB_ONCE void vdb_aligned_free(void *pointer) {
   void *raw;
   if (!pointer) return;
   memcpy(&raw, (unsigned char *)pointer - sizeof(void *), sizeof(void *));
@@ -648,7 +657,7 @@ VDB_INLINE float vdb_from_bits(uint32_t bits) {
 /* By its bits, so that it holds under -ffast-math too. */
 VDB_INLINE int vdb_is_finite(float value) { return (vdb_bits(value) & 0x7f800000u) != 0x7f800000u; }
 
-static inline int vdb_all_finite(const float *values, size_t count) {
+VDB_ONCE int vdb_all_finite(const float *values, size_t count) {
   uint32_t found = 0;
   for (size_t i = 0; i < count; i++) found |= (uint32_t)((vdb_bits(values[i]) & 0x7f800000u) == 0x7f800000u);
   return !found;
@@ -680,7 +689,7 @@ static inline float vdb_from_f16(uint16_t half) {
 }
 
 /* Codes of one row: code = round(value / scale), scale = greatest magnitude / 127. Returns the scale. */
-static inline float vdb_to_i8(const float *values, size_t count, int8_t *codes) {
+VDB_ONCE float vdb_to_i8(const float *values, size_t count, int8_t *codes) {
   float greatest = 0.0f;
   for (size_t j = 0; j < count; j++) greatest = fabsf(values[j]) > greatest ? fabsf(values[j]) : greatest;
   float scale = greatest / 127.0f;
@@ -842,7 +851,7 @@ static inline size_t vdb_panel_bytes_floats(vdb_element element, size_t width, s
   return width * dimensions * sizeof(float);
 }
 
-static inline void vdb_pack_floats(vdb_element element, const float *const *queries, size_t dimensions,
+VDB_ONCE void vdb_pack_floats(vdb_element element, const float *const *queries, size_t dimensions,
                                    vdb_panel *panel) {
   float *data = (float *)panel->data;
   (void)element;
@@ -862,7 +871,7 @@ static inline size_t vdb_panel_bytes_codes(size_t width, size_t dimensions) {
   return width * sizeof(float) + width * padded + padded;
 }
 
-static inline void vdb_pack_codes(const float *const *queries, size_t dimensions, uint8_t flip, vdb_panel *panel) {
+VDB_ONCE void vdb_pack_codes(const float *const *queries, size_t dimensions, uint8_t flip, vdb_panel *panel) {
   size_t padded = vdb_round_up(dimensions, VDB_PAD);
   float *scales = (float *)panel->data;
   uint8_t *data = (uint8_t *)(scales + panel->width);
@@ -887,7 +896,7 @@ static inline void vdb_pack_codes(const float *const *queries, size_t dimensions
 /* --- crc32c: the Castagnoli polynomial, bits reflected ---
  *
  * Without an instruction: eight bytes a step through eight tables, made once. */
-static inline const uint32_t (*vdb_crc_tables(void))[256] {
+VDB_LIGHT const uint32_t (*vdb_crc_tables(void))[256] {
   static uint32_t tables[8][256];
   static int state; /* 0: none, 1: being made, 2: ready */
   int none = 0;
@@ -924,7 +933,7 @@ static inline uint32_t vdb_crc32c_plain(uint32_t crc, const void *bytes, size_t 
 }
 
 /* a * b modulo the polynomial; the highest bit is x^0. */
-static inline uint32_t vdb_crc_multiply(uint32_t a, uint32_t b) {
+VDB_LIGHT uint32_t vdb_crc_multiply(uint32_t a, uint32_t b) {
   uint32_t product = 0;
   for (int bit = 0; bit < 32; bit++) {
     product ^= (uint32_t)-(int32_t)(a >> 31) & b;
@@ -1702,7 +1711,7 @@ static inline size_t vdb_panel_bytes_amx(vdb_element element, size_t width, size
 }
 
 /* A scale per query, then [width / 16][step][high, low][16][16 queries][2]. */
-static inline void vdb_pack_halves(const float *const *queries, size_t dimensions, vdb_panel *panel) {
+VDB_ONCE void vdb_pack_halves(const float *const *queries, size_t dimensions, vdb_panel *panel) {
   const size_t padded = vdb_round_up(dimensions, 32);
   float *scales = (float *)panel->data;
   uint16_t *data = (uint16_t *)(scales + panel->width);
@@ -1756,25 +1765,27 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_split_amx(vdb_element element, const voi
   _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
-VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_arrange_amx(vdb_element element, const void *rows, size_t count,
-                                                    size_t dimensions, uint8_t *to) {
+VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_arrange_floats_amx(vdb_element element, const uint8_t *row, size_t dimensions,
+                                                           uint8_t *to) {
+  for (size_t j = 0; j < dimensions; j += 32, to += 2 * 2048) vdb_split_amx(element, row, j, dimensions - j, to, to + 2048);
+}
+
+VDB_TARGET(VDB_AMX)
+static inline void vdb_arrange_amx(vdb_element element, const uint8_t *row, size_t count, size_t dimensions, uint8_t *to) {
   const size_t step = vdb_step_amx(element), parts = element == VDB_F32 || element == VDB_F16 ? 2 : 1;
-  for (size_t r = 0; r < count; r++) {
-    const uint8_t *row = (const uint8_t *)rows + r * dimensions * vdb_bytes_of(element);
-    uint8_t *place = to + r * 64;
-    for (size_t j = 0; j < dimensions; j += step, place += parts * 2048) {
-      size_t left = dimensions - j;
-      if (parts == 2) {
-        vdb_split_amx(element, row, j, left, place, place + 2048);
-      } else {
-        size_t bytes = vdb_min(left * vdb_bytes_of(element), 64);
-        __m512i whole = _mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - bytes), row + j * vdb_bytes_of(element));
-        _mm512_storeu_si512(place, whole);
-      }
+  const size_t bytes = dimensions * vdb_bytes_of(element), steps = (dimensions + step - 1) / step * parts;
+  for (size_t r = 0; r < count; r++, row += bytes) {
+    if (element == VDB_F32) vdb_arrange_floats_amx(VDB_F32, row, dimensions, to + r * 64);
+    else if (element == VDB_F16) vdb_arrange_floats_amx(VDB_F16, row, dimensions, to + r * 64);
+    else {
+      uint8_t *place = to + r * 64;
+      size_t at = 0;
+      for (; at + 64 <= bytes; at += 64, place += 2048) _mm512_storeu_si512(place, _mm512_loadu_si512(row + at));
+      if (at < bytes) _mm512_storeu_si512(place, _mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - (bytes - at)), row + at));
     }
   }
   for (size_t r = count; r < VDB_TILE_ROWS; r++)
-    for (size_t k = 0; k < (dimensions + step - 1) / step * parts; k++)
+    for (size_t k = 0; k < steps; k++)
       _mm512_storeu_si512(to + (k * VDB_TILE_ROWS + r) * 64, _mm512_setzero_si512());
 }
 
@@ -1824,8 +1835,9 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_multiply_bf16_amx(int parts, const uint8
   }
 }
 
-VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const vdb_panel *panel, const void *rows,
-                                                    size_t count, size_t dimensions, float *scores, void *scratch) {
+VDB_TARGET(VDB_AMX)
+static inline void vdb_tile_amx(vdb_element element, const vdb_panel *panel, const void *rows, size_t count,
+                                size_t dimensions, float *scores, void *scratch) {
   const size_t width = panel->width, steps = (dimensions + vdb_step_amx(element) - 1) / vdb_step_amx(element);
   const size_t panel_bytes = steps * (element == VDB_I8 ? 1024 : 2048);
   const float *scales = (const float *)panel->data;
@@ -1841,7 +1853,7 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const v
     shape.rows[t] = 16;
     shape.row_bytes[t] = 64;
   }
-  vdb_arrange_amx(element, rows, count, dimensions, (uint8_t *)scratch);
+  vdb_arrange_amx(element, (const uint8_t *)rows, count, dimensions, (uint8_t *)scratch);
   __asm__ volatile("" : : "r"(&shape), "r"(scratch) : "memory"); /* written before the instructions below read them */
   _tile_loadconfig(&shape);
   for (size_t q = 0; q < width; q += 32) {
@@ -1853,8 +1865,10 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const v
     _tile_zero(3);
     if (element == VDB_I8) {
       vdb_multiply_i8_amx(arranged, left, right, steps, next, lines);
+    } else if (element == VDB_BF16) {
+      vdb_multiply_bf16_amx(1, arranged, left, right, steps, next, lines);
     } else {
-      vdb_multiply_bf16_amx(element == VDB_BF16 ? 1 : 2, arranged, left, right, steps, next, lines);
+      vdb_multiply_bf16_amx(2, arranged, left, right, steps, next, lines);
     }
     next += steps * lines * 64;
     _tile_stored(0, &sums[0][q], sizeof sums[0]);
@@ -1871,15 +1885,6 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const v
       _mm512_storeu_ps(scores + r * width + q, _mm512_mul_ps(sum, _mm512_loadu_ps(scales + q)));
     }
   }
-}
-
-VDB_TARGET(VDB_AMX)
-static inline void vdb_tile_amx(vdb_element element, const vdb_panel *panel, const void *rows, size_t count,
-                                size_t dimensions, float *scores, void *scratch) {
-  if (element == VDB_F32) vdb_tile_as_amx(VDB_F32, panel, rows, count, dimensions, scores, scratch);
-  if (element == VDB_F16) vdb_tile_as_amx(VDB_F16, panel, rows, count, dimensions, scores, scratch);
-  if (element == VDB_BF16) vdb_tile_as_amx(VDB_BF16, panel, rows, count, dimensions, scores, scratch);
-  if (element == VDB_I8) vdb_tile_as_amx(VDB_I8, panel, rows, count, dimensions, scores, scratch);
 }
 
 static inline const vdb_kernel_set *vdb_amx_set(void) {
@@ -2480,7 +2485,7 @@ static inline void *vdb_pool_worker(void *argument) {
   return NULL;
 }
 
-static inline void vdb_pool_reset(vdb_pool *pool) {
+VDB_LIGHT void vdb_pool_reset(vdb_pool *pool) {
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_cond_init(&pool->work, NULL);
   pthread_cond_init(&pool->done, NULL);
@@ -2493,7 +2498,7 @@ static inline void vdb_pool_reset(vdb_pool *pool) {
 
 /* In a child of fork() the pool is the parent's, whose threads are not here and whose mutex may be locked. One thread
  * makes it anew. A child that is forked meanwhile finds the number of another process, and begins again. */
-static inline void vdb_pool_adopt(vdb_pool *pool) {
+VDB_LIGHT void vdb_pool_adopt(vdb_pool *pool) {
   long process = (long)vdb_sys_getpid(), found = __atomic_load_n(&pool->process, __ATOMIC_ACQUIRE);
   while (found != process) {
     if (found == -process) {
@@ -2508,7 +2513,7 @@ static inline void vdb_pool_adopt(vdb_pool *pool) {
 }
 
 /* Joins the workers; those of a parent process are not ours to join. */
-static inline void vdb_pool_stop(vdb_pool *pool) {
+VDB_LIGHT void vdb_pool_stop(vdb_pool *pool) {
   if (pool->process == (long)vdb_sys_getpid()) {
     pthread_mutex_lock(&pool->mutex);
     pool->stopping = 1;
@@ -2524,7 +2529,7 @@ static inline void vdb_pool_stop(vdb_pool *pool) {
 }
 
 /* Starts the workers. Fewer than wanted, or none, is no failure: the caller works too. */
-static inline void vdb_pool_start(vdb_pool *pool, size_t workers) {
+VDB_LIGHT void vdb_pool_start(vdb_pool *pool, size_t workers) {
   pool->threads = (pthread_t *)VDB_MALLOC(workers * sizeof(pthread_t));
   if (!pool->threads) return;
   while (pool->thread_count < workers &&
@@ -2533,7 +2538,7 @@ static inline void vdb_pool_start(vdb_pool *pool, size_t workers) {
 }
 
 /* 1 if the job was done by the pool, 0 if the pool was busy and nothing was done. */
-static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
+VDB_ONCE int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
   vdb_pool_adopt(pool);
   pthread_mutex_lock(&pool->mutex);
   if (pool->busy) {
@@ -2555,7 +2560,7 @@ static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb
   return 1;
 }
 
-static inline size_t vdb_cores(void) {
+VDB_ONCE size_t vdb_cores(void) {
   long cores = vdb_sys_get_nprocs();
   return cores < 1 ? 1 : cores > 256 ? 256 : (size_t)cores;
 }
@@ -2572,11 +2577,11 @@ static inline void vdb_enter_write(vdb_lock *lock) { (void)lock; }
 static inline void vdb_leave_write(vdb_lock *lock) { (void)lock; }
 static inline void vdb_enter_still(vdb_lock *lock) { (void)lock; }
 static inline void vdb_leave_still(vdb_lock *lock) { (void)lock; }
-static inline void vdb_pool_reset(vdb_pool *pool) { pool->unused = 0; }
-static inline void vdb_pool_stop(vdb_pool *pool) { (void)pool; }
-static inline size_t vdb_cores(void) { return 1; }
+VDB_LIGHT void vdb_pool_reset(vdb_pool *pool) { pool->unused = 0; }
+VDB_LIGHT void vdb_pool_stop(vdb_pool *pool) { (void)pool; }
+VDB_ONCE size_t vdb_cores(void) { return 1; }
 
-static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
+VDB_ONCE int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
   (void)pool, (void)workers;
   for (size_t task = 0; task < tasks; task++) run(context, task);
   return 1;
@@ -2604,7 +2609,7 @@ static inline void vdb_watch_make(vdb_watch *watch, int (*go_on)(size_t, size_t,
 }
 
 /* Whether the call was stopped; on the caller's thread, asks. */
-static inline int vdb_watch_stops(vdb_watch *watch, size_t done, size_t count) {
+VDB_ONCE int vdb_watch_stops(vdb_watch *watch, size_t done, size_t count) {
   if (__atomic_load_n(&watch->stopped, __ATOMIC_RELAXED)) return 1;
 #ifdef VDB_MULTITHREADED
   if (!pthread_equal(watch->caller, pthread_self())) return 0;
@@ -2874,16 +2879,16 @@ static inline void vdb_clear_after(vdb_database *db, size_t row) {
 }
 
 /* --- room --- */
-static inline vdb_error vdb_graph_make_room(vdb_database *db, size_t rows);
+VDB_RARE vdb_error vdb_graph_make_room(vdb_database *db, size_t rows);
 static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row);
-static inline void vdb_graph_release(vdb_database *db);
-static inline size_t vdb_graph_bytes(const vdb_database *db);
-static inline void vdb_changes_make_room(vdb_database *db);
-static inline void *vdb_spill(vdb_paging *paging, size_t bytes);
-static inline void vdb_touch(const vdb_database *db, size_t bytes);
+VDB_RARE void vdb_graph_release(vdb_database *db);
+VDB_RARE size_t vdb_graph_bytes(const vdb_database *db);
+VDB_RARE void vdb_changes_make_room(vdb_database *db);
+VDB_RARE void *vdb_spill(vdb_paging *paging, size_t bytes);
+VDB_INLINE void vdb_touch(const vdb_database *db, size_t bytes);
 
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
-VDB_RARE int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
+VDB_LIGHT int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
   if (count > SIZE_MAX / item) return 0;
 #ifdef VDB_REALLOC
   unsigned char *grown = (unsigned char *)VDB_REALLOC(*array, count * item);
@@ -2955,7 +2960,7 @@ VDB_RARE vdb_error vdb_make_room(vdb_database *db, size_t rows) {
 static inline size_t vdb_thread_count(const vdb_database *db) { return db->threads; }
 
 /* Runs tasks 0 to tasks - 1, in any order and on any thread; all are done on return. */
-static inline void vdb_parallel(const vdb_database *db, size_t tasks, vdb_task run, void *context) {
+VDB_ONCE void vdb_parallel(const vdb_database *db, size_t tasks, vdb_task run, void *context) {
   size_t threads = vdb_min(vdb_thread_count(db), tasks);
   if (threads > 1 && vdb_pool_run(db->pool, vdb_thread_count(db) - 1, tasks, run, context)) return;
   for (size_t task = 0; task < tasks; task++) run(context, task);
@@ -2968,7 +2973,7 @@ static inline void vdb_make_live(vdb_database *db, const uint32_t *rows, size_t 
 }
 
 /* A row's place may be used again. Where there is no memory to note that, it is lost until vdb_compact. */
-VDB_RARE void vdb_free_row(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_free_row(vdb_database *db, size_t row) {
   if (db->free_count == db->free_capacity) {
     size_t capacity = vdb_max(64, 2 * db->free_capacity);
     if (!vdb_grow((void **)&db->free_rows, db->free_capacity, capacity, sizeof(uint32_t))) return;
@@ -2985,7 +2990,7 @@ static inline void vdb_columns_touch(vdb_columns *columns, size_t row) {
 }
 
 /* --- one row --- */
-static inline void vdb_store_vector(vdb_database *db, size_t row, const float *vector) {
+VDB_ONCE void vdb_store_vector(vdb_database *db, size_t row, const float *vector) {
   vdb_block *block = &db->blocks[row >> db->block_shift];
   size_t place = vdb_row_in_block(db, row), dimensions = db->dimensions;
   unsigned char *out = block->vectors + place * dimensions * vdb_element_size(db->options.storage);
@@ -3004,14 +3009,14 @@ static inline void vdb_store_vector(vdb_database *db, size_t row, const float *v
   }
 }
 
-static inline void vdb_decode_row(const vdb_database *db, size_t row, float *out) {
+VDB_ONCE void vdb_decode_row(const vdb_database *db, size_t row, float *out) {
   vdb_touch(db, VDB_FAULT_BYTES);
   float scale = db->options.storage == VDB_STORAGE_I8 ? vdb_scale_at(db, row) : 1.0f;
   vdb_active()->decode(vdb_element_of(db->options.storage), vdb_vector_at(db, row), scale, db->dimensions, out);
 }
 
 /* Norm, codes and what the codes miss, from the stored vector; `decoded` is room for one vector. */
-static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded) {
+VDB_ONCE void vdb_describe_row(vdb_database *db, size_t row, float *decoded) {
   vdb_block *block = &db->blocks[row >> db->block_shift];
   size_t place = vdb_row_in_block(db, row), dimensions = db->dimensions;
   const float *vector = (const float *)vdb_vector_at(db, row);
@@ -3042,7 +3047,7 @@ static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded
  * in its cache. Codes that are read by every search stay, if the bound has room for them, and the few vectors whose
  * distances are then measured are read, not mapped.
  */
-static inline void vdb_let_go(const vdb_database *db);
+VDB_RARE void vdb_let_go(const vdb_database *db);
 
 /* Before `bytes` of what lies on disk are read. */
 VDB_INLINE void vdb_touch(const vdb_database *db, size_t bytes) {
@@ -3141,7 +3146,7 @@ VDB_RARE int vdb_nameless_file(const char *folder) { return (void)folder, errno 
 #endif
 
 /* The vector of a row, read into `room` [dimensions] where it lies on disk and is seldom read: what is around it stays there. */
-VDB_RARE const float *vdb_fetch_vector(const vdb_database *db, size_t row, float *room) {
+VDB_LIGHT const float *vdb_fetch_vector(const vdb_database *db, size_t row, float *room) {
   const vdb_block *block = vdb_block_of(db, row);
   const unsigned char *vector = (const unsigned char *)vdb_vector_at(db, row), *base = db->mapping.base;
   size_t bytes = db->dimensions * sizeof(float), done = 0, at = (size_t)(vector - block->vectors) + block->place;
@@ -3182,7 +3187,7 @@ VDB_RARE void vdb_page_within(vdb_database *db, size_t bytes) {
 VDB_INLINE void vdb_mark_all(vdb_database *db) { __atomic_store_n(&db->changes.unknown, 1, __ATOMIC_RELAXED); }
 
 /* Tasks that build links mark rows at once. */
-static inline void vdb_mark(vdb_database *db, uint64_t *bits, size_t row) {
+VDB_ONCE void vdb_mark(vdb_database *db, uint64_t *bits, size_t row) {
   uint64_t bit = (uint64_t)1 << (row & 63);
   if (row >> 6 >= db->changes.words) vdb_mark_all(db);
   else if (!(__atomic_load_n(&bits[row >> 6], __ATOMIC_RELAXED) & bit))
@@ -3281,7 +3286,7 @@ VDB_API int vdb_next_value(const void *values, size_t size, size_t *place, vdb_v
 }
 
 /* How many values there are, or -1 if the bytes are no values, or two have one name. */
-VDB_RARE long vdb_count_values(const unsigned char *values, size_t size) {
+VDB_LIGHT long vdb_count_values(const unsigned char *values, size_t size) {
   size_t place = 0, before;
   vdb_value value, other;
   long count = 0;
@@ -3296,7 +3301,7 @@ VDB_RARE long vdb_count_values(const unsigned char *values, size_t size) {
 }
 
 /* Bytes that values take when they are kept; SIZE_MAX for such as cannot be. */
-VDB_RARE size_t vdb_values_size(const vdb_value *values, size_t count) {
+VDB_LIGHT size_t vdb_values_size(const vdb_value *values, size_t count) {
   size_t bytes = 0;
   if (!values && count) return SIZE_MAX;
   for (size_t i = 0; i < count; i++) {
@@ -3319,7 +3324,7 @@ VDB_RARE size_t vdb_values_size(const vdb_value *values, size_t count) {
   return bytes > INT32_MAX ? SIZE_MAX : bytes;
 }
 
-VDB_RARE void vdb_write_values(const vdb_value *values, size_t count, unsigned char *out) {
+VDB_LIGHT void vdb_write_values(const vdb_value *values, size_t count, unsigned char *out) {
   for (size_t i = 0; i < count; i++) {
     const vdb_value *value = &values[i];
     size_t name = strlen(value->name);
@@ -3343,7 +3348,7 @@ VDB_RARE void vdb_write_values(const vdb_value *values, size_t count, unsigned c
 #define VDB_CHUNK_BYTES ((size_t)1 << 16)
 #define VDB_MAX_ID ((size_t)1 << 20)
 
-static inline uint64_t vdb_hash(const char *id, size_t size) {
+VDB_ONCE uint64_t vdb_hash(const char *id, size_t size) {
   uint64_t hash = 0xcbf29ce484222325u;
   for (size_t i = 0; i < size; i++) hash = (hash ^ (unsigned char)id[i]) * 0x100000001b3u;
   return hash ^ hash >> 32;
@@ -3360,7 +3365,7 @@ static inline unsigned char *vdb_journal_record_of(const vdb_mapping *mapping, s
 }
 
 /* The record of a row, or NULL. In a mapped file nothing is believed before it is checked. */
-static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t row) {
+VDB_ONCE const unsigned char *vdb_record_of(const vdb_database *db, size_t row) {
   if (!db->mapping.base) return db->records.records ? db->records.records[row] : NULL;
   const vdb_mapping *mapping = &db->mapping;
   const unsigned char *newer = vdb_journal_record_of(mapping, row);
@@ -3379,7 +3384,7 @@ static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t 
 }
 
 /* 0 if the row has no record. `*id` is NULL when it has none. */
-static inline int vdb_record_at(const vdb_database *db, size_t row, const char **id, size_t *id_size,
+VDB_ONCE int vdb_record_at(const vdb_database *db, size_t row, const char **id, size_t *id_size,
                                 const unsigned char **metadata, size_t *metadata_size) {
   const unsigned char *record = vdb_record_of(db, row);
   uint32_t sizes[2] = {0, 0};
@@ -3392,7 +3397,7 @@ static inline int vdb_record_at(const vdb_database *db, size_t row, const char *
 }
 
 /* Not 0 if the metadata of a row is values. */
-static inline int vdb_has_values(const vdb_database *db, size_t row) {
+VDB_ONCE int vdb_has_values(const vdb_database *db, size_t row) {
   const unsigned char *record = vdb_record_of(db, row);
   uint32_t sizes[2] = {0, 0};
   if (record) memcpy(sizes, record, sizeof sizes);
@@ -3411,7 +3416,7 @@ VDB_INLINE vdb_record_head *vdb_head_of(const unsigned char *record) {
 }
 
 /* Memory for a record, with one user. Allocators keep about as much as the head beside each. */
-static inline unsigned char *vdb_record_make(vdb_records *records, size_t bytes) {
+VDB_LIGHT unsigned char *vdb_record_make(vdb_records *records, size_t bytes) {
   vdb_record_head *head = (vdb_record_head *)VDB_MALLOC(sizeof(vdb_record_head) + bytes);
   if (!head) return NULL;
   head->users = 1;
@@ -3426,7 +3431,7 @@ static inline void vdb_record_leave(unsigned char *record) {
   if (__atomic_sub_fetch(&head->users, 1u, __ATOMIC_ACQ_REL) == 0) VDB_FREE(head);
 }
 
-static inline void vdb_loaded_leave(vdb_loaded *loaded) {
+VDB_LIGHT void vdb_loaded_leave(vdb_loaded *loaded) {
   if (loaded && __atomic_sub_fetch(&loaded->users, 1u, __ATOMIC_ACQ_REL) == 0) VDB_FREE(loaded);
 }
 
@@ -3437,7 +3442,7 @@ typedef struct {
   vdb_loaded *loaded;
 } vdb_hold;
 
-static inline vdb_hold vdb_hold_record(const vdb_database *db, size_t row) {
+VDB_LIGHT vdb_hold vdb_hold_record(const vdb_database *db, size_t row) {
   vdb_hold hold = {NULL, NULL, NULL};
   const unsigned char *metadata;
   size_t id_size, size;
@@ -3449,7 +3454,7 @@ static inline vdb_hold vdb_hold_record(const vdb_database *db, size_t row) {
   return hold;
 }
 
-static inline void vdb_hold_end(const vdb_hold *hold) {
+VDB_LIGHT void vdb_hold_end(const vdb_hold *hold) {
   if (hold->record) vdb_record_leave(hold->record);
   vdb_loaded_leave(hold->loaded);
 }
@@ -3462,7 +3467,7 @@ static inline size_t vdb_bytes_of_record(const unsigned char *record) {
 
 /* Moves records out of the text of a file, about `budget` bytes of them, and gives the text back when none is left. 0
  * for want of memory: what was moved is moved, and the rest is where it was. */
-VDB_RARE int vdb_leave_text(vdb_database *db, size_t budget) {
+VDB_LIGHT int vdb_leave_text(vdb_database *db, size_t budget) {
   vdb_records *records = &db->records;
   vdb_loaded *loaded = records->loaded;
   for (size_t spent = 0; loaded->moved < db->slots && spent < budget; loaded->moved++, spent += sizeof(void *)) {
@@ -3483,7 +3488,7 @@ VDB_RARE int vdb_leave_text(vdb_database *db, size_t budget) {
 
 /* A row's record has no row any more. Once half of a file's text is dead the rest moves out of it, a little with each
  * row that goes, so that no call takes long for it. */
-static inline void vdb_discard_record(vdb_database *db, unsigned char *record) {
+VDB_LIGHT void vdb_discard_record(vdb_database *db, unsigned char *record) {
   vdb_records *records = &db->records;
   size_t bytes = vdb_bytes_of_record(record);
   if (!vdb_is_loaded(records, record)) {
@@ -3497,7 +3502,7 @@ static inline void vdb_discard_record(vdb_database *db, unsigned char *record) {
     (void)vdb_leave_text(db, 4 * bytes + 4096);
 }
 
-VDB_RARE void vdb_release_records(vdb_database *db) {
+VDB_LIGHT void vdb_release_records(vdb_database *db) {
   vdb_records *records = &db->records;
   for (size_t row = 0; records->records && row < db->capacity; row++) {
     unsigned char *record = records->records[row];
@@ -3538,7 +3543,7 @@ static inline void vdb_table_enter(vdb_records *records, size_t row, uint64_t ha
 
 /* A table for the rows there are and `more` ids to come, less than half full and without gone places; `table` of `records`
  * becomes it, and what was there is left alone. */
-VDB_RARE vdb_error vdb_make_table(const vdb_database *db, vdb_records *records, size_t more) {
+VDB_LIGHT vdb_error vdb_make_table(const vdb_database *db, vdb_records *records, size_t more) {
   size_t ids = more, size = 16, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -3573,7 +3578,7 @@ static inline int vdb_has_id(const vdb_database *db, size_t row, const char *id,
 }
 
 /* The same of rows whose record the journal of a mapped file brought; `*place` starts at the size of the table. */
-VDB_RARE uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash, size_t *place) {
+VDB_LIGHT uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash, size_t *place) {
   const vdb_mapping *mapping = &db->mapping;
   size_t low = 0, high = mapping->id_count;
   while (low < high) {
@@ -3591,7 +3596,7 @@ VDB_RARE uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_
 
 /* Rows with this id, one a call, in table order; `*place` starts at 0. VDB_NO_ROW when there are no more. Rows of equal
  * id lie one after the other in the table, so thousands of one id make that id slow, and no other. */
-static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
+VDB_ONCE uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
                                       size_t *place) {
   const vdb_records *records = &db->records;
   if (!size) return VDB_NO_ROW;
@@ -3605,11 +3610,11 @@ static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, si
   return db->mapping.id_count ? vdb_journal_seek(db, id, size, hash, place) : VDB_NO_ROW;
 }
 
-static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
+VDB_ONCE uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
   return vdb_table_seek(db, id, size, db->records.table_size || db->mapping.id_count ? vdb_hash(id, size) : 0, place);
 }
 
-static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
+VDB_LIGHT uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
   uint32_t lowest = VDB_NO_ROW, row;
   for (size_t place = 0; (row = vdb_table_next(db, id, size, &place)) != VDB_NO_ROW;)
     if (row < lowest) lowest = row;
@@ -3617,7 +3622,7 @@ static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, si
 }
 
 /* Room in the table for `ids` more. */
-static inline vdb_error vdb_table_room(vdb_database *db, size_t ids) {
+VDB_ONCE vdb_error vdb_table_room(vdb_database *db, size_t ids) {
   if (2 * (db->records.table_used + ids) <= db->records.table_size) return VDB_OK;
   return vdb_rebuild_table(db, vdb_max(ids, db->records.table_used / 2));
 }
@@ -3633,7 +3638,7 @@ static inline int vdb_records_room(vdb_database *db) {
 }
 
 /* Makes the record of a row, which has none yet. */
-static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
+VDB_LIGHT vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
                                         const vdb_record *given) {
   size_t metadata_size = vdb_metadata_size(given);
   uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size | (given->value_count ? VDB_VALUES_BIT : 0)};
@@ -3660,7 +3665,7 @@ static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const vdb_r
   return error;
 }
 
-static inline void vdb_drop_record(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_drop_record(vdb_database *db, size_t row) {
   vdb_records *records = &db->records;
   const char *id;
   const unsigned char *metadata;
@@ -3812,7 +3817,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
 }
 
 /* The number of a text in the dictionary, or VDB_NO_ROW. */
-static inline uint32_t vdb_word_find(const vdb_column *column, const char *text, size_t size, uint64_t hash) {
+VDB_ONCE uint32_t vdb_word_find(const vdb_column *column, const char *text, size_t size, uint64_t hash) {
   if (!column->place_count) return VDB_NO_ROW;
   for (size_t mask = column->place_count - 1, at = (size_t)hash & mask;; at = (at + 1) & mask) {
     uint32_t number = column->places[at];
@@ -3829,7 +3834,7 @@ static inline void vdb_word_enter(vdb_column *column, uint32_t number) {
 }
 
 /* Adds a text to the dictionary. 0 for want of memory. */
-static inline int vdb_word_add(vdb_column *column, const char *text, size_t size, uint64_t hash) {
+VDB_ONCE int vdb_word_add(vdb_column *column, const char *text, size_t size, uint64_t hash) {
   if (column->word_count == column->word_capacity) {
     size_t capacity = vdb_max(16, 2 * column->word_capacity), places = 2 * capacity;
     uint32_t *fresh = (uint32_t *)VDB_MALLOC(places * sizeof(uint32_t));
@@ -3857,7 +3862,7 @@ static inline int vdb_word_add(vdb_column *column, const char *text, size_t size
 }
 
 /* The tag of a value in a column, and its word. VDB_TAG_MISSING for want of memory. */
-static inline vdb_tag vdb_column_encode(vdb_column *column, const vdb_value *value, uint64_t *word) {
+VDB_ONCE vdb_tag vdb_column_encode(vdb_column *column, const vdb_value *value, uint64_t *word) {
   *word = 0;
   if (value->type == VDB_VALUE_NONE) return VDB_TAG_NONE;
   if (value->type == VDB_VALUE_BOOL) return value->integer ? VDB_TAG_TRUE : VDB_TAG_FALSE;
@@ -3882,7 +3887,7 @@ static inline void vdb_column_clear(vdb_column *column, size_t row) {
 }
 
 /* 0 for want of memory. */
-static inline int vdb_column_put(vdb_column *column, size_t row, const vdb_value *value) {
+VDB_ONCE int vdb_column_put(vdb_column *column, size_t row, const vdb_value *value) {
   vdb_chunk **at = &column->chunks[row / VDB_COLUMN_ROWS], *chunk = *at;
   size_t place = row % VDB_COLUMN_ROWS;
   uint64_t word;
@@ -3911,7 +3916,7 @@ static inline int vdb_column_put(vdb_column *column, size_t row, const vdb_value
 }
 
 /* The value of this name in a row. 0 if there is none. */
-static inline int vdb_find_value(const vdb_database *db, size_t row, const char *name, vdb_value *out) {
+VDB_ONCE int vdb_find_value(const vdb_database *db, size_t row, const char *name, vdb_value *out) {
   const char *id;
   const unsigned char *metadata;
   size_t id_size, size, place = 0;
@@ -3922,7 +3927,7 @@ static inline int vdb_find_value(const vdb_database *db, size_t row, const char 
 }
 
 /* Reads a row's values into columns [count]. 0 for want of memory. */
-static inline int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_column *columns, size_t count) {
+VDB_ONCE int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_column *columns, size_t count) {
   const char *id;
   const unsigned char *metadata;
   size_t id_size, size, place = 0;
@@ -3939,19 +3944,22 @@ typedef struct {
   uint32_t row;
 } vdb_keyed;
 
-/* Sorts by keys, byte by byte, those that are the same in all left out. The sorted ones are in what it returns. */
-static inline vdb_keyed *vdb_sort_keyed(vdb_keyed *from, vdb_keyed *to, size_t count) {
-  for (unsigned shift = 0; shift < 64; shift += 8) {
-    size_t places[256], next = 0;
+#define VDB_SORT_BITS 11u /* of one pass: 20 bits, which number a million rows, take two */
+
+/* Sorts by keys, of which `differing` has the bits that are not the same in all. The sorted ones are in what it returns. */
+VDB_ONCE vdb_keyed *vdb_sort_keyed(vdb_keyed *from, vdb_keyed *to, size_t count, uint64_t differing) {
+  const uint64_t mask = ((uint64_t)1 << VDB_SORT_BITS) - 1;
+  for (unsigned shift = 0; shift < 64 && differing >> shift; shift += VDB_SORT_BITS) {
+    uint32_t places[1u << VDB_SORT_BITS], next = 0;
+    shift += (unsigned)__builtin_ctzll(differing >> shift);
     memset(places, 0, sizeof places);
-    for (size_t i = 0; i < count; i++) places[from[i].key >> shift & 255]++;
-    if (places[from[0].key >> shift & 255] == count) continue;
-    for (unsigned i = 0; i < 256; i++) {
-      size_t here = places[i];
-      places[i] = next;
+    for (size_t i = 0; i < count; i++) places[from[i].key >> shift & mask]++;
+    for (size_t digit = 0; digit <= mask; digit++) {
+      uint32_t here = places[digit];
+      places[digit] = next;
       next += here;
     }
-    for (size_t i = 0; i < count; i++) to[places[from[i].key >> shift & 255]++] = from[i];
+    for (size_t i = 0; i < count; i++) to[places[from[i].key >> shift & mask]++] = from[i];
     vdb_keyed *sorted = to;
     to = from;
     from = sorted;
@@ -3971,8 +3979,9 @@ VDB_RARE int vdb_column_is_numbers(const vdb_column *column, vdb_tag *tag, size_
 }
 
 /* The rows of a column in the order of their numbers. Nothing happens for want of memory. */
-VDB_RARE void vdb_column_sort(vdb_column *column) {
+VDB_ONCE void vdb_column_sort(vdb_column *column) {
   size_t count, filled = 0;
+  uint64_t differing = 0;
   if (!vdb_column_is_numbers(column, &column->order_tag, &count)) return;
   vdb_keyed *pairs = (vdb_keyed *)VDB_MALLOC(2 * count * sizeof(vdb_keyed));
   column->order = (uint32_t *)VDB_MALLOC(count * sizeof(uint32_t));
@@ -3983,10 +3992,11 @@ VDB_RARE void vdb_column_sort(vdb_column *column) {
       uint64_t word = chunk->values[place], sign = (uint64_t)1 << 63;
       int downward = column->order_tag == VDB_TAG_FLOAT && (word & sign); /* floats below 0 are ordered from behind */
       pairs[filled].key = downward ? ~word : word ^ sign;
+      differing |= pairs[filled].key ^ pairs[0].key;
       pairs[filled++].row = (uint32_t)(i * VDB_COLUMN_ROWS + place);
     }
   }
-  vdb_keyed *sorted = filled ? vdb_sort_keyed(pairs, pairs + count, filled) : pairs;
+  vdb_keyed *sorted = filled ? vdb_sort_keyed(pairs, pairs + count, filled, differing) : pairs;
   for (size_t i = 0; i < filled; i++) column->order[i] = sorted[i].row;
   column->order_count = filled;
   VDB_FREE(pairs);
@@ -4002,7 +4012,7 @@ VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
 }
 
 /* Reads what has changed since. Under a reader's lock and the mutex. */
-VDB_RARE vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
+VDB_LIGHT vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
   size_t old = columns->rows, slots = db->slots, words = (columns->rows + 63) / 64;
   if (columns->any_touched || slots > old) {
     vdb_kept_release(columns);
@@ -4034,8 +4044,9 @@ static inline vdb_column *vdb_columns_find(const vdb_columns *columns, const cha
   return NULL;
 }
 
-/* Adds the column of a name, read from all rows. Columns must be fresh. */
-VDB_RARE vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns, const char *name) {
+/* Adds the column of a name, read from all rows, and sorted if it holds numbers, which takes about as long once. Columns
+ * must be fresh. */
+VDB_LIGHT vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns, const char *name) {
   vdb_column column;
   memset(&column, 0, sizeof column);
   if (columns->count == columns->capacity) {
@@ -4048,8 +4059,12 @@ VDB_RARE vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns,
   if (good) memcpy(column.name, name, strlen(name) + 1);
   good = good && vdb_column_room(&column, vdb_max(columns->rows, db->slots));
   for (size_t row = 0; row < db->slots && good; row++) good = vdb_columns_read_row(db, row, &column, 1);
-  if (good) columns->columns[columns->count++] = column;
-  else vdb_column_release(&column);
+  if (good) {
+    vdb_column_sort(&column);
+    columns->columns[columns->count++] = column;
+  } else {
+    vdb_column_release(&column);
+  }
   return good ? VDB_OK : VDB_ERROR_OUT_OF_MEMORY;
 }
 
@@ -4244,7 +4259,7 @@ VDB_RARE void vdb_node_range(vdb_node *node, vdb_operator operation, const vdb_v
 }
 
 /* What of a column is equal to one of the values asked for. 0 for want of memory. */
-VDB_RARE int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
+VDB_LIGHT int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
   size_t count = asked->count, words = node->column.word_count / 64 + 1;
   node->ints = (int64_t *)VDB_MALLOC(count * sizeof(int64_t) + 8);
   node->numbers = (double *)VDB_MALLOC(count * sizeof(double) + 8);
@@ -4302,7 +4317,7 @@ VDB_RARE vdb_error vdb_condition_compile(vdb_filtering *filtering, const vdb_con
 }
 
 /* Whether a text that stands by its hash is one of those asked for. */
-static inline int vdb_text_passes(const vdb_database *db, const vdb_node *node, size_t row, uint64_t hash) {
+VDB_ONCE int vdb_text_passes(const vdb_database *db, const vdb_node *node, size_t row, uint64_t hash) {
   vdb_value value;
   if (!node->hash_count || !bsearch(&hash, node->hashes, node->hash_count, sizeof hash, vdb_by_hash)) return 0;
   if (!vdb_find_value(db, row, node->column.name, &value) || value.type != VDB_VALUE_TEXT) return 0;
@@ -4315,7 +4330,7 @@ static inline int vdb_text_passes(const vdb_database *db, const vdb_node *node, 
   return 0;
 }
 
-static inline int vdb_value_passes(const vdb_database *db, const vdb_node *node, size_t row, vdb_tag tag, uint64_t word) {
+VDB_ONCE int vdb_value_passes(const vdb_database *db, const vdb_node *node, size_t row, vdb_tag tag, uint64_t word) {
   int64_t integer;
   double number;
   switch (tag) {
@@ -4334,7 +4349,7 @@ static inline int vdb_value_passes(const vdb_database *db, const vdb_node *node,
 }
 
 /* 0 if none of a chunk's values can pass, 1 if all of them do, 2 if they must be looked at. */
-static inline int vdb_chunk_says(const vdb_node *node, const vdb_chunk *chunk) {
+VDB_ONCE int vdb_chunk_says(const vdb_node *node, const vdb_chunk *chunk) {
   int none = 1, all = 1;
   for (uint32_t rest = chunk->kinds; rest; rest &= rest - 1) {
     vdb_tag tag = (vdb_tag)__builtin_ctz(rest);
@@ -4397,7 +4412,7 @@ static inline void vdb_node_chunk(const vdb_database *db, const vdb_node *node, 
 }
 
 /* The rows of one chunk that pass the nodes from `node` on. */
-static inline void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_node *node, size_t chunk, uint64_t *out) {
+VDB_ONCE void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_node *node, size_t chunk, uint64_t *out) {
   vdb_operator operation = node->asked->operation;
   if (operation < VDB_ALL_OF) {
     vdb_node_chunk(filtering->db, node, chunk, out);
@@ -4417,7 +4432,7 @@ static inline void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_no
 }
 
 /* Whether one row passes the nodes from `node` on. */
-static inline int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t row) {
+VDB_ONCE int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t row) {
   if (node->asked->operation < VDB_ALL_OF) {
     size_t number = row / VDB_COLUMN_ROWS, place = row % VDB_COLUMN_ROWS;
     const vdb_chunk *chunk = number < node->column.chunk_capacity ? node->column.chunks[number] : NULL;
@@ -4482,7 +4497,7 @@ static inline int vdb_filter_others(const vdb_filtering *filtering, const vdb_no
 
 /* Makes the bitset from the few rows of the shortest range, if there is a sorted column that says so; each is asked the
  * rest of the condition. 0 if there is none. Columns that are asked often enough without get sorted. */
-VDB_RARE int vdb_filter_from_order(vdb_filtering *filtering) {
+VDB_LIGHT int vdb_filter_from_order(vdb_filtering *filtering) {
   const vdb_node *root = filtering->nodes, *best = NULL;
   vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
   size_t from = 0, most = filtering->db->slots / VDB_SORTED_SHARE + 1;
@@ -4515,7 +4530,7 @@ VDB_RARE int vdb_filter_from_order(vdb_filtering *filtering) {
 #define VDB_FILTER_WALK 1024.0 /* the graph's least effort times VDB_WALK_COST: with fewer it leaves this to a scan */
 
 /* Asks some rows of all. Whether enough pass, of all and for a walk. */
-VDB_RARE int vdb_filter_sample(vdb_filtering *filtering) {
+VDB_LIGHT int vdb_filter_sample(vdb_filtering *filtering) {
   const vdb_database *db = filtering->db;
   size_t asked = 0, passed = 0, linked = db->slots - vdb_min(db->free_count, db->slots);
   for (uint64_t i = 1; i <= VDB_FILTER_SAMPLE && db->slots; i++) {
@@ -4750,7 +4765,7 @@ static inline size_t vdb_question_bytes(const vdb_database *db) {
 }
 
 /* Codes in two parts: what the first part misses, the second has to a 254th of it. */
-static inline void vdb_make_codes(size_t dimensions, size_t padded, int8_t *high, int8_t *low, vdb_question *question) {
+VDB_ONCE void vdb_make_codes(size_t dimensions, size_t padded, int8_t *high, int8_t *low, vdb_question *question) {
   vdb_probe *probe = &question->probe;
   double missed = 0.0;
   probe->high = high;
@@ -4773,7 +4788,7 @@ static inline void vdb_make_codes(size_t dimensions, size_t padded, int8_t *high
 }
 
 /* `memory` has vdb_question_bytes() and VDB_ALIGNMENT. */
-static inline void vdb_ask(const vdb_database *db, const float *query, void *memory, vdb_question *out) {
+VDB_ONCE void vdb_ask(const vdb_database *db, const float *query, void *memory, vdb_question *out) {
   size_t dimensions = db->dimensions, padded = vdb_padded(dimensions);
   float *values = (float *)memory, *scaled = values + padded;
   double sums[2];
@@ -4874,7 +4889,7 @@ static inline size_t vdb_shortlist_bytes(size_t k) {
   return vdb_round_up(k * sizeof(float) + vdb_shortlist_room(k) * sizeof(vdb_candidate) + k * sizeof(vdb_found), 64);
 }
 
-static inline void vdb_shortlist_make(vdb_shortlist *list, size_t k, void *memory) {
+VDB_ONCE void vdb_shortlist_make(vdb_shortlist *list, size_t k, void *memory) {
   memset(list, 0, sizeof *list);
   list->k = k;
   list->threshold = -INFINITY;
@@ -4956,7 +4971,7 @@ static inline void vdb_prefetch_row(const vdb_database *db, size_t row) {
 }
 
 /* Measures the shortlist, most promising first, until no other can be in the answer, and empties it. */
-static inline void vdb_settle(const vdb_scan *scan, vdb_shortlist *list) {
+VDB_ONCE void vdb_settle(const vdb_scan *scan, vdb_shortlist *list) {
   size_t kept = 0;
   for (size_t i = 0; i < list->count; i++)
     if (!(list->list[i].upper < list->threshold)) list->list[kept++] = list->list[i];
@@ -4984,7 +4999,7 @@ static inline void vdb_shortlist_add(const vdb_scan *scan, vdb_shortlist *list, 
 }
 
 /* What another thread found in other rows. Bounds and distances of all rows count together. */
-static inline void vdb_shortlist_merge(const vdb_scan *scan, vdb_shortlist *into, const vdb_shortlist *from) {
+VDB_ONCE void vdb_shortlist_merge(const vdb_scan *scan, vdb_shortlist *into, const vdb_shortlist *from) {
   for (size_t i = 0; i < from->lower_count; i++) vdb_keep_lower(into, from->lowers[i]);
   for (size_t i = 0; i < from->found; i++) vdb_keep_found(into, from->best[i]);
   for (size_t i = 0; i < from->count; i++) {
@@ -5002,7 +5017,7 @@ static inline vdb_form vdb_form_of(const vdb_database *db, int tiles) {
 }
 
 /* `relative` and `missing` say how wrong scores are: by (relative * |query| + missing) * |row| at most. */
-static inline vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question *question,
                                      const vdb_query_options *options, vdb_form form, float relative, float missing,
                                      float *decoded) {
   vdb_scan scan;
@@ -5034,21 +5049,21 @@ static inline vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question 
  * places behind them, and all where there is no array, get `otherwise`. */
 VDB_INLINE void vdb_pick(const float *from, size_t first, const uint8_t *picked, size_t count, float otherwise,
                          float *out) {
-  size_t i = 0;
-  if (from && !picked) memcpy(out, from + first, count * sizeof(float)), i = count;
-  else if (from)
-    for (; i < count; i++) out[i] = from[first + picked[i]];
-  for (; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
+  for (size_t i = 0; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
+  if (!from) return;
+  if (count == VDB_TILE_ROWS && !picked) memcpy(out, from + first, VDB_TILE_ROWS * sizeof(float));
+  else
+    for (size_t i = 0; i < count; i++) out[i] = from[first + (picked ? picked[i] : i)];
 }
 
 /* The terms of rows from their norms, scales and residuals, a whole tile of them. Loops go over all, so that compilers make
  * vectors of them: with codes a scan reads a row in 15 ns, and this is part of it. */
-VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const float *scales, const float *residuals,
+VDB_ONCE void vdb_terms_from(const vdb_scan *scan, const float *norms, const float *scales, const float *residuals,
                                size_t count, vdb_row_terms *out) {
-  float lowest = 0.0f;
+  uint32_t signs = 0;
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
     out->alpha[i] = scales[i], out->beta[i] = 0.0f, out->rho[i] = norms[i], out->residual[i] = residuals[i];
-    lowest = norms[i] < lowest ? norms[i] : lowest;
+    signs |= vdb_bits(norms[i]); /* a minimum of floats would make no vectors */
   }
   if (scan->form == VDB_FORM_COSINE) {
     for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
@@ -5063,7 +5078,7 @@ VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const f
       out->rho[i] = out->residual[i] = 0.0f;
     }
   }
-  for (size_t i = 0; lowest < 0.0f && i < count; i++) {
+  for (size_t i = 0; signs >> 31 && i < count; i++) {
     if (!(norms[i] < 0.0f)) continue;
     out->alpha[i] = out->rho[i] = out->residual[i] = 0.0f;
     out->beta[i] = VDB_UNBOUNDED;
@@ -5071,7 +5086,7 @@ VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const f
 }
 
 /* The terms of rows, given as to vdb_pick. */
-static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
+VDB_ONCE void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
                              size_t count, vdb_row_terms *out) {
   float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
   vdb_pick(block->norms, first, picked, count, 1.0f, norms);
@@ -5081,7 +5096,7 @@ static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_
 }
 
 /* The terms of rows that lie anywhere. */
-static inline void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
+VDB_ONCE void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
   float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
     const vdb_block *block = vdb_block_of(scan->db, rows[vdb_min(i, count - 1)]);
@@ -5107,14 +5122,14 @@ static inline float vdb_lower_of(const vdb_scan *scan, const vdb_row_terms *term
 /* --- which rows may be answered --- */
 
 /* Live rows that the bitset lets pass; or about so many as a condition does. */
-static inline size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
+VDB_ONCE size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
   if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
   if (!options->bitset) return db->count;
   return vdb_active()->count(options->bitset, db->live, vdb_min((db->slots + 63) / 64, options->bitset_words));
 }
 
 /* Whether a bitset leaves so few rows that picking them beats scanning all. */
-static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
+VDB_ONCE int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
   return options->bitset && vdb_count_passing(db, options) < db->slots / 8;
 }
 
@@ -5168,7 +5183,7 @@ VDB_INLINE int vdb_group_passes(const vdb_scan *scan, float threshold, vdb_group
 }
 
 /* Scores the rows of `mask` from `row` on. 0 if none of them reaches the threshold. */
-VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
+VDB_ONCE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
   const vdb_database *db = scan->db;
   const vdb_block *block = vdb_block_of(db, row);
   size_t first = vdb_row_in_block(db, row), count = 0;
@@ -5189,7 +5204,7 @@ VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, 
 }
 
 /* The same of the group's rows, which may lie anywhere. */
-static inline int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
+VDB_ONCE int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
   const vdb_database *db = scan->db;
   const void *rows[VDB_SCAN_ROWS];
   for (size_t i = 0; i < group->count; i++) {
@@ -5202,7 +5217,7 @@ static inline int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_
 }
 
 /* Adds the rows of a group that may be in the answer to the list. */
-static inline void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
+VDB_ONCE void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
   for (size_t i = 0; i < group->count; i++) {
     float upper = scan->question->wild || !vdb_is_finite(group->uppers[i]) ? VDB_UNBOUNDED : group->uppers[i];
     if (upper < list->threshold) continue;
@@ -5272,7 +5287,7 @@ static inline void vdb_scan_task(void *context, size_t task) {
 }
 
 /* How many tasks a pass over the rows is cut into, and how many rows each has (whole groups). */
-static inline size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *rows_per_task) {
+VDB_ONCE size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *rows_per_task) {
   size_t threads = vdb_thread_count(db), groups = (db->slots + VDB_SCAN_ROWS - 1) / VDB_SCAN_ROWS;
   size_t tasks = threads == 1 || work < VDB_PARALLEL_BYTES ? 1 : vdb_min(4 * threads, groups);
   *rows_per_task = vdb_max(1, (groups + tasks - 1) / tasks) * VDB_SCAN_ROWS;
@@ -5280,7 +5295,7 @@ static inline size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *r
 }
 
 /* The nearest rows, sorted: the heap gives the farthest first. */
-static inline size_t vdb_take_found(vdb_shortlist *list, vdb_found *out) {
+VDB_ONCE size_t vdb_take_found(vdb_shortlist *list, vdb_found *out) {
   for (size_t rest = list->found; rest; rest--) {
     out[rest - 1] = list->best[0];
     vdb_sift_found(list->best, rest - 1, list->best[rest - 1]);
@@ -5289,7 +5304,7 @@ static inline size_t vdb_take_found(vdb_shortlist *list, vdb_found *out) {
 }
 
 /* Every distance is 1: the first k rows that pass are the answer. */
-static inline size_t vdb_scan_zero(const vdb_database *db, const vdb_query_options *options, size_t k, vdb_found *out) {
+VDB_LIGHT size_t vdb_scan_zero(const vdb_database *db, const vdb_query_options *options, size_t k, vdb_found *out) {
   size_t found = 0;
   for (size_t row = 0; row < db->slots && found < k; row++) {
     if (!vdb_passes(db, options, row)) continue;
@@ -5300,7 +5315,7 @@ static inline size_t vdb_scan_zero(const vdb_database *db, const vdb_query_optio
 }
 
 /* The exact answer to one question: out [options->k] by (distance, row). */
-static inline vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *question,
                                      const vdb_query_options *options, vdb_found *out, size_t *found) {
   size_t k = vdb_min(options->k, db->count);
   *found = 0;
@@ -5369,7 +5384,7 @@ static inline vdb_tile_space vdb_tile_space_of(const vdb_tile_job *job, size_t t
 }
 
 /* Rows that pass all bounds of a tile go to their queries' lists. */
-static inline void vdb_keep_hits(const vdb_tile_job *job, const vdb_tile_space *space, const vdb_row_terms *terms,
+VDB_ONCE void vdb_keep_hits(const vdb_tile_job *job, const vdb_tile_space *space, const vdb_row_terms *terms,
                                  size_t row, uint32_t mask, size_t hits, vdb_shortlist *lists) {
   for (size_t i = 0; i < hits; i++) {
     vdb_hit hit = space->hits[i];
@@ -5422,7 +5437,7 @@ static inline void vdb_tile_settle(void *context, size_t query) {
 }
 
 /* Packs the panel and makes the terms of its queries. */
-static inline void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
+VDB_LIGHT void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
   const vdb_database *db = job->db;
   const float *values[VDB_TILE_QUERIES];
   for (size_t q = 0; q < job->panel.queries; q++) values[q] = job->questions[q].probe.values;
@@ -5439,7 +5454,7 @@ static inline void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
 }
 
 /* Exact answers to `count` <= VDB_TILE_QUERIES questions at once: out [count][options->k]. */
-static inline vdb_error vdb_scan_panel(const vdb_database *db, const vdb_question *questions, size_t count,
+VDB_ONCE vdb_error vdb_scan_panel(const vdb_database *db, const vdb_question *questions, size_t count,
                                        const vdb_query_options *options, vdb_found *out, size_t *counts) {
   vdb_tile_job job;
   size_t k = vdb_min(options->k, db->count), width = vdb_round_up(count, 16), place = 0;
@@ -5487,7 +5502,7 @@ typedef struct {
   vdb_ball *balls; /* [tasks] */
 } vdb_range_job;
 
-static inline void vdb_ball_add(vdb_ball *ball, float distance, uint32_t row) {
+VDB_LIGHT void vdb_ball_add(vdb_ball *ball, float distance, uint32_t row) {
   vdb_found found = {distance, row};
   if (ball->count == ball->capacity) {
     size_t capacity = vdb_max(64, 2 * ball->capacity);
@@ -5530,14 +5545,14 @@ static inline int vdb_by_distance(const void *a, const void *b) {
 }
 
 /* Every distance is 1. */
-static inline void vdb_range_zero(const vdb_database *db, const vdb_query_options *options, float radius,
+VDB_LIGHT void vdb_range_zero(const vdb_database *db, const vdb_query_options *options, float radius,
                                   vdb_ball *out) {
   for (size_t row = 0; row < db->slots && radius >= 1.0f && !out->failed; row++)
     if (vdb_passes(db, options, row)) vdb_ball_add(out, 1.0f, (uint32_t)row);
 }
 
 /* The rows within `radius` of one question, by (distance, row), in `out`, whose rows are to be freed. */
-static inline vdb_error vdb_range_one(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_range_one(const vdb_database *db, const vdb_question *question,
                                       const vdb_query_options *options, float radius, vdb_ball *out) {
   memset(out, 0, sizeof *out);
   if (db->metric == VDB_METRIC_COSINE && question->square == 0.0) {
@@ -5626,7 +5641,7 @@ typedef struct vdb_workshop {
 /* --- links --- */
 
 /* splitmix64 of the row number. Level l or higher has a share of links^-l. */
-static inline uint32_t vdb_level_of(size_t row, uint32_t links) {
+VDB_ONCE uint32_t vdb_level_of(size_t row, uint32_t links) {
   uint64_t hash = ((uint64_t)row + 1) * 0x9e3779b97f4a7c15u, share = UINT64_MAX / links;
   uint32_t level = 0;
   hash = (hash ^ hash >> 30) * 0xbf58476d1ce4e5b9u;
@@ -5649,7 +5664,7 @@ static inline uint32_t vdb_levels_at(const vdb_database *db, size_t row) {
 }
 
 /* How many neighbours, then neighbours, of a row on a level; NULL if it does not stand there. */
-static inline uint32_t *vdb_links_of(const vdb_database *db, size_t row, uint32_t level) {
+VDB_ONCE uint32_t *vdb_links_of(const vdb_database *db, size_t row, uint32_t level) {
   if (!level) return vdb_links_at(db, row);
   if (level > vdb_levels_at(db, row)) return NULL;
   return db->graph.towers + db->graph.tower_of[row] + vdb_tower_size(level - 1, db->options.links);
@@ -5689,7 +5704,7 @@ VDB_RARE vdb_walker *vdb_make_walker(const vdb_database *db, size_t rows, size_t
 }
 
 /* The workshop of a database, made when first asked for; several readers may ask at once. */
-static inline vdb_workshop *vdb_workshop_of(const vdb_database *db) {
+VDB_ONCE vdb_workshop *vdb_workshop_of(const vdb_database *db) {
   vdb_workshop **place = (vdb_workshop **)(uintptr_t)&db->graph.workshop, *none = NULL;
   vdb_workshop *workshop = __atomic_load_n(place, __ATOMIC_ACQUIRE);
   if (workshop) return workshop;
@@ -5701,7 +5716,7 @@ static inline vdb_workshop *vdb_workshop_of(const vdb_database *db) {
   return none;
 }
 
-static inline void vdb_give_walker(const vdb_database *db, vdb_walker *walker) {
+VDB_ONCE void vdb_give_walker(const vdb_database *db, vdb_walker *walker) {
   vdb_workshop *workshop = vdb_workshop_of(db);
   for (size_t i = 0; walker && i < VDB_WALKERS; i++) {
     vdb_walker *none = NULL;
@@ -5711,7 +5726,7 @@ static inline void vdb_give_walker(const vdb_database *db, vdb_walker *walker) {
 }
 
 /* A walker with room for `room` candidates; NULL if memory is short. */
-static inline vdb_walker *vdb_take_walker(const vdb_database *db, size_t room) {
+VDB_ONCE vdb_walker *vdb_take_walker(const vdb_database *db, size_t room) {
   vdb_workshop *workshop = vdb_workshop_of(db);
   vdb_walker *walker = NULL;
   for (size_t i = 0; workshop && !walker && i < VDB_WALKERS; i++)
@@ -5740,7 +5755,7 @@ static inline size_t vdb_build_room(const vdb_database *db) {
 }
 
 /* Room for towers of rows below `rows` that have none yet. */
-VDB_RARE vdb_error vdb_make_towers(vdb_database *db, size_t rows) {
+VDB_LIGHT vdb_error vdb_make_towers(vdb_database *db, size_t rows) {
   vdb_graph *graph = &db->graph;
   size_t wanted = vdb_max(1, graph->towers_size), links = db->options.links;
   for (size_t row = 0; row < rows; row++) {
@@ -5819,7 +5834,7 @@ typedef struct {
   int wild;            /* the query is a row whose norm is outside the normal range */
 } vdb_aim;
 
-static inline vdb_aim vdb_aim_at_question(const vdb_database *db, const vdb_question *question, int codes) {
+VDB_ONCE vdb_aim vdb_aim_at_question(const vdb_database *db, const vdb_question *question, int codes) {
   vdb_aim aim;
   aim.probe = question->probe;
   aim.values = question->probe.values;
@@ -5832,7 +5847,7 @@ static inline vdb_aim vdb_aim_at_question(const vdb_database *db, const vdb_ques
 }
 
 /* A row as the query. What it points at is in the walker, until the next. */
-static inline vdb_aim vdb_aim_at_row(const vdb_database *db, uint32_t row, int codes, vdb_walker *walker) {
+VDB_ONCE vdb_aim vdb_aim_at_row(const vdb_database *db, uint32_t row, int codes, vdb_walker *walker) {
   size_t dimensions = db->dimensions;
   float norm = vdb_norm_at(db, row);
   float factor = db->metric == VDB_METRIC_COSINE && norm > 0.0f ? 1.0f / norm : 1.0f;
@@ -5917,7 +5932,7 @@ static inline float vdb_key_at(const vdb_database *db, const vdb_aim *aim, uint3
 
 /* Whether codes are too coarse to tell the rows of a sorted pool apart, as when all rows are far from the origin and
  * near each other: `plain` aims at the same query by the vectors, and the nearest few say how wrong keys are. */
-static inline int vdb_codes_blur(const vdb_database *db, const vdb_aim *plain, const vdb_near *pool, size_t count,
+VDB_ONCE int vdb_codes_blur(const vdb_database *db, const vdb_aim *plain, const vdb_near *pool, size_t count,
                                  vdb_walker *walker) {
   uint32_t rows[4] = {0, 0, 0, 0};
   float keys[4], error = 0.0f;
@@ -5928,7 +5943,7 @@ static inline int vdb_codes_blur(const vdb_database *db, const vdb_aim *plain, c
   return count > 1 && error * 8.0f > pool[count - 1].key - pool[0].key;
 }
 
-static inline int vdb_row_blurs(const vdb_database *db, const vdb_aim *aim, size_t count, vdb_walker *walker) {
+VDB_ONCE int vdb_row_blurs(const vdb_database *db, const vdb_aim *aim, size_t count, vdb_walker *walker) {
   if (!aim->codes || db->options.storage != VDB_STORAGE_F32_I8) return 0;
   vdb_aim plain = vdb_aim_at_row(db, aim->row, 0, walker);
   return vdb_codes_blur(db, &plain, walker->pool, count, walker);
@@ -6024,7 +6039,7 @@ static inline size_t vdb_walk(const vdb_database *db, const vdb_aim *aim, vdb_ne
 }
 
 /* From the entry down to `level`. */
-static inline vdb_near vdb_approach(const vdb_database *db, const vdb_aim *aim, uint32_t level, vdb_walker *walker) {
+VDB_ONCE vdb_near vdb_approach(const vdb_database *db, const vdb_aim *aim, uint32_t level, vdb_walker *walker) {
   vdb_near at = {0.0f, db->graph.entry, 0};
   at.key = vdb_key_at(db, aim, at.row, walker);
   for (uint32_t l = vdb_min(db->graph.top, VDB_TOP_LEVEL); l > level; l--) at = vdb_descend(db, aim, at, l, walker);
@@ -6034,7 +6049,7 @@ static inline vdb_near vdb_approach(const vdb_database *db, const vdb_aim *aim, 
 /* --- insertion --- */
 
 /* Of `left` from `begin` on, drops what is nearer to `row` than to where the links begin. */
-static inline size_t vdb_drop_nearer(const vdb_database *db, uint32_t row, int codes, vdb_near *left, size_t begin,
+VDB_ONCE size_t vdb_drop_nearer(const vdb_database *db, uint32_t row, int codes, vdb_near *left, size_t begin,
                                      size_t count, vdb_walker *walker) {
   size_t kept = begin;
   if (begin == count) return count;
@@ -6049,7 +6064,7 @@ static inline size_t vdb_drop_nearer(const vdb_database *db, uint32_t row, int c
 /* At most `most` of the pool's `count` rows, nearest first, each nearer to where the links begin than to any chosen
  * before it: so that links lead into all directions. Candidates are taken some at a time, for mostly the first few are
  * enough. */
-static inline size_t vdb_choose_links(const vdb_database *db, int codes, size_t count, size_t most, uint32_t *chosen,
+VDB_ONCE size_t vdb_choose_links(const vdb_database *db, int codes, size_t count, size_t most, uint32_t *chosen,
                                       vdb_walker *walker) {
   size_t found = 0;
   vdb_near left[VDB_CHOICE];
@@ -6066,7 +6081,7 @@ static inline size_t vdb_choose_links(const vdb_database *db, int codes, size_t 
 }
 
 /* Enters rows, the walker's gather at a time, into the pool by their keys. */
-static inline size_t vdb_enter_rows(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
+VDB_ONCE size_t vdb_enter_rows(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
                                     size_t entered, size_t most, vdb_walker *walker) {
   for (size_t begin = 0; begin < count; begin += VDB_PAD) {
     size_t some = vdb_min(VDB_PAD, count - begin);
@@ -6091,7 +6106,7 @@ static inline int vdb_is_stopped(const vdb_insertion *job) {
 
 /* Candidates for the links of a row of a batch on one level, into the pool: from a walk that begins at `at`, which
  * moves to the nearest, and from the rows of the batch before it. */
-static inline size_t vdb_find_candidates(const vdb_insertion *job, size_t position, const vdb_aim *aim, uint32_t level,
+VDB_ONCE size_t vdb_find_candidates(const vdb_insertion *job, size_t position, const vdb_aim *aim, uint32_t level,
                                          vdb_near *at, vdb_walker *walker) {
   const vdb_database *db = job->db;
   size_t count = 0, found = 0, effort = db->options.build_effort;
@@ -6111,7 +6126,7 @@ static inline size_t vdb_find_candidates(const vdb_insertion *job, size_t positi
 }
 
 /* Chooses the links of one row of a batch. */
-static inline void vdb_link_row(const vdb_insertion *job, size_t position, vdb_walker *walker) {
+VDB_ONCE void vdb_link_row(const vdb_insertion *job, size_t position, vdb_walker *walker) {
   vdb_database *db = job->db;
   uint32_t row = job->rows[position], level = vdb_levels_at(db, row);
   vdb_near at = {0.0f, VDB_NO_ROW, 0};
@@ -6153,7 +6168,7 @@ static inline int vdb_by_target(const void *a, const void *b) {
   return x < y ? -1 : x > y;
 }
 
-static inline size_t vdb_collect_reverse(const vdb_insertion *job) {
+VDB_LIGHT size_t vdb_collect_reverse(const vdb_insertion *job) {
   const vdb_database *db = job->db;
   uint64_t *reverse = db->graph.workshop->reverse;
   size_t found = 0;
@@ -6169,7 +6184,7 @@ static inline size_t vdb_collect_reverse(const vdb_insertion *job) {
 }
 
 /* Adds links back from one target on one level: as they are if there is room, or the choice of old and new. */
-static inline void vdb_link_back(const vdb_insertion *job, const uint64_t *reverse, size_t count, vdb_walker *walker) {
+VDB_ONCE void vdb_link_back(const vdb_insertion *job, const uint64_t *reverse, size_t count, vdb_walker *walker) {
   vdb_database *db = job->db;
   uint32_t level = (uint32_t)(reverse[0] >> 60), target = (uint32_t)(reverse[0] >> 28);
   uint32_t *links = vdb_links_of(db, target, level), some[VDB_PAD];
@@ -6217,7 +6232,7 @@ static inline void vdb_link_back_task(void *context, size_t task) {
 }
 
 /* Runs all tasks; those that found no walker run again here, where the others have given theirs back. */
-static inline void vdb_run_insertion(vdb_insertion *job, size_t work, size_t each, vdb_task run) {
+VDB_LIGHT void vdb_run_insertion(vdb_insertion *job, size_t work, size_t each, vdb_task run) {
   job->tasks = vdb_min((work + each - 1) / each, VDB_BATCH);
   memset(job->done, 0, job->tasks);
   vdb_parallel(job->db, job->tasks, run, job);
@@ -6227,7 +6242,7 @@ static inline void vdb_run_insertion(vdb_insertion *job, size_t work, size_t eac
 
 /* A tower for a row that stands higher than the lowest level. A removed row's has no levels, and says behind that how
  * many it has room for. Without memory, which only rows renumbered by vdb_compact can want, the row gets none. */
-VDB_RARE void vdb_place_tower(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_place_tower(vdb_database *db, size_t row) {
   vdb_graph *graph = &db->graph;
   uint32_t links = db->options.links, levels = vdb_level_of(row, links);
   size_t size = vdb_tower_size(levels, links), place = graph->tower_of[row], end = graph->towers_size + size;
@@ -6248,7 +6263,7 @@ VDB_RARE void vdb_place_tower(vdb_database *db, size_t row) {
   graph->towers_size = end;
 }
 
-VDB_RARE void vdb_leave_tower(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_leave_tower(vdb_database *db, size_t row) {
   uint32_t levels = vdb_levels_at(db, row);
   if (!levels) return;
   for (uint32_t level = 1; level <= levels; level++) vdb_links_of(db, row, level)[0] = 0;
@@ -6257,7 +6272,7 @@ VDB_RARE void vdb_leave_tower(vdb_database *db, size_t row) {
 }
 
 /* 0 if it was stopped; then nobody links to the rows of the batch. */
-static inline int vdb_insert_batch(vdb_insertion *job) {
+VDB_LIGHT int vdb_insert_batch(vdb_insertion *job) {
   vdb_database *db = job->db;
   vdb_let_readers_in(&db->lock); /* what follows writes only links that no walk can meet yet */
   vdb_run_insertion(job, job->count, 8, vdb_link_task);
@@ -6277,7 +6292,7 @@ static inline int vdb_insert_batch(vdb_insertion *job) {
 /* --- reachability --- */
 
 /* Everything that can be reached from `row` and was not before; `queue` has room for all rows. */
-static inline void vdb_flood(const vdb_database *db, uint32_t row, uint32_t *queue, vdb_walker *walker) {
+VDB_LIGHT void vdb_flood(const vdb_database *db, uint32_t row, uint32_t *queue, vdb_walker *walker) {
   size_t begin = 0, end = 0;
   walker->visited[row] = walker->epoch;
   for (queue[end++] = row; begin < end; begin++) {
@@ -6296,7 +6311,7 @@ VDB_INLINE int vdb_can_host(const vdb_database *db, uint32_t row, const vdb_walk
 }
 
 /* A row that was reached, has room for a link, and is a neighbour or a neighbour's neighbour of `row`. */
-static inline uint32_t vdb_find_host(const vdb_database *db, uint32_t row, const vdb_walker *walker) {
+VDB_LIGHT uint32_t vdb_find_host(const vdb_database *db, uint32_t row, const vdb_walker *walker) {
   const uint32_t *links = vdb_links_at(db, row);
   size_t count = vdb_link_count(db, links, 0);
   for (size_t i = 1; i <= count; i++)
@@ -6312,7 +6327,7 @@ static inline uint32_t vdb_find_host(const vdb_database *db, uint32_t row, const
 
 /* Links to every row that cannot be reached from the entry on the lowest level; choosing among links can cut a row off.
  * Without memory it is left for the next time. */
-static inline void vdb_connect(vdb_database *db) {
+VDB_LIGHT void vdb_connect(vdb_database *db) {
   vdb_walker *walker = vdb_take_walker(db, vdb_build_room(db));
   uint32_t *queue = (uint32_t *)VDB_MALLOC(vdb_max(1, db->slots) * sizeof(uint32_t)), spare = 0;
   if (walker && queue && db->graph.entry != VDB_NO_ROW) {
@@ -6351,7 +6366,7 @@ VDB_RARE void vdb_graph_give_up(vdb_database *db, const uint32_t *rows, size_t c
 
 /* Makes rows that are stored and described part of the graph, and live; vdb_graph_make_room has been called. Until they
  * are live all together, searches that were let in only pass over them. */
-static inline vdb_error vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count, vdb_watch *watch) {
+VDB_LIGHT vdb_error vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count, vdb_watch *watch) {
   vdb_insertion job;
   job.db = db;
   job.watch = watch;
@@ -6389,7 +6404,7 @@ typedef struct {
 } vdb_sweeping;
 
 /* Rows linked from `row`, not met yet: live ones into the pool (unsorted), removed ones into `dead`. */
-static inline size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint32_t level, uint32_t *dead,
+VDB_LIGHT size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint32_t level, uint32_t *dead,
                                      size_t *dead_count, size_t count, vdb_walker *walker) {
   const uint32_t *links = vdb_links_of(db, row, level);
   for (size_t i = 1, all = vdb_link_count(db, links, level); i <= all; i++) {
@@ -6406,7 +6421,7 @@ static inline size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint3
 }
 
 /* Links a live row past its removed neighbours on one level. */
-static inline void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
+VDB_LIGHT void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
   uint32_t dead[VDB_DEAD_WAYS], some[VDB_PAD], *links = vdb_links_of(db, row, level);
   size_t dead_count = 0, count, entered, place;
   vdb_start_walk(walker);
@@ -6430,7 +6445,7 @@ static inline void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, 
 }
 
 /* Live rows change their own links and read those of removed rows, which do not change. */
-static inline void vdb_mend_task(void *context, size_t task) {
+VDB_ONCE void vdb_mend_task(void *context, size_t task) {
   vdb_sweeping *job = (vdb_sweeping *)context;
   vdb_database *db = job->db;
   size_t end = vdb_min((task + 1) * job->rows_per_task, db->slots);
@@ -6447,7 +6462,7 @@ static inline void vdb_mend_task(void *context, size_t task) {
 }
 
 /* The lowest of the live rows on the highest level. */
-VDB_RARE void vdb_choose_entry(vdb_database *db) {
+VDB_LIGHT void vdb_choose_entry(vdb_database *db) {
   db->graph.entry = VDB_NO_ROW;
   db->graph.top = 0;
   for (size_t row = 0; row < db->slots; row++) {
@@ -6460,7 +6475,7 @@ VDB_RARE void vdb_choose_entry(vdb_database *db) {
 }
 
 /* Links live rows past removed ones, which leave the graph and join free_rows. */
-static inline vdb_error vdb_graph_sweep(vdb_database *db) {
+VDB_LIGHT vdb_error vdb_graph_sweep(vdb_database *db) {
   vdb_sweeping job = {db, 64, 0};
   if (db->slots - db->free_count == db->count) return VDB_OK;
   vdb_parallel(db, (db->slots + job.rows_per_task - 1) / job.rows_per_task, vdb_mend_task, &job);
@@ -6490,7 +6505,7 @@ static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row) {
 
 /* After a sweep, when rows and their links have moved: new_of_old[i] is the new number of row i, VDB_NO_ROW if it is
  * gone. No row has moved up, so that each place of tower_of is read before it is written. */
-VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, size_t old_slots) {
+VDB_LIGHT void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, size_t old_slots) {
   vdb_graph *graph = &db->graph;
   for (size_t old = 0; old < old_slots; old++) {
     uint32_t row = new_of_old[old], place = graph->tower_of[old];
@@ -6513,7 +6528,7 @@ VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, s
 
 /* Exact distances of the first `most` of the pool that pass; the nearest k of them into `out`, sorted. Returns how many
  * of the pool pass, at most `most`. */
-static inline size_t vdb_rank(const vdb_database *db, const vdb_question *question, const vdb_query_options *options,
+VDB_ONCE size_t vdb_rank(const vdb_database *db, const vdb_question *question, const vdb_query_options *options,
                               vdb_walker *walker, size_t count, size_t most, size_t k, vdb_found *out, size_t *found) {
   size_t passed = 0;
   for (size_t i = 0; i < count && passed < most; i++)
@@ -6534,7 +6549,7 @@ static inline size_t vdb_rank(const vdb_database *db, const vdb_question *questi
 }
 
 /* Walks, with more effort the fewer rows pass. Gives up, and answers *found < k, when a scan is less work. */
-static inline vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *question,
                                          const vdb_query_options *options, size_t passing, size_t k, vdb_found *out,
                                          size_t *found) {
   size_t effort = vdb_max(k, options->effort ? options->effort : vdb_max(64, 2 * k));
@@ -6565,7 +6580,7 @@ static inline vdb_error vdb_search_graph(const vdb_database *db, const vdb_quest
 }
 
 /* out [k] by (distance, row). Only if fewer rows pass are there fewer than k. */
-static inline vdb_error vdb_graph_search(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_graph_search(const vdb_database *db, const vdb_question *question,
                                          const vdb_query_options *options, vdb_found *out, size_t *found) {
   size_t passing = vdb_count_passing(db, options), k = vdb_min(options->k, db->count);
   int usable = db->graph.entry < db->slots && db->graph.tower_of &&
@@ -7004,7 +7019,7 @@ typedef struct {
 } vdb_writer;
 
 /* Memory grows by half, so that little is copied and little is left over. */
-VDB_RARE void vdb_write_memory(vdb_writer *writer, const unsigned char *bytes, size_t size) {
+VDB_LIGHT void vdb_write_memory(vdb_writer *writer, const unsigned char *bytes, size_t size) {
   if (writer->failed) return;
   if (size > writer->capacity - writer->size) {
     size_t capacity = vdb_max(writer->size + size, writer->capacity + writer->capacity / 2);
@@ -7022,7 +7037,7 @@ VDB_RARE void vdb_write_memory(vdb_writer *writer, const unsigned char *bytes, s
   writer->size += size;
 }
 
-VDB_RARE void vdb_write_all(vdb_writer *writer, const unsigned char *bytes, size_t size) {
+VDB_LIGHT void vdb_write_all(vdb_writer *writer, const unsigned char *bytes, size_t size) {
   if (writer->to_memory) {
     vdb_write_memory(writer, bytes, size);
     return;
@@ -7045,7 +7060,7 @@ VDB_RARE void vdb_flush(vdb_writer *writer) {
   writer->used = 0;
 }
 
-VDB_RARE void vdb_emit(vdb_writer *writer, const void *data, size_t size) {
+VDB_LIGHT void vdb_emit(vdb_writer *writer, const void *data, size_t size) {
   const unsigned char *bytes = (const unsigned char *)data;
   writer->position += size;
   while (size && !writer->failed) {
@@ -7070,14 +7085,14 @@ VDB_RARE void vdb_emit_zeros(vdb_writer *writer, uint64_t size) {
 }
 
 /* A list of links and its unused places as zeros, so that what memory held before does not get into files. */
-VDB_RARE void vdb_emit_links(vdb_writer *writer, const uint32_t *links, size_t places) {
+VDB_LIGHT void vdb_emit_links(vdb_writer *writer, const uint32_t *links, size_t places) {
   uint32_t count = *links <= places ? *links : 0;
   vdb_emit(writer, &count, sizeof count);
   vdb_emit(writer, links + 1, count * sizeof *links);
   vdb_emit_zeros(writer, (places - count) * sizeof *links);
 }
 
-VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int part, size_t block,
+VDB_LIGHT void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int part, size_t block,
                              size_t row_bytes) {
   const vdb_block *from = &db->blocks[block];
   size_t rows = vdb_rows_of_block(db, block);
@@ -7091,7 +7106,7 @@ VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int par
 }
 
 /* Towers move together as they are written, in the order of rows. */
-VDB_RARE void vdb_emit_towers(vdb_writer *writer, const vdb_database *db, int part) {
+VDB_LIGHT void vdb_emit_towers(vdb_writer *writer, const vdb_database *db, int part) {
   uint32_t next = 1, none = 0;
   size_t links = db->options.links;
   if (part == VDB_TOWERS) vdb_emit(writer, &none, sizeof none);
@@ -7115,7 +7130,7 @@ typedef struct {
   uint32_t bit;                         /* VDB_VALUES_BIT, or 0 */
 } vdb_text;
 
-VDB_RARE vdb_text vdb_text_of(const vdb_database *db, size_t row) {
+VDB_LIGHT vdb_text vdb_text_of(const vdb_database *db, size_t row) {
   vdb_text text = {NULL, NULL, 0, 0, 0, 0};
   if (vdb_is_live(db, row) &&
       vdb_record_at(db, row, &text.id, &text.id_size, &text.metadata, &text.metadata_size)) {
@@ -7127,7 +7142,7 @@ VDB_RARE vdb_text vdb_text_of(const vdb_database *db, size_t row) {
 }
 
 /* The offsets of records, or the records. */
-VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int part) {
+VDB_LIGHT void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int part) {
   uint64_t place = 0, none = 0;
   for (size_t row = 0; row < db->slots; row++) {
     vdb_text text = vdb_text_of(db, row);
@@ -7145,7 +7160,7 @@ VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int p
 }
 
 /* 0 for no records, 2 for records, 3 if some hold values: the versions of the format that know of them. */
-VDB_RARE int vdb_has_records(const vdb_database *db) {
+VDB_LIGHT int vdb_has_records(const vdb_database *db) {
   int found = 0;
   if (!db->records.records && !db->mapping.offsets && !db->mapping.pages) return 0;
   for (size_t row = 0; row < db->slots && found < 3; row++) {
@@ -7243,7 +7258,7 @@ VDB_RARE int vdb_same_identity(const vdb_identity *a, const vdb_identity *b) {
 }
 
 /* The identity of an open file. 0 or errno. */
-static inline int vdb_identify(int file, uint64_t size, vdb_identity *out);
+VDB_RARE int vdb_identify(int file, uint64_t size, vdb_identity *out);
 
 /* Whether what is at the path is what `mode` wants. 0, or errno with target->error set. */
 VDB_RARE int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {
@@ -7365,7 +7380,7 @@ VDB_RARE vdb_error vdb_fault_inside(vdb_reader *reader, const vdb_header *header
 #define VDB_STOPPED (-2)
 
 /* 0, errno, or VDB_FILE_ENDS. */
-VDB_RARE int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t at) {
+VDB_LIGHT int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t at) {
   unsigned char *bytes = (unsigned char *)to;
   if (source.memory) { /* readers stay below its size, as they do in a file */
     memcpy(bytes, source.memory + at, size);
@@ -7382,7 +7397,7 @@ VDB_RARE int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t a
   return 0;
 }
 
-static inline int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity *out);
+VDB_RARE int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity *out);
 
 VDB_RARE int vdb_identify(int file, uint64_t size, vdb_identity *out) {
   vdb_header header; /* its own checksum left out: with it, every header would have the same */
@@ -7585,7 +7600,7 @@ VDB_INLINE int vdb_set_bit(uint64_t *bits, size_t i) {
   return before;
 }
 
-VDB_RARE vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_LIGHT vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   size_t live = 0, words = (db->slots + 63) / 64;
   for (size_t i = 0; i < words; i++) live += (size_t)__builtin_popcountll(db->live[i]);
   if (db->slots % 64 && db->live[words - 1] >> (db->slots % 64))
@@ -7595,7 +7610,7 @@ VDB_RARE vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, 
 }
 
 /* Comparisons of bits: they order floats that are not negative, and hold under -ffast-math. */
-VDB_RARE vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_ONCE vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   uint32_t least = vdb_bits((float)VDB_SMALL), most = vdb_bits((float)VDB_GREAT), infinity = 0x7f800000u;
   for (size_t row = 0; row < db->slots; row++) {
     const vdb_block *block = vdb_block_of(db, row);
@@ -7612,7 +7627,7 @@ VDB_RARE vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *heade
 }
 
 /* `seen` [slots] bits, zero before. */
-VDB_RARE vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, const vdb_database *db,
+VDB_LIGHT vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, const vdb_database *db,
                                   uint64_t *seen) {
   for (size_t i = 0; i < db->free_count; i++) {
     uint32_t row = db->free_rows[i];
@@ -7622,7 +7637,7 @@ VDB_RARE vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, 
   return VDB_OK;
 }
 
-VDB_RARE vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_ONCE vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   size_t stride = vdb_link_stride(db);
   for (size_t row = 0; row < db->slots; row++) {
     const uint32_t *links = vdb_links_at(db, row);
@@ -7634,7 +7649,7 @@ VDB_RARE vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header,
 }
 
 /* Links of one tower; a link on a level is to a row that is on that level. */
-VDB_RARE int vdb_wrong_tower(const vdb_database *db, size_t row) {
+VDB_LIGHT int vdb_wrong_tower(const vdb_database *db, size_t row) {
   for (uint32_t level = 1; level <= vdb_levels_at(db, row); level++) {
     const uint32_t *links = vdb_links_of(db, row, level);
     if (links[0] > db->options.links) return 1;
@@ -7645,7 +7660,7 @@ VDB_RARE int vdb_wrong_tower(const vdb_database *db, size_t row) {
 }
 
 /* Towers come in the order of rows and fill their section, so none overlaps another. */
-VDB_RARE vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_LIGHT vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   const vdb_graph *graph = &db->graph;
   size_t next = 1;
   for (size_t row = 0; row < db->slots; row++) {
@@ -7665,7 +7680,7 @@ VDB_RARE vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header
 }
 
 /* Records come in the order of rows and fill the text. Fills records.records; `*ids` becomes how many have an id. */
-VDB_RARE vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *header, vdb_database *db,
+VDB_LIGHT vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *header, vdb_database *db,
                                      const uint64_t *offsets, size_t *ids, size_t *valued) {
   size_t next = 0, size = db->records.loaded->size;
   unsigned char *text = (unsigned char *)(db->records.loaded + 1);
@@ -7695,7 +7710,7 @@ VDB_RARE vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *heade
 
 /* Every row with an id is in the table once, and no empty place lies between where its search begins and where it is.
  * Linear, however the ids collide. `seen` [slots] bits, zero before. */
-VDB_RARE vdb_error vdb_check_table(vdb_reader *reader, const vdb_header *header, vdb_database *db, size_t ids,
+VDB_LIGHT vdb_error vdb_check_table(vdb_reader *reader, const vdb_header *header, vdb_database *db, size_t ids,
                                    uint64_t *seen) {
   vdb_records *records = &db->records;
   size_t size = records->table_size, mask = size - 1, empty = size, found = 0, id_size, metadata_size;
@@ -7801,9 +7816,9 @@ VDB_RARE vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, c
   return error;
 }
 
-static inline vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header, vdb_database *db);
+VDB_RARE vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header, vdb_database *db);
 
-VDB_RARE vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+VDB_LIGHT vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
   uint64_t *offsets = NULL;
   vdb_error error = vdb_make_room(db, (size_t)header->slots);
   if (error || !vdb_make_variable_room(header, db, &offsets)) {
@@ -7910,7 +7925,7 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
  */
 
 /* The next `size` bytes, by way of the buffer. */
-VDB_RARE vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, const char *where) {
+VDB_LIGHT vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, const char *where) {
   unsigned char *out = (unsigned char *)to;
   while (size) {
     size_t have = vdb_min(size, reader->end - reader->begin);
@@ -7962,7 +7977,7 @@ VDB_RARE vdb_error vdb_read_first_row(vdb_reader *reader, vdb_database *db, unsi
   return VDB_OK;
 }
 
-VDB_RARE vdb_error vdb_read_first(vdb_reader *reader, uint32_t threads, vdb_database **out) {
+VDB_LIGHT vdb_error vdb_read_first(vdb_reader *reader, uint32_t threads, vdb_database **out) {
   unsigned char head[VDB_FIRST_HEADER];
   uint64_t dimensions, count;
   int32_t metric;
@@ -8231,7 +8246,7 @@ static inline int vdb_by_id_hash(const void *a, const void *b) {
 }
 
 /* The ids of records that the journal brought, into `out` if there is one. Returns how many. */
-VDB_RARE size_t vdb_list_journal_ids(const vdb_database *db, vdb_journal_id *out) {
+VDB_LIGHT size_t vdb_list_journal_ids(const vdb_database *db, vdb_journal_id *out) {
   size_t found = 0, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -8539,7 +8554,7 @@ VDB_RARE void vdb_emit_entry(vdb_writer *writer, const vdb_database *db, const v
 }
 
 /* The batch that makes the file what the database is, into memory; 0 if it would be longer than `most`. */
-VDB_RARE int vdb_make_batch(vdb_writer *writer, const vdb_database *db, size_t most) {
+VDB_LIGHT int vdb_make_batch(vdb_writer *writer, const vdb_database *db, size_t most) {
   const vdb_changes *changes = &db->changes;
   vdb_header header;
   vdb_batch batch;
@@ -8579,7 +8594,7 @@ VDB_RARE int vdb_make_batch(vdb_writer *writer, const vdb_database *db, size_t m
 }
 
 /* Nothing has changed since the file was read or written. */
-VDB_RARE int vdb_is_unchanged(const vdb_database *db) {
+VDB_LIGHT int vdb_is_unchanged(const vdb_database *db) {
   const vdb_changes *changes = &db->changes;
   if (changes->free_kept != db->free_count) return 0;
   for (size_t word = 0; word << 6 < db->slots; word++)
@@ -8736,7 +8751,7 @@ VDB_API vdb_error vdb_set_kernels(const char *name) {
 }
 
 /* --- the distances of two vectors --- */
-VDB_RARE float vdb_distance_of(const float *a, const float *b, size_t dimensions, vdb_metric metric) {
+VDB_ONCE float vdb_distance_of(const float *a, const float *b, size_t dimensions, vdb_metric metric) {
   double sums[2], square[2] = {0.0, 0.0};
   vdb_active()->exact(a, b, dimensions, metric == VDB_METRIC_EUCLIDEAN, sums);
   if (metric == VDB_METRIC_COSINE) vdb_active()->exact(a, a, dimensions, 0, square);
@@ -8784,7 +8799,7 @@ VDB_API vdb_database *vdb_create(size_t dimensions, vdb_metric metric) {
 VDB_API void vdb_destroy(vdb_database *db) { vdb_release(db); }
 
 /* Reading takes the lock although the database is const for the caller. */
-VDB_RARE vdb_lock *vdb_lock_of(const vdb_database *db) { return &((vdb_database *)(uintptr_t)db)->lock; }
+VDB_INLINE vdb_lock *vdb_lock_of(const vdb_database *db) { return &((vdb_database *)(uintptr_t)db)->lock; }
 
 VDB_API size_t vdb_count(const vdb_database *db) {
   if (!db) return 0;
@@ -8901,7 +8916,7 @@ static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, c
 }
 
 /* A row leaves: it is not found any more, its id neither. */
-static inline void vdb_drop_row(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_drop_row(vdb_database *db, size_t row) {
   vdb_mark_part(db, row);
   vdb_drop_record(db, row);
   db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
@@ -8923,7 +8938,7 @@ static inline vdb_name vdb_name_of(const vdb_record *record) {
 }
 
 /* Whether an id is twice in a call, or there already. Counts those that are. */
-static inline vdb_error vdb_check_new_names(const vdb_database *db, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_check_new_names(const vdb_database *db, size_t count, const vdb_record *records,
                                             const vdb_name *names, vdb_add_mode mode, size_t ids, size_t *known) {
   size_t size = 16;
   vdb_error error = VDB_OK;
@@ -8948,14 +8963,14 @@ static inline vdb_error vdb_check_new_names(const vdb_database *db, size_t count
   return error;
 }
 
-static inline int vdb_valid_metadata(const vdb_record *record) {
+VDB_LIGHT int vdb_valid_metadata(const vdb_record *record) {
   if (record->value_count && record->metadata_size) return 0;
   if (record->metadata_size && !record->metadata) return 0;
   return vdb_metadata_size(record) <= INT32_MAX;
 }
 
 /* Whether records may be added: sizes, ids twice in the call, ids there already. Counts ids, and those known. */
-static inline vdb_error vdb_check_new_records(const vdb_database *db, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_check_new_records(const vdb_database *db, size_t count, const vdb_record *records,
                                               vdb_name *names, vdb_add_mode mode, size_t *ids, size_t *known) {
   *ids = *known = 0;
   for (size_t i = 0; records && i < count; i++) {
@@ -8998,7 +9013,7 @@ static inline void vdb_drop_replaced(vdb_database *db, const uint32_t *rows, siz
 }
 
 /* Stores rows that have their place; they are not live yet. */
-static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, const vdb_record *records,
                                       const vdb_name *names, const uint32_t *rows, size_t count, vdb_watch *watch) {
   vdb_error error = vdb_store_rows(db, vectors, rows, count, watch);
   size_t done = 0;
@@ -9014,7 +9029,7 @@ static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, co
 }
 
 /* Under the writer's lock. `rows` [count] is filled; `names` is room for as many. */
-static inline vdb_error vdb_add_named(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_add_named(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                                       vdb_name *names, vdb_add_mode mode, vdb_watch *watch, uint32_t *rows) {
   size_t ids, known, old_slots;
   vdb_error error = vdb_check_new_records(db, count, records, names, mode, &ids, &known);
@@ -9042,7 +9057,7 @@ static inline vdb_error vdb_add_named(vdb_database *db, const float *vectors, si
   return VDB_OK;
 }
 
-static inline vdb_error vdb_add_rows(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_add_rows(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                                      vdb_add_mode mode, vdb_watch *watch, uint32_t *rows) {
   vdb_name few[16], *names = few;
   if (records && count > 16 && !(names = (vdb_name *)VDB_MALLOC(count * sizeof(vdb_name))))
@@ -9052,7 +9067,7 @@ static inline vdb_error vdb_add_rows(vdb_database *db, const float *vectors, siz
   return error;
 }
 
-static inline int vdb_storable(const vdb_database *db, const float *vectors, size_t count) {
+VDB_LIGHT int vdb_storable(const vdb_database *db, const float *vectors, size_t count) {
   if (!vdb_all_finite(vectors, count)) return 0;
   float limit = db->options.storage == VDB_STORAGE_F16 ? 65519.996f : vdb_from_bits(0x7f7f7fffu); /* rounds to finite */
   if (db->options.storage != VDB_STORAGE_F16 && db->options.storage != VDB_STORAGE_BF16) return 1;
@@ -9290,7 +9305,7 @@ VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *remove
   return count ? VDB_OK : VDB_ERROR_NOT_FOUND;
 }
 
-VDB_RARE void vdb_move_row(vdb_database *db, size_t from, size_t to) {
+VDB_LIGHT void vdb_move_row(vdb_database *db, size_t from, size_t to) {
   const vdb_block *source = vdb_block_of(db, from), *target = vdb_block_of(db, to);
   size_t a = vdb_row_in_block(db, from), b = vdb_row_in_block(db, to);
   size_t bytes = db->dimensions * vdb_element_size(db->options.storage);
@@ -9313,7 +9328,7 @@ VDB_RARE vdb_error vdb_repack_records(vdb_database *db) {
 }
 
 /* Moves live rows down over the others. `new_of_old` [slots] is filled. */
-VDB_RARE void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
+VDB_LIGHT void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   size_t next = 0, old_slots = db->slots;
   vdb_mark_all(db); /* rows have new numbers */
   for (size_t row = 0; row < old_slots; row++) {
@@ -9364,7 +9379,7 @@ VDB_API vdb_error vdb_compact(vdb_database *db) {
 }
 
 /* Moves what comes after `row`, which is gone, down by one, places of removed rows too. `new_of_old` [slots] is filled. */
-VDB_RARE void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
+VDB_LIGHT void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
   vdb_records *records = &db->records;
   size_t last = db->slots - 1, kept = 0;
   vdb_mark_all(db); /* rows have new numbers */
@@ -9457,7 +9472,7 @@ static inline int vdb_tiles_fit(const vdb_query_job *job) {
 }
 
 /* Answers one group of questions. */
-static inline void vdb_run_queries(vdb_query_job *job) {
+VDB_ONCE void vdb_run_queries(vdb_query_job *job) {
   const vdb_database *db = job->db;
   for (size_t i = 0; i < job->count; i++)
     vdb_ask(db, job->queries + i * db->dimensions, job->memory + i * job->question_bytes, &job->questions[i]);
@@ -9475,7 +9490,7 @@ static inline void vdb_run_queries(vdb_query_job *job) {
 }
 
 /* All answers: out [count][options->k]. Under a reader's lock. */
-static inline vdb_error vdb_answer_queries(const vdb_database *db, const float *queries, size_t count,
+VDB_ONCE vdb_error vdb_answer_queries(const vdb_database *db, const float *queries, size_t count,
                                            const vdb_query_options *options, vdb_found *out, size_t *counts) {
   size_t group = vdb_min(count, VDB_QUERY_GROUP), bytes = vdb_round_up(vdb_question_bytes(db), VDB_ALIGNMENT);
   vdb_query_job job = {db, options, queries, group, NULL, NULL, bytes, out, counts, VDB_OK};
@@ -9494,7 +9509,7 @@ static inline vdb_error vdb_answer_queries(const vdb_database *db, const float *
 }
 
 /* Bytes of text that an answer carries: ids with their NUL, and metadata. */
-static inline size_t vdb_answer_text(const vdb_database *db, const vdb_found *found, const size_t *counts, size_t count,
+VDB_ONCE size_t vdb_answer_text(const vdb_database *db, const vdb_found *found, const size_t *counts, size_t count,
                                      const vdb_query_options *options) {
   size_t bytes = 0, id_size, metadata_size;
   const char *id;
@@ -9510,7 +9525,7 @@ static inline size_t vdb_answer_text(const vdb_database *db, const vdb_found *fo
 }
 
 /* An answer with room for everything, in one block. */
-static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_options *options, size_t text,
+VDB_ONCE vdb_answer *vdb_answer_make(size_t queries, const vdb_query_options *options, size_t text,
                                           char **out_text) {
   size_t cells = queries * options->k, place = vdb_round_up(sizeof(vdb_answer), 16);
   size_t counts = place, indices = place += queries * sizeof(size_t), ids = place += cells * sizeof(uint64_t);
@@ -9541,7 +9556,7 @@ static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_option
 }
 
 /* Fills one place of the answer; `found` is NULL for a place without a row. Returns where the text goes on. */
-static inline char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, size_t cell, const vdb_found *found,
+VDB_ONCE char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, size_t cell, const vdb_found *found,
                                     char *text) {
   const char *id = NULL;
   const unsigned char *metadata = NULL;
@@ -9588,7 +9603,7 @@ VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *op
 }
 
 /* The answer from rows that were found: found [count][options->k]. */
-static inline vdb_error vdb_answer_from(const vdb_database *db, const vdb_found *found, const size_t *counts,
+VDB_ONCE vdb_error vdb_answer_from(const vdb_database *db, const vdb_found *found, const size_t *counts,
                                         size_t count, const vdb_query_options *options, vdb_answer **out) {
   char *text;
   vdb_answer *answer = *out = vdb_answer_make(count, options, vdb_answer_text(db, found, counts, count, options), &text);
@@ -9601,7 +9616,7 @@ static inline vdb_error vdb_answer_from(const vdb_database *db, const vdb_found 
   return VDB_OK;
 }
 
-static inline vdb_error vdb_query_locked(const vdb_database *db, const float *queries, size_t count,
+VDB_ONCE vdb_error vdb_query_locked(const vdb_database *db, const float *queries, size_t count,
                                          const vdb_query_options *asked, vdb_answer **out) {
   if (asked->where) {
     uint64_t *made = NULL;
@@ -9675,7 +9690,7 @@ static inline vdb_error vdb_answer_balls(const vdb_database *db, const vdb_ball 
   return error;
 }
 
-static inline vdb_error vdb_range_locked(const vdb_database *db, const float *queries, size_t count, float radius,
+VDB_LIGHT vdb_error vdb_range_locked(const vdb_database *db, const float *queries, size_t count, float radius,
                                          const vdb_query_options *asked, vdb_answer **out) {
   vdb_query_options options = *asked;
   uint64_t *made = NULL;
@@ -9724,7 +9739,7 @@ typedef struct {
   vdb_hold *holds; /* [count] */
 } vdb_own_set;
 
-static inline vdb_result_set *vdb_result_set_make(const vdb_database *db, const vdb_found *found, size_t count) {
+VDB_LIGHT vdb_result_set *vdb_result_set_make(const vdb_database *db, const vdb_found *found, size_t count) {
   size_t text = 0, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -9775,7 +9790,7 @@ VDB_API void vdb_free_result_set(vdb_result_set *set) {
 }
 
 /* Under the writer's lock. */
-VDB_RARE size_t vdb_drop_passing(vdb_database *db, const vdb_query_options *options) {
+VDB_LIGHT size_t vdb_drop_passing(vdb_database *db, const vdb_query_options *options) {
   size_t removed = 0;
   for (size_t row = 0; row < db->slots; row++) {
     if (!vdb_passes(db, options, row)) continue;

@@ -55,7 +55,7 @@ static void check_index(vdb_index index, const char *path) {
     float vectors[20][dimensions];
     char ids[20][16];
     int keys[20];
-    vdb_record records[20];
+    vdb_record records[20] = {{0}};
     for (int i = 0; i < 20; i++) {
       keys[i] = (step * 20 + i) % 1000;
       for (size_t j = 0; j < dimensions; j++) vectors[i][j] = (float)keys[i];

@@ -83,6 +83,28 @@ static void take_row(const Copies *a, int64_t row, int32_t *scratch) {
     }
 }
 
+/* How many slots of a row have expired, and the first of them, in the order of slots. */
+static void expired_row(const Copies *a, int64_t row, int32_t *scratch) {
+    (void)scratch;
+    int64_t length = ((const int32_t *)(intptr_t)a->length)[row], count = 0, first = row * a->most;
+    int32_t limit = ((const int32_t *)(intptr_t)a->limit)[row];
+    int64_t *order = (int64_t *)(intptr_t)a->order + first;
+    int32_t *when = (int32_t *)(intptr_t)a->flat[EXPIRY] + first;
+    for (int64_t slot = 0, n; slot < length; slot += n) {
+        const int32_t *expiry = (const int32_t *)slot_in_page(a, EXPIRY, row, slot);
+        n = a->page_size < length - slot ? a->page_size : length - slot;
+        int32_t least = INT32_MAX;
+        for (int64_t i = 0; i < n; i++) least = expiry[i] < least ? expiry[i] : least;
+        if (least >= limit) continue; /* most pages have none */
+        for (int64_t i = 0; i < n; i++)
+            if (expiry[i] < limit) {
+                if (count < a->most) order[count] = slot + i, when[count] = expiry[i];
+                count++;
+            }
+    }
+    ((int64_t *)(intptr_t)a->count)[row] = count;
+}
+
 static void clear_row(const Copies *a, int64_t row, int32_t *scratch) {
     (void)scratch;
     int64_t page = number(a->order, row);
@@ -101,7 +123,8 @@ static void work(void *data) {
 }
 
 bool copies_run(const Copies *asked, int what) {
-    static void (*const ROW[])(const Copies *, int64_t, int32_t *) = {fill_row, choose_row, take_row, clear_row};
+    static void (*const ROW[])(const Copies *, int64_t, int32_t *) = {fill_row, choose_row, take_row, clear_row,
+                                                                        expired_row};
     Job job = {.asked = asked, .row = ROW[what]};
     if (what == CHOOSE) job.scratch = (size_t)(asked->last - asked->from + 1) * sizeof(int32_t);
     on_threads(work, &job, asked->work < LITTLE ? 1 : (int)asked->threads);

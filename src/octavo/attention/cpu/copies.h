@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum { KEY, VALUE, KEY_SCALE, VALUE_SCALE, POSITION, EXPIRY, FIELDS }; /* the parts of a page */
-enum { FILL, CHOOSE, TAKE, CLEAR };
+enum { FILL, CHOOSE, TAKE, CLEAR, EXPIRED };
 
 /* Pointers are numbers here; 0 is NULL. A row is one (layer, KV head) of a sequence. */
 typedef struct {
@@ -21,6 +21,8 @@ typedef struct {
     int64_t order;                   /* int64: slots; what is chosen of a row begins at `first`. CLEAR: pages [rows] */
     int64_t low, high, from, last;   /* expiries, both included, and positions, the last not, of what is chosen */
     int64_t window;                  /* what is filled expires a window after its position; -1: never */
+    int64_t limit, most;             /* EXPIRED: int32 [rows], above the expiries that are wanted, and how many of a row
+                                        are told at most: slots in `order`, expiries in flat memory */
     int64_t work, threads;           /* bytes or slots in all */
 } Copies;
 

@@ -21,7 +21,7 @@ else:
     BUILT = True
 
 _CORES = os.cpu_count() or 1
-_REQUEST = struct.Struct("=36q")  # copies.h's Copies
+_REQUEST = struct.Struct("=38q")  # copies.h's Copies
 NONE = (0,) * len(Pages._fields)
 
 
@@ -56,7 +56,7 @@ def fill(
         raise ValueError("copies: rows reach beyond what is stored, or beyond their pages")
     flat = [0 if t is None else t.data_ptr() for t in stored]
     numbers = first.data_ptr(), slot.data_ptr(), count.data_ptr()
-    after = *numbers, 0, 0, 0, 0, 0, -1 if window is None else window, total * _slot_nbytes(pages)
+    after = *numbers, 0, 0, 0, 0, 0, -1 if window is None else window, 0, 0, total * _slot_nbytes(pages)
     _kernels.fill(_packed(pages, flat, table, (0, 0), after))
 
 
@@ -75,16 +75,13 @@ def chosen(
     """
     count = length.long()
     _check(pages, table, count)
-    if length.dtype != torch.int32 or not length.is_contiguous() or bool((length < 0).any()):
-        raise ValueError("copies: lengths must be int32 of at least 0")
+    _check_length(pages, table, length)
     if newest is not None and (newest.dtype != torch.int32 or newest.shape != length.shape or newest.stride(0) != 1):
         raise ValueError("copies: newest slots must be int32, one for each row")
-    if bool((count > table.shape[1] * pages.key.shape[1]).any()):
-        raise ValueError("copies: rows reach beyond their pages")
     first = count.cumsum(0) - count
     order = torch.empty(int(count.sum()), dtype=torch.int64)
     numbers = first.data_ptr(), 0, count.data_ptr(), order.data_ptr()
-    after = *numbers, *expiry, position[0], max(position), -1, len(order)
+    after = *numbers, *expiry, position[0], max(position), -1, 0, 0, len(order)
     newest_at = 0 if newest is None else newest.data_ptr()
     _kernels.choose(_packed(pages, NONE, table, (length.data_ptr(), newest_at), after))
     return order, first, count
@@ -100,8 +97,33 @@ def taken(pages: Pages, table: Tensor, order: Tensor, slot: Tensor, count: Tenso
     first = count.cumsum(0) - count
     flat = [0 if t is None else t.data_ptr() for t in out]
     numbers = first.data_ptr(), slot.data_ptr(), count.data_ptr(), order.data_ptr()
-    _kernels.take(_packed(pages, flat, table, (0, 0), (*numbers, 0, 0, 0, 0, -1, total * _slot_nbytes(pages))))
+    _kernels.take(_packed(pages, flat, table, (0, 0), (*numbers, 0, 0, 0, 0, -1, 0, 0, total * _slot_nbytes(pages))))
     return [t for t in out if t is not None]
+
+
+def expired(
+    pages: Pages,
+    table: Tensor,  # [R, M] int32
+    length: Tensor,  # [R] int32
+    limit: Tensor,  # [R] int32
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(slots int64 [R, K], their expiries int32 [R, K], how many there are int64 [R]): those with an expiry below their
+    row's `limit`, in the order of slots, the first `most` of each row; past the last one they mean nothing.
+
+    K is what the fullest row needs, at least 1. Raises ValueError for what does not fit.
+    """
+    count = length.long()
+    _check(pages, table, count)
+    _check_length(pages, table, length)
+    if limit.dtype != torch.int32 or limit.shape != length.shape or not limit.is_contiguous() or most < 1:
+        raise ValueError("copies: limits must be int32, one for each row, and at least one slot of a row is told")
+    slot, when = (torch.zeros(len(table), most, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    flat = *NONE[:-1], when.data_ptr()
+    after = 0, 0, count.data_ptr(), slot.data_ptr(), 0, 0, 0, 0, -1, limit.data_ptr(), most, int(length.sum())
+    _kernels.expired(_packed(pages, flat, table, (length.data_ptr(), 0), after))
+    needed = max(1, min(most, int(count.max()) if len(count) else 0))
+    return slot[:, :needed], when[:, :needed], count
 
 
 def clear(pages: Pages, ids: Tensor) -> None:
@@ -111,8 +133,16 @@ def clear(pages: Pages, ids: Tensor) -> None:
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(pages.key):
         raise ValueError("copies: there are no such pages")
     step = pages.key.stride(0) * pages.key.element_size()
-    after = 0, 0, 0, ids.data_ptr(), 0, 0, 0, 0, -1, len(ids) * step
+    after = 0, 0, 0, ids.data_ptr(), 0, 0, 0, 0, -1, 0, 0, len(ids) * step
     _kernels.clear(_packed(pages, NONE, ids[:, None].int(), (0, 0), after))
+
+
+def _check_length(pages: Pages, table: Tensor, length: Tensor) -> None:
+    """Raise ValueError unless these are numbers of slots that rows have in their pages."""
+    if length.dtype != torch.int32 or not length.is_contiguous() or bool((length < 0).any()):
+        raise ValueError("copies: lengths must be int32 of at least 0")
+    if bool((length > table.shape[1] * pages.key.shape[1]).any()):
+        raise ValueError("copies: rows reach beyond their pages")
 
 
 def _packed(pages: Pages, flat: Sequence[int], table: Tensor, lengths: tuple[int, int], after: Sequence[int]) -> bytes:

@@ -133,6 +133,11 @@ static PyObject *py_clear(PyObject *module, PyObject *packed) {
     return copied(packed, CLEAR);
 }
 
+static PyObject *py_expired(PyObject *module, PyObject *packed) {
+    (void)module;
+    return copied(packed, EXPIRED);
+}
+
 static PyObject *py_amx(PyObject *module, PyObject *none) {
     (void)module, (void)none;
     return PyBool_FromLong(amx);
@@ -167,6 +172,7 @@ static PyMethodDef methods[] = {
     {"choose", py_choose, METH_O, "choose(request): which slots of rows are wanted, by position; see copies.h."},
     {"take", py_take, METH_O, "take(request): slots of pages into flat memory; see copies.h."},
     {"clear", py_clear, METH_O, "clear(request): pages without content; see copies.h."},
+    {"expired", py_expired, METH_O, "expired(request): slots of rows that are free again; see copies.h."},
     {"amx", py_amx, METH_NOARGS, "amx() -> whether processor and system grant AMX to this process."},
     {"isa", py_isa, METH_NOARGS, "isa() -> what `decode` runs on: scalar, avx2 or avx512."},
     {"set_isa", py_set_isa, METH_O, "set_isa(name): use another instruction set, for tests."},

@@ -60,7 +60,7 @@ static inline size_t vdb_question_bytes(const vdb_database *db) {
 }
 
 /* Codes in two parts: what the first part misses, the second has to a 254th of it. */
-static inline void vdb_make_codes(size_t dimensions, size_t padded, int8_t *high, int8_t *low, vdb_question *question) {
+VDB_ONCE void vdb_make_codes(size_t dimensions, size_t padded, int8_t *high, int8_t *low, vdb_question *question) {
   vdb_probe *probe = &question->probe;
   double missed = 0.0;
   probe->high = high;
@@ -83,7 +83,7 @@ static inline void vdb_make_codes(size_t dimensions, size_t padded, int8_t *high
 }
 
 /* `memory` has vdb_question_bytes() and VDB_ALIGNMENT. */
-static inline void vdb_ask(const vdb_database *db, const float *query, void *memory, vdb_question *out) {
+VDB_ONCE void vdb_ask(const vdb_database *db, const float *query, void *memory, vdb_question *out) {
   size_t dimensions = db->dimensions, padded = vdb_padded(dimensions);
   float *values = (float *)memory, *scaled = values + padded;
   double sums[2];
@@ -184,7 +184,7 @@ static inline size_t vdb_shortlist_bytes(size_t k) {
   return vdb_round_up(k * sizeof(float) + vdb_shortlist_room(k) * sizeof(vdb_candidate) + k * sizeof(vdb_found), 64);
 }
 
-static inline void vdb_shortlist_make(vdb_shortlist *list, size_t k, void *memory) {
+VDB_ONCE void vdb_shortlist_make(vdb_shortlist *list, size_t k, void *memory) {
   memset(list, 0, sizeof *list);
   list->k = k;
   list->threshold = -INFINITY;
@@ -266,7 +266,7 @@ static inline void vdb_prefetch_row(const vdb_database *db, size_t row) {
 }
 
 /* Measures the shortlist, most promising first, until no other can be in the answer, and empties it. */
-static inline void vdb_settle(const vdb_scan *scan, vdb_shortlist *list) {
+VDB_ONCE void vdb_settle(const vdb_scan *scan, vdb_shortlist *list) {
   size_t kept = 0;
   for (size_t i = 0; i < list->count; i++)
     if (!(list->list[i].upper < list->threshold)) list->list[kept++] = list->list[i];
@@ -294,7 +294,7 @@ static inline void vdb_shortlist_add(const vdb_scan *scan, vdb_shortlist *list, 
 }
 
 /* What another thread found in other rows. Bounds and distances of all rows count together. */
-static inline void vdb_shortlist_merge(const vdb_scan *scan, vdb_shortlist *into, const vdb_shortlist *from) {
+VDB_ONCE void vdb_shortlist_merge(const vdb_scan *scan, vdb_shortlist *into, const vdb_shortlist *from) {
   for (size_t i = 0; i < from->lower_count; i++) vdb_keep_lower(into, from->lowers[i]);
   for (size_t i = 0; i < from->found; i++) vdb_keep_found(into, from->best[i]);
   for (size_t i = 0; i < from->count; i++) {
@@ -312,7 +312,7 @@ static inline vdb_form vdb_form_of(const vdb_database *db, int tiles) {
 }
 
 /* `relative` and `missing` say how wrong scores are: by (relative * |query| + missing) * |row| at most. */
-static inline vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question *question,
                                      const vdb_query_options *options, vdb_form form, float relative, float missing,
                                      float *decoded) {
   vdb_scan scan;
@@ -344,21 +344,21 @@ static inline vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question 
  * places behind them, and all where there is no array, get `otherwise`. */
 VDB_INLINE void vdb_pick(const float *from, size_t first, const uint8_t *picked, size_t count, float otherwise,
                          float *out) {
-  size_t i = 0;
-  if (from && !picked) memcpy(out, from + first, count * sizeof(float)), i = count;
-  else if (from)
-    for (; i < count; i++) out[i] = from[first + picked[i]];
-  for (; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
+  for (size_t i = 0; i < VDB_TILE_ROWS; i++) out[i] = otherwise;
+  if (!from) return;
+  if (count == VDB_TILE_ROWS && !picked) memcpy(out, from + first, VDB_TILE_ROWS * sizeof(float));
+  else
+    for (size_t i = 0; i < count; i++) out[i] = from[first + (picked ? picked[i] : i)];
 }
 
 /* The terms of rows from their norms, scales and residuals, a whole tile of them. Loops go over all, so that compilers make
  * vectors of them: with codes a scan reads a row in 15 ns, and this is part of it. */
-VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const float *scales, const float *residuals,
+VDB_ONCE void vdb_terms_from(const vdb_scan *scan, const float *norms, const float *scales, const float *residuals,
                                size_t count, vdb_row_terms *out) {
-  float lowest = 0.0f;
+  uint32_t signs = 0;
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
     out->alpha[i] = scales[i], out->beta[i] = 0.0f, out->rho[i] = norms[i], out->residual[i] = residuals[i];
-    lowest = norms[i] < lowest ? norms[i] : lowest;
+    signs |= vdb_bits(norms[i]); /* a minimum of floats would make no vectors */
   }
   if (scan->form == VDB_FORM_COSINE) {
     for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
@@ -373,7 +373,7 @@ VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const f
       out->rho[i] = out->residual[i] = 0.0f;
     }
   }
-  for (size_t i = 0; lowest < 0.0f && i < count; i++) {
+  for (size_t i = 0; signs >> 31 && i < count; i++) {
     if (!(norms[i] < 0.0f)) continue;
     out->alpha[i] = out->rho[i] = out->residual[i] = 0.0f;
     out->beta[i] = VDB_UNBOUNDED;
@@ -381,7 +381,7 @@ VDB_INLINE void vdb_terms_from(const vdb_scan *scan, const float *norms, const f
 }
 
 /* The terms of rows, given as to vdb_pick. */
-static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
+VDB_ONCE void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t first, const uint8_t *picked,
                              size_t count, vdb_row_terms *out) {
   float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
   vdb_pick(block->norms, first, picked, count, 1.0f, norms);
@@ -391,7 +391,7 @@ static inline void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_
 }
 
 /* The terms of rows that lie anywhere. */
-static inline void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
+VDB_ONCE void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
   float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
     const vdb_block *block = vdb_block_of(scan->db, rows[vdb_min(i, count - 1)]);

@@ -33,7 +33,7 @@ static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, c
 }
 
 /* A row leaves: it is not found any more, its id neither. */
-static inline void vdb_drop_row(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_drop_row(vdb_database *db, size_t row) {
   vdb_mark_part(db, row);
   vdb_drop_record(db, row);
   db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
@@ -55,7 +55,7 @@ static inline vdb_name vdb_name_of(const vdb_record *record) {
 }
 
 /* Whether an id is twice in a call, or there already. Counts those that are. */
-static inline vdb_error vdb_check_new_names(const vdb_database *db, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_check_new_names(const vdb_database *db, size_t count, const vdb_record *records,
                                             const vdb_name *names, vdb_add_mode mode, size_t ids, size_t *known) {
   size_t size = 16;
   vdb_error error = VDB_OK;
@@ -80,14 +80,14 @@ static inline vdb_error vdb_check_new_names(const vdb_database *db, size_t count
   return error;
 }
 
-static inline int vdb_valid_metadata(const vdb_record *record) {
+VDB_LIGHT int vdb_valid_metadata(const vdb_record *record) {
   if (record->value_count && record->metadata_size) return 0;
   if (record->metadata_size && !record->metadata) return 0;
   return vdb_metadata_size(record) <= INT32_MAX;
 }
 
 /* Whether records may be added: sizes, ids twice in the call, ids there already. Counts ids, and those known. */
-static inline vdb_error vdb_check_new_records(const vdb_database *db, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_check_new_records(const vdb_database *db, size_t count, const vdb_record *records,
                                               vdb_name *names, vdb_add_mode mode, size_t *ids, size_t *known) {
   *ids = *known = 0;
   for (size_t i = 0; records && i < count; i++) {
@@ -130,7 +130,7 @@ static inline void vdb_drop_replaced(vdb_database *db, const uint32_t *rows, siz
 }
 
 /* Stores rows that have their place; they are not live yet. */
-static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, const vdb_record *records,
                                       const vdb_name *names, const uint32_t *rows, size_t count, vdb_watch *watch) {
   vdb_error error = vdb_store_rows(db, vectors, rows, count, watch);
   size_t done = 0;
@@ -146,7 +146,7 @@ static inline vdb_error vdb_fill_rows(vdb_database *db, const float *vectors, co
 }
 
 /* Under the writer's lock. `rows` [count] is filled; `names` is room for as many. */
-static inline vdb_error vdb_add_named(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_add_named(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                                       vdb_name *names, vdb_add_mode mode, vdb_watch *watch, uint32_t *rows) {
   size_t ids, known, old_slots;
   vdb_error error = vdb_check_new_records(db, count, records, names, mode, &ids, &known);
@@ -174,7 +174,7 @@ static inline vdb_error vdb_add_named(vdb_database *db, const float *vectors, si
   return VDB_OK;
 }
 
-static inline vdb_error vdb_add_rows(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
+VDB_LIGHT vdb_error vdb_add_rows(vdb_database *db, const float *vectors, size_t count, const vdb_record *records,
                                      vdb_add_mode mode, vdb_watch *watch, uint32_t *rows) {
   vdb_name few[16], *names = few;
   if (records && count > 16 && !(names = (vdb_name *)VDB_MALLOC(count * sizeof(vdb_name))))
@@ -184,7 +184,7 @@ static inline vdb_error vdb_add_rows(vdb_database *db, const float *vectors, siz
   return error;
 }
 
-static inline int vdb_storable(const vdb_database *db, const float *vectors, size_t count) {
+VDB_LIGHT int vdb_storable(const vdb_database *db, const float *vectors, size_t count) {
   if (!vdb_all_finite(vectors, count)) return 0;
   float limit = db->options.storage == VDB_STORAGE_F16 ? 65519.996f : vdb_from_bits(0x7f7f7fffu); /* rounds to finite */
   if (db->options.storage != VDB_STORAGE_F16 && db->options.storage != VDB_STORAGE_BF16) return 1;
@@ -422,7 +422,7 @@ VDB_API vdb_error vdb_remove_id(vdb_database *db, const char *id, size_t *remove
   return count ? VDB_OK : VDB_ERROR_NOT_FOUND;
 }
 
-VDB_RARE void vdb_move_row(vdb_database *db, size_t from, size_t to) {
+VDB_LIGHT void vdb_move_row(vdb_database *db, size_t from, size_t to) {
   const vdb_block *source = vdb_block_of(db, from), *target = vdb_block_of(db, to);
   size_t a = vdb_row_in_block(db, from), b = vdb_row_in_block(db, to);
   size_t bytes = db->dimensions * vdb_element_size(db->options.storage);
@@ -445,7 +445,7 @@ VDB_RARE vdb_error vdb_repack_records(vdb_database *db) {
 }
 
 /* Moves live rows down over the others. `new_of_old` [slots] is filled. */
-VDB_RARE void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
+VDB_LIGHT void vdb_move_rows(vdb_database *db, uint32_t *new_of_old) {
   size_t next = 0, old_slots = db->slots;
   vdb_mark_all(db); /* rows have new numbers */
   for (size_t row = 0; row < old_slots; row++) {
@@ -496,7 +496,7 @@ VDB_API vdb_error vdb_compact(vdb_database *db) {
 }
 
 /* Moves what comes after `row`, which is gone, down by one, places of removed rows too. `new_of_old` [slots] is filled. */
-VDB_RARE void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
+VDB_LIGHT void vdb_close_gap(vdb_database *db, size_t row, uint32_t *new_of_old) {
   vdb_records *records = &db->records;
   size_t last = db->slots - 1, kept = 0;
   vdb_mark_all(db); /* rows have new numbers */

@@ -132,7 +132,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
 }
 
 /* The number of a text in the dictionary, or VDB_NO_ROW. */
-static inline uint32_t vdb_word_find(const vdb_column *column, const char *text, size_t size, uint64_t hash) {
+VDB_ONCE uint32_t vdb_word_find(const vdb_column *column, const char *text, size_t size, uint64_t hash) {
   if (!column->place_count) return VDB_NO_ROW;
   for (size_t mask = column->place_count - 1, at = (size_t)hash & mask;; at = (at + 1) & mask) {
     uint32_t number = column->places[at];
@@ -149,7 +149,7 @@ static inline void vdb_word_enter(vdb_column *column, uint32_t number) {
 }
 
 /* Adds a text to the dictionary. 0 for want of memory. */
-static inline int vdb_word_add(vdb_column *column, const char *text, size_t size, uint64_t hash) {
+VDB_ONCE int vdb_word_add(vdb_column *column, const char *text, size_t size, uint64_t hash) {
   if (column->word_count == column->word_capacity) {
     size_t capacity = vdb_max(16, 2 * column->word_capacity), places = 2 * capacity;
     uint32_t *fresh = (uint32_t *)VDB_MALLOC(places * sizeof(uint32_t));
@@ -177,7 +177,7 @@ static inline int vdb_word_add(vdb_column *column, const char *text, size_t size
 }
 
 /* The tag of a value in a column, and its word. VDB_TAG_MISSING for want of memory. */
-static inline vdb_tag vdb_column_encode(vdb_column *column, const vdb_value *value, uint64_t *word) {
+VDB_ONCE vdb_tag vdb_column_encode(vdb_column *column, const vdb_value *value, uint64_t *word) {
   *word = 0;
   if (value->type == VDB_VALUE_NONE) return VDB_TAG_NONE;
   if (value->type == VDB_VALUE_BOOL) return value->integer ? VDB_TAG_TRUE : VDB_TAG_FALSE;
@@ -202,7 +202,7 @@ static inline void vdb_column_clear(vdb_column *column, size_t row) {
 }
 
 /* 0 for want of memory. */
-static inline int vdb_column_put(vdb_column *column, size_t row, const vdb_value *value) {
+VDB_ONCE int vdb_column_put(vdb_column *column, size_t row, const vdb_value *value) {
   vdb_chunk **at = &column->chunks[row / VDB_COLUMN_ROWS], *chunk = *at;
   size_t place = row % VDB_COLUMN_ROWS;
   uint64_t word;
@@ -231,7 +231,7 @@ static inline int vdb_column_put(vdb_column *column, size_t row, const vdb_value
 }
 
 /* The value of this name in a row. 0 if there is none. */
-static inline int vdb_find_value(const vdb_database *db, size_t row, const char *name, vdb_value *out) {
+VDB_ONCE int vdb_find_value(const vdb_database *db, size_t row, const char *name, vdb_value *out) {
   const char *id;
   const unsigned char *metadata;
   size_t id_size, size, place = 0;
@@ -242,7 +242,7 @@ static inline int vdb_find_value(const vdb_database *db, size_t row, const char 
 }
 
 /* Reads a row's values into columns [count]. 0 for want of memory. */
-static inline int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_column *columns, size_t count) {
+VDB_ONCE int vdb_columns_read_row(const vdb_database *db, size_t row, vdb_column *columns, size_t count) {
   const char *id;
   const unsigned char *metadata;
   size_t id_size, size, place = 0;
@@ -259,19 +259,22 @@ typedef struct {
   uint32_t row;
 } vdb_keyed;
 
-/* Sorts by keys, byte by byte, those that are the same in all left out. The sorted ones are in what it returns. */
-static inline vdb_keyed *vdb_sort_keyed(vdb_keyed *from, vdb_keyed *to, size_t count) {
-  for (unsigned shift = 0; shift < 64; shift += 8) {
-    size_t places[256], next = 0;
+#define VDB_SORT_BITS 11u /* of one pass: 20 bits, which number a million rows, take two */
+
+/* Sorts by keys, of which `differing` has the bits that are not the same in all. The sorted ones are in what it returns. */
+VDB_ONCE vdb_keyed *vdb_sort_keyed(vdb_keyed *from, vdb_keyed *to, size_t count, uint64_t differing) {
+  const uint64_t mask = ((uint64_t)1 << VDB_SORT_BITS) - 1;
+  for (unsigned shift = 0; shift < 64 && differing >> shift; shift += VDB_SORT_BITS) {
+    uint32_t places[1u << VDB_SORT_BITS], next = 0;
+    shift += (unsigned)__builtin_ctzll(differing >> shift);
     memset(places, 0, sizeof places);
-    for (size_t i = 0; i < count; i++) places[from[i].key >> shift & 255]++;
-    if (places[from[0].key >> shift & 255] == count) continue;
-    for (unsigned i = 0; i < 256; i++) {
-      size_t here = places[i];
-      places[i] = next;
+    for (size_t i = 0; i < count; i++) places[from[i].key >> shift & mask]++;
+    for (size_t digit = 0; digit <= mask; digit++) {
+      uint32_t here = places[digit];
+      places[digit] = next;
       next += here;
     }
-    for (size_t i = 0; i < count; i++) to[places[from[i].key >> shift & 255]++] = from[i];
+    for (size_t i = 0; i < count; i++) to[places[from[i].key >> shift & mask]++] = from[i];
     vdb_keyed *sorted = to;
     to = from;
     from = sorted;
@@ -291,8 +294,9 @@ VDB_RARE int vdb_column_is_numbers(const vdb_column *column, vdb_tag *tag, size_
 }
 
 /* The rows of a column in the order of their numbers. Nothing happens for want of memory. */
-VDB_RARE void vdb_column_sort(vdb_column *column) {
+VDB_ONCE void vdb_column_sort(vdb_column *column) {
   size_t count, filled = 0;
+  uint64_t differing = 0;
   if (!vdb_column_is_numbers(column, &column->order_tag, &count)) return;
   vdb_keyed *pairs = (vdb_keyed *)VDB_MALLOC(2 * count * sizeof(vdb_keyed));
   column->order = (uint32_t *)VDB_MALLOC(count * sizeof(uint32_t));
@@ -303,10 +307,11 @@ VDB_RARE void vdb_column_sort(vdb_column *column) {
       uint64_t word = chunk->values[place], sign = (uint64_t)1 << 63;
       int downward = column->order_tag == VDB_TAG_FLOAT && (word & sign); /* floats below 0 are ordered from behind */
       pairs[filled].key = downward ? ~word : word ^ sign;
+      differing |= pairs[filled].key ^ pairs[0].key;
       pairs[filled++].row = (uint32_t)(i * VDB_COLUMN_ROWS + place);
     }
   }
-  vdb_keyed *sorted = filled ? vdb_sort_keyed(pairs, pairs + count, filled) : pairs;
+  vdb_keyed *sorted = filled ? vdb_sort_keyed(pairs, pairs + count, filled, differing) : pairs;
   for (size_t i = 0; i < filled; i++) column->order[i] = sorted[i].row;
   column->order_count = filled;
   VDB_FREE(pairs);
@@ -322,7 +327,7 @@ VDB_RARE int vdb_column_room(vdb_column *column, size_t rows) {
 }
 
 /* Reads what has changed since. Under a reader's lock and the mutex. */
-VDB_RARE vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
+VDB_LIGHT vdb_error vdb_columns_refresh(const vdb_database *db, vdb_columns *columns) {
   size_t old = columns->rows, slots = db->slots, words = (columns->rows + 63) / 64;
   if (columns->any_touched || slots > old) {
     vdb_kept_release(columns);
@@ -354,8 +359,9 @@ static inline vdb_column *vdb_columns_find(const vdb_columns *columns, const cha
   return NULL;
 }
 
-/* Adds the column of a name, read from all rows. Columns must be fresh. */
-VDB_RARE vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns, const char *name) {
+/* Adds the column of a name, read from all rows, and sorted if it holds numbers, which takes about as long once. Columns
+ * must be fresh. */
+VDB_LIGHT vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns, const char *name) {
   vdb_column column;
   memset(&column, 0, sizeof column);
   if (columns->count == columns->capacity) {
@@ -368,8 +374,12 @@ VDB_RARE vdb_error vdb_columns_add(const vdb_database *db, vdb_columns *columns,
   if (good) memcpy(column.name, name, strlen(name) + 1);
   good = good && vdb_column_room(&column, vdb_max(columns->rows, db->slots));
   for (size_t row = 0; row < db->slots && good; row++) good = vdb_columns_read_row(db, row, &column, 1);
-  if (good) columns->columns[columns->count++] = column;
-  else vdb_column_release(&column);
+  if (good) {
+    vdb_column_sort(&column);
+    columns->columns[columns->count++] = column;
+  } else {
+    vdb_column_release(&column);
+  }
   return good ? VDB_OK : VDB_ERROR_OUT_OF_MEMORY;
 }
 

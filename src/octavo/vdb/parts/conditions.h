@@ -120,7 +120,7 @@ VDB_RARE void vdb_node_range(vdb_node *node, vdb_operator operation, const vdb_v
 }
 
 /* What of a column is equal to one of the values asked for. 0 for want of memory. */
-VDB_RARE int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
+VDB_LIGHT int vdb_node_set(vdb_node *node, const vdb_condition *asked) {
   size_t count = asked->count, words = node->column.word_count / 64 + 1;
   node->ints = (int64_t *)VDB_MALLOC(count * sizeof(int64_t) + 8);
   node->numbers = (double *)VDB_MALLOC(count * sizeof(double) + 8);
@@ -178,7 +178,7 @@ VDB_RARE vdb_error vdb_condition_compile(vdb_filtering *filtering, const vdb_con
 }
 
 /* Whether a text that stands by its hash is one of those asked for. */
-static inline int vdb_text_passes(const vdb_database *db, const vdb_node *node, size_t row, uint64_t hash) {
+VDB_ONCE int vdb_text_passes(const vdb_database *db, const vdb_node *node, size_t row, uint64_t hash) {
   vdb_value value;
   if (!node->hash_count || !bsearch(&hash, node->hashes, node->hash_count, sizeof hash, vdb_by_hash)) return 0;
   if (!vdb_find_value(db, row, node->column.name, &value) || value.type != VDB_VALUE_TEXT) return 0;
@@ -191,7 +191,7 @@ static inline int vdb_text_passes(const vdb_database *db, const vdb_node *node, 
   return 0;
 }
 
-static inline int vdb_value_passes(const vdb_database *db, const vdb_node *node, size_t row, vdb_tag tag, uint64_t word) {
+VDB_ONCE int vdb_value_passes(const vdb_database *db, const vdb_node *node, size_t row, vdb_tag tag, uint64_t word) {
   int64_t integer;
   double number;
   switch (tag) {
@@ -210,7 +210,7 @@ static inline int vdb_value_passes(const vdb_database *db, const vdb_node *node,
 }
 
 /* 0 if none of a chunk's values can pass, 1 if all of them do, 2 if they must be looked at. */
-static inline int vdb_chunk_says(const vdb_node *node, const vdb_chunk *chunk) {
+VDB_ONCE int vdb_chunk_says(const vdb_node *node, const vdb_chunk *chunk) {
   int none = 1, all = 1;
   for (uint32_t rest = chunk->kinds; rest; rest &= rest - 1) {
     vdb_tag tag = (vdb_tag)__builtin_ctz(rest);
@@ -273,7 +273,7 @@ static inline void vdb_node_chunk(const vdb_database *db, const vdb_node *node, 
 }
 
 /* The rows of one chunk that pass the nodes from `node` on. */
-static inline void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_node *node, size_t chunk, uint64_t *out) {
+VDB_ONCE void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_node *node, size_t chunk, uint64_t *out) {
   vdb_operator operation = node->asked->operation;
   if (operation < VDB_ALL_OF) {
     vdb_node_chunk(filtering->db, node, chunk, out);
@@ -293,7 +293,7 @@ static inline void vdb_filter_chunk(const vdb_filtering *filtering, const vdb_no
 }
 
 /* Whether one row passes the nodes from `node` on. */
-static inline int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t row) {
+VDB_ONCE int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t row) {
   if (node->asked->operation < VDB_ALL_OF) {
     size_t number = row / VDB_COLUMN_ROWS, place = row % VDB_COLUMN_ROWS;
     const vdb_chunk *chunk = number < node->column.chunk_capacity ? node->column.chunks[number] : NULL;
@@ -358,7 +358,7 @@ static inline int vdb_filter_others(const vdb_filtering *filtering, const vdb_no
 
 /* Makes the bitset from the few rows of the shortest range, if there is a sorted column that says so; each is asked the
  * rest of the condition. 0 if there is none. Columns that are asked often enough without get sorted. */
-VDB_RARE int vdb_filter_from_order(vdb_filtering *filtering) {
+VDB_LIGHT int vdb_filter_from_order(vdb_filtering *filtering) {
   const vdb_node *root = filtering->nodes, *best = NULL;
   vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
   size_t from = 0, most = filtering->db->slots / VDB_SORTED_SHARE + 1;
@@ -391,7 +391,7 @@ VDB_RARE int vdb_filter_from_order(vdb_filtering *filtering) {
 #define VDB_FILTER_WALK 1024.0 /* the graph's least effort times VDB_WALK_COST: with fewer it leaves this to a scan */
 
 /* Asks some rows of all. Whether enough pass, of all and for a walk. */
-VDB_RARE int vdb_filter_sample(vdb_filtering *filtering) {
+VDB_LIGHT int vdb_filter_sample(vdb_filtering *filtering) {
   const vdb_database *db = filtering->db;
   size_t asked = 0, passed = 0, linked = db->slots - vdb_min(db->free_count, db->slots);
   for (uint64_t i = 1; i <= VDB_FILTER_SAMPLE && db->slots; i++) {

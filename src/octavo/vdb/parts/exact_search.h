@@ -1,14 +1,14 @@
 /* --- which rows may be answered --- */
 
 /* Live rows that the bitset lets pass; or about so many as a condition does. */
-static inline size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
+VDB_ONCE size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
   if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
   if (!options->bitset) return db->count;
   return vdb_active()->count(options->bitset, db->live, vdb_min((db->slots + 63) / 64, options->bitset_words));
 }
 
 /* Whether a bitset leaves so few rows that picking them beats scanning all. */
-static inline int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
+VDB_ONCE int vdb_few_pass(const vdb_database *db, const vdb_query_options *options) {
   return options->bitset && vdb_count_passing(db, options) < db->slots / 8;
 }
 
@@ -62,7 +62,7 @@ VDB_INLINE int vdb_group_passes(const vdb_scan *scan, float threshold, vdb_group
 }
 
 /* Scores the rows of `mask` from `row` on. 0 if none of them reaches the threshold. */
-VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
+VDB_ONCE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, float threshold, vdb_group *group) {
   const vdb_database *db = scan->db;
   const vdb_block *block = vdb_block_of(db, row);
   size_t first = vdb_row_in_block(db, row), count = 0;
@@ -83,7 +83,7 @@ VDB_INLINE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, 
 }
 
 /* The same of the group's rows, which may lie anywhere. */
-static inline int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
+VDB_ONCE int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
   const vdb_database *db = scan->db;
   const void *rows[VDB_SCAN_ROWS];
   for (size_t i = 0; i < group->count; i++) {
@@ -96,7 +96,7 @@ static inline int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_
 }
 
 /* Adds the rows of a group that may be in the answer to the list. */
-static inline void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
+VDB_ONCE void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
   for (size_t i = 0; i < group->count; i++) {
     float upper = scan->question->wild || !vdb_is_finite(group->uppers[i]) ? VDB_UNBOUNDED : group->uppers[i];
     if (upper < list->threshold) continue;
@@ -166,7 +166,7 @@ static inline void vdb_scan_task(void *context, size_t task) {
 }
 
 /* How many tasks a pass over the rows is cut into, and how many rows each has (whole groups). */
-static inline size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *rows_per_task) {
+VDB_ONCE size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *rows_per_task) {
   size_t threads = vdb_thread_count(db), groups = (db->slots + VDB_SCAN_ROWS - 1) / VDB_SCAN_ROWS;
   size_t tasks = threads == 1 || work < VDB_PARALLEL_BYTES ? 1 : vdb_min(4 * threads, groups);
   *rows_per_task = vdb_max(1, (groups + tasks - 1) / tasks) * VDB_SCAN_ROWS;
@@ -174,7 +174,7 @@ static inline size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *r
 }
 
 /* The nearest rows, sorted: the heap gives the farthest first. */
-static inline size_t vdb_take_found(vdb_shortlist *list, vdb_found *out) {
+VDB_ONCE size_t vdb_take_found(vdb_shortlist *list, vdb_found *out) {
   for (size_t rest = list->found; rest; rest--) {
     out[rest - 1] = list->best[0];
     vdb_sift_found(list->best, rest - 1, list->best[rest - 1]);
@@ -183,7 +183,7 @@ static inline size_t vdb_take_found(vdb_shortlist *list, vdb_found *out) {
 }
 
 /* Every distance is 1: the first k rows that pass are the answer. */
-static inline size_t vdb_scan_zero(const vdb_database *db, const vdb_query_options *options, size_t k, vdb_found *out) {
+VDB_LIGHT size_t vdb_scan_zero(const vdb_database *db, const vdb_query_options *options, size_t k, vdb_found *out) {
   size_t found = 0;
   for (size_t row = 0; row < db->slots && found < k; row++) {
     if (!vdb_passes(db, options, row)) continue;
@@ -194,7 +194,7 @@ static inline size_t vdb_scan_zero(const vdb_database *db, const vdb_query_optio
 }
 
 /* The exact answer to one question: out [options->k] by (distance, row). */
-static inline vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *question,
                                      const vdb_query_options *options, vdb_found *out, size_t *found) {
   size_t k = vdb_min(options->k, db->count);
   *found = 0;
@@ -263,7 +263,7 @@ static inline vdb_tile_space vdb_tile_space_of(const vdb_tile_job *job, size_t t
 }
 
 /* Rows that pass all bounds of a tile go to their queries' lists. */
-static inline void vdb_keep_hits(const vdb_tile_job *job, const vdb_tile_space *space, const vdb_row_terms *terms,
+VDB_ONCE void vdb_keep_hits(const vdb_tile_job *job, const vdb_tile_space *space, const vdb_row_terms *terms,
                                  size_t row, uint32_t mask, size_t hits, vdb_shortlist *lists) {
   for (size_t i = 0; i < hits; i++) {
     vdb_hit hit = space->hits[i];
@@ -316,7 +316,7 @@ static inline void vdb_tile_settle(void *context, size_t query) {
 }
 
 /* Packs the panel and makes the terms of its queries. */
-static inline void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
+VDB_LIGHT void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
   const vdb_database *db = job->db;
   const float *values[VDB_TILE_QUERIES];
   for (size_t q = 0; q < job->panel.queries; q++) values[q] = job->questions[q].probe.values;
@@ -333,7 +333,7 @@ static inline void vdb_tile_prepare(vdb_tile_job *job, float *decoded) {
 }
 
 /* Exact answers to `count` <= VDB_TILE_QUERIES questions at once: out [count][options->k]. */
-static inline vdb_error vdb_scan_panel(const vdb_database *db, const vdb_question *questions, size_t count,
+VDB_ONCE vdb_error vdb_scan_panel(const vdb_database *db, const vdb_question *questions, size_t count,
                                        const vdb_query_options *options, vdb_found *out, size_t *counts) {
   vdb_tile_job job;
   size_t k = vdb_min(options->k, db->count), width = vdb_round_up(count, 16), place = 0;
@@ -381,7 +381,7 @@ typedef struct {
   vdb_ball *balls; /* [tasks] */
 } vdb_range_job;
 
-static inline void vdb_ball_add(vdb_ball *ball, float distance, uint32_t row) {
+VDB_LIGHT void vdb_ball_add(vdb_ball *ball, float distance, uint32_t row) {
   vdb_found found = {distance, row};
   if (ball->count == ball->capacity) {
     size_t capacity = vdb_max(64, 2 * ball->capacity);
@@ -424,14 +424,14 @@ static inline int vdb_by_distance(const void *a, const void *b) {
 }
 
 /* Every distance is 1. */
-static inline void vdb_range_zero(const vdb_database *db, const vdb_query_options *options, float radius,
+VDB_LIGHT void vdb_range_zero(const vdb_database *db, const vdb_query_options *options, float radius,
                                   vdb_ball *out) {
   for (size_t row = 0; row < db->slots && radius >= 1.0f && !out->failed; row++)
     if (vdb_passes(db, options, row)) vdb_ball_add(out, 1.0f, (uint32_t)row);
 }
 
 /* The rows within `radius` of one question, by (distance, row), in `out`, whose rows are to be freed. */
-static inline vdb_error vdb_range_one(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_range_one(const vdb_database *db, const vdb_question *question,
                                       const vdb_query_options *options, float radius, vdb_ball *out) {
   memset(out, 0, sizeof *out);
   if (db->metric == VDB_METRIC_COSINE && question->square == 0.0) {

@@ -39,7 +39,7 @@ VDB_RARE vdb_error vdb_fault_inside(vdb_reader *reader, const vdb_header *header
 #define VDB_STOPPED (-2)
 
 /* 0, errno, or VDB_FILE_ENDS. */
-VDB_RARE int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t at) {
+VDB_LIGHT int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t at) {
   unsigned char *bytes = (unsigned char *)to;
   if (source.memory) { /* readers stay below its size, as they do in a file */
     memcpy(bytes, source.memory + at, size);
@@ -56,7 +56,7 @@ VDB_RARE int vdb_read_bytes(vdb_source source, void *to, size_t size, uint64_t a
   return 0;
 }
 
-static inline int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity *out);
+VDB_RARE int vdb_identify_journal(vdb_source source, uint64_t size, vdb_identity *out);
 
 VDB_RARE int vdb_identify(int file, uint64_t size, vdb_identity *out) {
   vdb_header header; /* its own checksum left out: with it, every header would have the same */
@@ -259,7 +259,7 @@ VDB_INLINE int vdb_set_bit(uint64_t *bits, size_t i) {
   return before;
 }
 
-VDB_RARE vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_LIGHT vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   size_t live = 0, words = (db->slots + 63) / 64;
   for (size_t i = 0; i < words; i++) live += (size_t)__builtin_popcountll(db->live[i]);
   if (db->slots % 64 && db->live[words - 1] >> (db->slots % 64))
@@ -269,7 +269,7 @@ VDB_RARE vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, 
 }
 
 /* Comparisons of bits: they order floats that are not negative, and hold under -ffast-math. */
-VDB_RARE vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_ONCE vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   uint32_t least = vdb_bits((float)VDB_SMALL), most = vdb_bits((float)VDB_GREAT), infinity = 0x7f800000u;
   for (size_t row = 0; row < db->slots; row++) {
     const vdb_block *block = vdb_block_of(db, row);
@@ -286,7 +286,7 @@ VDB_RARE vdb_error vdb_check_numbers(vdb_reader *reader, const vdb_header *heade
 }
 
 /* `seen` [slots] bits, zero before. */
-VDB_RARE vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, const vdb_database *db,
+VDB_LIGHT vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, const vdb_database *db,
                                   uint64_t *seen) {
   for (size_t i = 0; i < db->free_count; i++) {
     uint32_t row = db->free_rows[i];
@@ -296,7 +296,7 @@ VDB_RARE vdb_error vdb_check_free(vdb_reader *reader, const vdb_header *header, 
   return VDB_OK;
 }
 
-VDB_RARE vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_ONCE vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   size_t stride = vdb_link_stride(db);
   for (size_t row = 0; row < db->slots; row++) {
     const uint32_t *links = vdb_links_at(db, row);
@@ -308,7 +308,7 @@ VDB_RARE vdb_error vdb_check_links(vdb_reader *reader, const vdb_header *header,
 }
 
 /* Links of one tower; a link on a level is to a row that is on that level. */
-VDB_RARE int vdb_wrong_tower(const vdb_database *db, size_t row) {
+VDB_LIGHT int vdb_wrong_tower(const vdb_database *db, size_t row) {
   for (uint32_t level = 1; level <= vdb_levels_at(db, row); level++) {
     const uint32_t *links = vdb_links_of(db, row, level);
     if (links[0] > db->options.links) return 1;
@@ -319,7 +319,7 @@ VDB_RARE int vdb_wrong_tower(const vdb_database *db, size_t row) {
 }
 
 /* Towers come in the order of rows and fill their section, so none overlaps another. */
-VDB_RARE vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
+VDB_LIGHT vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
   const vdb_graph *graph = &db->graph;
   size_t next = 1;
   for (size_t row = 0; row < db->slots; row++) {
@@ -339,7 +339,7 @@ VDB_RARE vdb_error vdb_check_towers(vdb_reader *reader, const vdb_header *header
 }
 
 /* Records come in the order of rows and fill the text. Fills records.records; `*ids` becomes how many have an id. */
-VDB_RARE vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *header, vdb_database *db,
+VDB_LIGHT vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *header, vdb_database *db,
                                      const uint64_t *offsets, size_t *ids, size_t *valued) {
   size_t next = 0, size = db->records.loaded->size;
   unsigned char *text = (unsigned char *)(db->records.loaded + 1);
@@ -369,7 +369,7 @@ VDB_RARE vdb_error vdb_check_records(vdb_reader *reader, const vdb_header *heade
 
 /* Every row with an id is in the table once, and no empty place lies between where its search begins and where it is.
  * Linear, however the ids collide. `seen` [slots] bits, zero before. */
-VDB_RARE vdb_error vdb_check_table(vdb_reader *reader, const vdb_header *header, vdb_database *db, size_t ids,
+VDB_LIGHT vdb_error vdb_check_table(vdb_reader *reader, const vdb_header *header, vdb_database *db, size_t ids,
                                    uint64_t *seen) {
   vdb_records *records = &db->records;
   size_t size = records->table_size, mask = size - 1, empty = size, found = 0, id_size, metadata_size;
@@ -475,9 +475,9 @@ VDB_RARE vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, c
   return error;
 }
 
-static inline vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header, vdb_database *db);
+VDB_RARE vdb_error vdb_read_journal(vdb_reader *reader, const vdb_header *header, vdb_database *db);
 
-VDB_RARE vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
+VDB_LIGHT vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header, vdb_database *db) {
   uint64_t *offsets = NULL;
   vdb_error error = vdb_make_room(db, (size_t)header->slots);
   if (error || !vdb_make_variable_room(header, db, &offsets)) {
@@ -584,7 +584,7 @@ VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, 
  */
 
 /* The next `size` bytes, by way of the buffer. */
-VDB_RARE vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, const char *where) {
+VDB_LIGHT vdb_error vdb_take(vdb_reader *reader, void *to, size_t size, const char *where) {
   unsigned char *out = (unsigned char *)to;
   while (size) {
     size_t have = vdb_min(size, reader->end - reader->begin);
@@ -636,7 +636,7 @@ VDB_RARE vdb_error vdb_read_first_row(vdb_reader *reader, vdb_database *db, unsi
   return VDB_OK;
 }
 
-VDB_RARE vdb_error vdb_read_first(vdb_reader *reader, uint32_t threads, vdb_database **out) {
+VDB_LIGHT vdb_error vdb_read_first(vdb_reader *reader, uint32_t threads, vdb_database **out) {
   unsigned char head[VDB_FIRST_HEADER];
   uint64_t dimensions, count;
   int32_t metric;

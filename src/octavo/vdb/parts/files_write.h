@@ -12,7 +12,7 @@ typedef struct {
 } vdb_writer;
 
 /* Memory grows by half, so that little is copied and little is left over. */
-VDB_RARE void vdb_write_memory(vdb_writer *writer, const unsigned char *bytes, size_t size) {
+VDB_LIGHT void vdb_write_memory(vdb_writer *writer, const unsigned char *bytes, size_t size) {
   if (writer->failed) return;
   if (size > writer->capacity - writer->size) {
     size_t capacity = vdb_max(writer->size + size, writer->capacity + writer->capacity / 2);
@@ -30,7 +30,7 @@ VDB_RARE void vdb_write_memory(vdb_writer *writer, const unsigned char *bytes, s
   writer->size += size;
 }
 
-VDB_RARE void vdb_write_all(vdb_writer *writer, const unsigned char *bytes, size_t size) {
+VDB_LIGHT void vdb_write_all(vdb_writer *writer, const unsigned char *bytes, size_t size) {
   if (writer->to_memory) {
     vdb_write_memory(writer, bytes, size);
     return;
@@ -53,7 +53,7 @@ VDB_RARE void vdb_flush(vdb_writer *writer) {
   writer->used = 0;
 }
 
-VDB_RARE void vdb_emit(vdb_writer *writer, const void *data, size_t size) {
+VDB_LIGHT void vdb_emit(vdb_writer *writer, const void *data, size_t size) {
   const unsigned char *bytes = (const unsigned char *)data;
   writer->position += size;
   while (size && !writer->failed) {
@@ -78,14 +78,14 @@ VDB_RARE void vdb_emit_zeros(vdb_writer *writer, uint64_t size) {
 }
 
 /* A list of links and its unused places as zeros, so that what memory held before does not get into files. */
-VDB_RARE void vdb_emit_links(vdb_writer *writer, const uint32_t *links, size_t places) {
+VDB_LIGHT void vdb_emit_links(vdb_writer *writer, const uint32_t *links, size_t places) {
   uint32_t count = *links <= places ? *links : 0;
   vdb_emit(writer, &count, sizeof count);
   vdb_emit(writer, links + 1, count * sizeof *links);
   vdb_emit_zeros(writer, (places - count) * sizeof *links);
 }
 
-VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int part, size_t block,
+VDB_LIGHT void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int part, size_t block,
                              size_t row_bytes) {
   const vdb_block *from = &db->blocks[block];
   size_t rows = vdb_rows_of_block(db, block);
@@ -99,7 +99,7 @@ VDB_RARE void vdb_emit_block(vdb_writer *writer, const vdb_database *db, int par
 }
 
 /* Towers move together as they are written, in the order of rows. */
-VDB_RARE void vdb_emit_towers(vdb_writer *writer, const vdb_database *db, int part) {
+VDB_LIGHT void vdb_emit_towers(vdb_writer *writer, const vdb_database *db, int part) {
   uint32_t next = 1, none = 0;
   size_t links = db->options.links;
   if (part == VDB_TOWERS) vdb_emit(writer, &none, sizeof none);
@@ -123,7 +123,7 @@ typedef struct {
   uint32_t bit;                         /* VDB_VALUES_BIT, or 0 */
 } vdb_text;
 
-VDB_RARE vdb_text vdb_text_of(const vdb_database *db, size_t row) {
+VDB_LIGHT vdb_text vdb_text_of(const vdb_database *db, size_t row) {
   vdb_text text = {NULL, NULL, 0, 0, 0, 0};
   if (vdb_is_live(db, row) &&
       vdb_record_at(db, row, &text.id, &text.id_size, &text.metadata, &text.metadata_size)) {
@@ -135,7 +135,7 @@ VDB_RARE vdb_text vdb_text_of(const vdb_database *db, size_t row) {
 }
 
 /* The offsets of records, or the records. */
-VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int part) {
+VDB_LIGHT void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int part) {
   uint64_t place = 0, none = 0;
   for (size_t row = 0; row < db->slots; row++) {
     vdb_text text = vdb_text_of(db, row);
@@ -153,7 +153,7 @@ VDB_RARE void vdb_emit_records(vdb_writer *writer, const vdb_database *db, int p
 }
 
 /* 0 for no records, 2 for records, 3 if some hold values: the versions of the format that know of them. */
-VDB_RARE int vdb_has_records(const vdb_database *db) {
+VDB_LIGHT int vdb_has_records(const vdb_database *db) {
   int found = 0;
   if (!db->records.records && !db->mapping.offsets && !db->mapping.pages) return 0;
   for (size_t row = 0; row < db->slots && found < 3; row++) {
@@ -251,7 +251,7 @@ VDB_RARE int vdb_same_identity(const vdb_identity *a, const vdb_identity *b) {
 }
 
 /* The identity of an open file. 0 or errno. */
-static inline int vdb_identify(int file, uint64_t size, vdb_identity *out);
+VDB_RARE int vdb_identify(int file, uint64_t size, vdb_identity *out);
 
 /* Whether what is at the path is what `mode` wants. 0, or errno with target->error set. */
 VDB_RARE int vdb_check_target(const vdb_database *db, vdb_target *target, vdb_save_mode mode) {

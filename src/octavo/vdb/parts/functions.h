@@ -49,7 +49,7 @@ VDB_API vdb_error vdb_set_kernels(const char *name) {
 }
 
 /* --- the distances of two vectors --- */
-VDB_RARE float vdb_distance_of(const float *a, const float *b, size_t dimensions, vdb_metric metric) {
+VDB_ONCE float vdb_distance_of(const float *a, const float *b, size_t dimensions, vdb_metric metric) {
   double sums[2], square[2] = {0.0, 0.0};
   vdb_active()->exact(a, b, dimensions, metric == VDB_METRIC_EUCLIDEAN, sums);
   if (metric == VDB_METRIC_COSINE) vdb_active()->exact(a, a, dimensions, 0, square);
@@ -97,7 +97,7 @@ VDB_API vdb_database *vdb_create(size_t dimensions, vdb_metric metric) {
 VDB_API void vdb_destroy(vdb_database *db) { vdb_release(db); }
 
 /* Reading takes the lock although the database is const for the caller. */
-VDB_RARE vdb_lock *vdb_lock_of(const vdb_database *db) { return &((vdb_database *)(uintptr_t)db)->lock; }
+VDB_INLINE vdb_lock *vdb_lock_of(const vdb_database *db) { return &((vdb_database *)(uintptr_t)db)->lock; }
 
 VDB_API size_t vdb_count(const vdb_database *db) {
   if (!db) return 0;

@@ -60,7 +60,7 @@ typedef struct vdb_workshop {
 /* --- links --- */
 
 /* splitmix64 of the row number. Level l or higher has a share of links^-l. */
-static inline uint32_t vdb_level_of(size_t row, uint32_t links) {
+VDB_ONCE uint32_t vdb_level_of(size_t row, uint32_t links) {
   uint64_t hash = ((uint64_t)row + 1) * 0x9e3779b97f4a7c15u, share = UINT64_MAX / links;
   uint32_t level = 0;
   hash = (hash ^ hash >> 30) * 0xbf58476d1ce4e5b9u;
@@ -83,7 +83,7 @@ static inline uint32_t vdb_levels_at(const vdb_database *db, size_t row) {
 }
 
 /* How many neighbours, then neighbours, of a row on a level; NULL if it does not stand there. */
-static inline uint32_t *vdb_links_of(const vdb_database *db, size_t row, uint32_t level) {
+VDB_ONCE uint32_t *vdb_links_of(const vdb_database *db, size_t row, uint32_t level) {
   if (!level) return vdb_links_at(db, row);
   if (level > vdb_levels_at(db, row)) return NULL;
   return db->graph.towers + db->graph.tower_of[row] + vdb_tower_size(level - 1, db->options.links);
@@ -123,7 +123,7 @@ VDB_RARE vdb_walker *vdb_make_walker(const vdb_database *db, size_t rows, size_t
 }
 
 /* The workshop of a database, made when first asked for; several readers may ask at once. */
-static inline vdb_workshop *vdb_workshop_of(const vdb_database *db) {
+VDB_ONCE vdb_workshop *vdb_workshop_of(const vdb_database *db) {
   vdb_workshop **place = (vdb_workshop **)(uintptr_t)&db->graph.workshop, *none = NULL;
   vdb_workshop *workshop = __atomic_load_n(place, __ATOMIC_ACQUIRE);
   if (workshop) return workshop;
@@ -135,7 +135,7 @@ static inline vdb_workshop *vdb_workshop_of(const vdb_database *db) {
   return none;
 }
 
-static inline void vdb_give_walker(const vdb_database *db, vdb_walker *walker) {
+VDB_ONCE void vdb_give_walker(const vdb_database *db, vdb_walker *walker) {
   vdb_workshop *workshop = vdb_workshop_of(db);
   for (size_t i = 0; walker && i < VDB_WALKERS; i++) {
     vdb_walker *none = NULL;
@@ -145,7 +145,7 @@ static inline void vdb_give_walker(const vdb_database *db, vdb_walker *walker) {
 }
 
 /* A walker with room for `room` candidates; NULL if memory is short. */
-static inline vdb_walker *vdb_take_walker(const vdb_database *db, size_t room) {
+VDB_ONCE vdb_walker *vdb_take_walker(const vdb_database *db, size_t room) {
   vdb_workshop *workshop = vdb_workshop_of(db);
   vdb_walker *walker = NULL;
   for (size_t i = 0; workshop && !walker && i < VDB_WALKERS; i++)
@@ -174,7 +174,7 @@ static inline size_t vdb_build_room(const vdb_database *db) {
 }
 
 /* Room for towers of rows below `rows` that have none yet. */
-VDB_RARE vdb_error vdb_make_towers(vdb_database *db, size_t rows) {
+VDB_LIGHT vdb_error vdb_make_towers(vdb_database *db, size_t rows) {
   vdb_graph *graph = &db->graph;
   size_t wanted = vdb_max(1, graph->towers_size), links = db->options.links;
   for (size_t row = 0; row < rows; row++) {
@@ -253,7 +253,7 @@ typedef struct {
   int wild;            /* the query is a row whose norm is outside the normal range */
 } vdb_aim;
 
-static inline vdb_aim vdb_aim_at_question(const vdb_database *db, const vdb_question *question, int codes) {
+VDB_ONCE vdb_aim vdb_aim_at_question(const vdb_database *db, const vdb_question *question, int codes) {
   vdb_aim aim;
   aim.probe = question->probe;
   aim.values = question->probe.values;
@@ -266,7 +266,7 @@ static inline vdb_aim vdb_aim_at_question(const vdb_database *db, const vdb_ques
 }
 
 /* A row as the query. What it points at is in the walker, until the next. */
-static inline vdb_aim vdb_aim_at_row(const vdb_database *db, uint32_t row, int codes, vdb_walker *walker) {
+VDB_ONCE vdb_aim vdb_aim_at_row(const vdb_database *db, uint32_t row, int codes, vdb_walker *walker) {
   size_t dimensions = db->dimensions;
   float norm = vdb_norm_at(db, row);
   float factor = db->metric == VDB_METRIC_COSINE && norm > 0.0f ? 1.0f / norm : 1.0f;
@@ -351,7 +351,7 @@ static inline float vdb_key_at(const vdb_database *db, const vdb_aim *aim, uint3
 
 /* Whether codes are too coarse to tell the rows of a sorted pool apart, as when all rows are far from the origin and
  * near each other: `plain` aims at the same query by the vectors, and the nearest few say how wrong keys are. */
-static inline int vdb_codes_blur(const vdb_database *db, const vdb_aim *plain, const vdb_near *pool, size_t count,
+VDB_ONCE int vdb_codes_blur(const vdb_database *db, const vdb_aim *plain, const vdb_near *pool, size_t count,
                                  vdb_walker *walker) {
   uint32_t rows[4] = {0, 0, 0, 0};
   float keys[4], error = 0.0f;
@@ -362,7 +362,7 @@ static inline int vdb_codes_blur(const vdb_database *db, const vdb_aim *plain, c
   return count > 1 && error * 8.0f > pool[count - 1].key - pool[0].key;
 }
 
-static inline int vdb_row_blurs(const vdb_database *db, const vdb_aim *aim, size_t count, vdb_walker *walker) {
+VDB_ONCE int vdb_row_blurs(const vdb_database *db, const vdb_aim *aim, size_t count, vdb_walker *walker) {
   if (!aim->codes || db->options.storage != VDB_STORAGE_F32_I8) return 0;
   vdb_aim plain = vdb_aim_at_row(db, aim->row, 0, walker);
   return vdb_codes_blur(db, &plain, walker->pool, count, walker);
@@ -458,7 +458,7 @@ static inline size_t vdb_walk(const vdb_database *db, const vdb_aim *aim, vdb_ne
 }
 
 /* From the entry down to `level`. */
-static inline vdb_near vdb_approach(const vdb_database *db, const vdb_aim *aim, uint32_t level, vdb_walker *walker) {
+VDB_ONCE vdb_near vdb_approach(const vdb_database *db, const vdb_aim *aim, uint32_t level, vdb_walker *walker) {
   vdb_near at = {0.0f, db->graph.entry, 0};
   at.key = vdb_key_at(db, aim, at.row, walker);
   for (uint32_t l = vdb_min(db->graph.top, VDB_TOP_LEVEL); l > level; l--) at = vdb_descend(db, aim, at, l, walker);

@@ -1,7 +1,7 @@
 /* --- insertion --- */
 
 /* Of `left` from `begin` on, drops what is nearer to `row` than to where the links begin. */
-static inline size_t vdb_drop_nearer(const vdb_database *db, uint32_t row, int codes, vdb_near *left, size_t begin,
+VDB_ONCE size_t vdb_drop_nearer(const vdb_database *db, uint32_t row, int codes, vdb_near *left, size_t begin,
                                      size_t count, vdb_walker *walker) {
   size_t kept = begin;
   if (begin == count) return count;
@@ -16,7 +16,7 @@ static inline size_t vdb_drop_nearer(const vdb_database *db, uint32_t row, int c
 /* At most `most` of the pool's `count` rows, nearest first, each nearer to where the links begin than to any chosen
  * before it: so that links lead into all directions. Candidates are taken some at a time, for mostly the first few are
  * enough. */
-static inline size_t vdb_choose_links(const vdb_database *db, int codes, size_t count, size_t most, uint32_t *chosen,
+VDB_ONCE size_t vdb_choose_links(const vdb_database *db, int codes, size_t count, size_t most, uint32_t *chosen,
                                       vdb_walker *walker) {
   size_t found = 0;
   vdb_near left[VDB_CHOICE];
@@ -33,7 +33,7 @@ static inline size_t vdb_choose_links(const vdb_database *db, int codes, size_t 
 }
 
 /* Enters rows, the walker's gather at a time, into the pool by their keys. */
-static inline size_t vdb_enter_rows(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
+VDB_ONCE size_t vdb_enter_rows(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
                                     size_t entered, size_t most, vdb_walker *walker) {
   for (size_t begin = 0; begin < count; begin += VDB_PAD) {
     size_t some = vdb_min(VDB_PAD, count - begin);
@@ -58,7 +58,7 @@ static inline int vdb_is_stopped(const vdb_insertion *job) {
 
 /* Candidates for the links of a row of a batch on one level, into the pool: from a walk that begins at `at`, which
  * moves to the nearest, and from the rows of the batch before it. */
-static inline size_t vdb_find_candidates(const vdb_insertion *job, size_t position, const vdb_aim *aim, uint32_t level,
+VDB_ONCE size_t vdb_find_candidates(const vdb_insertion *job, size_t position, const vdb_aim *aim, uint32_t level,
                                          vdb_near *at, vdb_walker *walker) {
   const vdb_database *db = job->db;
   size_t count = 0, found = 0, effort = db->options.build_effort;
@@ -78,7 +78,7 @@ static inline size_t vdb_find_candidates(const vdb_insertion *job, size_t positi
 }
 
 /* Chooses the links of one row of a batch. */
-static inline void vdb_link_row(const vdb_insertion *job, size_t position, vdb_walker *walker) {
+VDB_ONCE void vdb_link_row(const vdb_insertion *job, size_t position, vdb_walker *walker) {
   vdb_database *db = job->db;
   uint32_t row = job->rows[position], level = vdb_levels_at(db, row);
   vdb_near at = {0.0f, VDB_NO_ROW, 0};
@@ -120,7 +120,7 @@ static inline int vdb_by_target(const void *a, const void *b) {
   return x < y ? -1 : x > y;
 }
 
-static inline size_t vdb_collect_reverse(const vdb_insertion *job) {
+VDB_LIGHT size_t vdb_collect_reverse(const vdb_insertion *job) {
   const vdb_database *db = job->db;
   uint64_t *reverse = db->graph.workshop->reverse;
   size_t found = 0;
@@ -136,7 +136,7 @@ static inline size_t vdb_collect_reverse(const vdb_insertion *job) {
 }
 
 /* Adds links back from one target on one level: as they are if there is room, or the choice of old and new. */
-static inline void vdb_link_back(const vdb_insertion *job, const uint64_t *reverse, size_t count, vdb_walker *walker) {
+VDB_ONCE void vdb_link_back(const vdb_insertion *job, const uint64_t *reverse, size_t count, vdb_walker *walker) {
   vdb_database *db = job->db;
   uint32_t level = (uint32_t)(reverse[0] >> 60), target = (uint32_t)(reverse[0] >> 28);
   uint32_t *links = vdb_links_of(db, target, level), some[VDB_PAD];
@@ -184,7 +184,7 @@ static inline void vdb_link_back_task(void *context, size_t task) {
 }
 
 /* Runs all tasks; those that found no walker run again here, where the others have given theirs back. */
-static inline void vdb_run_insertion(vdb_insertion *job, size_t work, size_t each, vdb_task run) {
+VDB_LIGHT void vdb_run_insertion(vdb_insertion *job, size_t work, size_t each, vdb_task run) {
   job->tasks = vdb_min((work + each - 1) / each, VDB_BATCH);
   memset(job->done, 0, job->tasks);
   vdb_parallel(job->db, job->tasks, run, job);
@@ -194,7 +194,7 @@ static inline void vdb_run_insertion(vdb_insertion *job, size_t work, size_t eac
 
 /* A tower for a row that stands higher than the lowest level. A removed row's has no levels, and says behind that how
  * many it has room for. Without memory, which only rows renumbered by vdb_compact can want, the row gets none. */
-VDB_RARE void vdb_place_tower(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_place_tower(vdb_database *db, size_t row) {
   vdb_graph *graph = &db->graph;
   uint32_t links = db->options.links, levels = vdb_level_of(row, links);
   size_t size = vdb_tower_size(levels, links), place = graph->tower_of[row], end = graph->towers_size + size;
@@ -215,7 +215,7 @@ VDB_RARE void vdb_place_tower(vdb_database *db, size_t row) {
   graph->towers_size = end;
 }
 
-VDB_RARE void vdb_leave_tower(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_leave_tower(vdb_database *db, size_t row) {
   uint32_t levels = vdb_levels_at(db, row);
   if (!levels) return;
   for (uint32_t level = 1; level <= levels; level++) vdb_links_of(db, row, level)[0] = 0;
@@ -224,7 +224,7 @@ VDB_RARE void vdb_leave_tower(vdb_database *db, size_t row) {
 }
 
 /* 0 if it was stopped; then nobody links to the rows of the batch. */
-static inline int vdb_insert_batch(vdb_insertion *job) {
+VDB_LIGHT int vdb_insert_batch(vdb_insertion *job) {
   vdb_database *db = job->db;
   vdb_let_readers_in(&db->lock); /* what follows writes only links that no walk can meet yet */
   vdb_run_insertion(job, job->count, 8, vdb_link_task);
@@ -244,7 +244,7 @@ static inline int vdb_insert_batch(vdb_insertion *job) {
 /* --- reachability --- */
 
 /* Everything that can be reached from `row` and was not before; `queue` has room for all rows. */
-static inline void vdb_flood(const vdb_database *db, uint32_t row, uint32_t *queue, vdb_walker *walker) {
+VDB_LIGHT void vdb_flood(const vdb_database *db, uint32_t row, uint32_t *queue, vdb_walker *walker) {
   size_t begin = 0, end = 0;
   walker->visited[row] = walker->epoch;
   for (queue[end++] = row; begin < end; begin++) {
@@ -263,7 +263,7 @@ VDB_INLINE int vdb_can_host(const vdb_database *db, uint32_t row, const vdb_walk
 }
 
 /* A row that was reached, has room for a link, and is a neighbour or a neighbour's neighbour of `row`. */
-static inline uint32_t vdb_find_host(const vdb_database *db, uint32_t row, const vdb_walker *walker) {
+VDB_LIGHT uint32_t vdb_find_host(const vdb_database *db, uint32_t row, const vdb_walker *walker) {
   const uint32_t *links = vdb_links_at(db, row);
   size_t count = vdb_link_count(db, links, 0);
   for (size_t i = 1; i <= count; i++)
@@ -279,7 +279,7 @@ static inline uint32_t vdb_find_host(const vdb_database *db, uint32_t row, const
 
 /* Links to every row that cannot be reached from the entry on the lowest level; choosing among links can cut a row off.
  * Without memory it is left for the next time. */
-static inline void vdb_connect(vdb_database *db) {
+VDB_LIGHT void vdb_connect(vdb_database *db) {
   vdb_walker *walker = vdb_take_walker(db, vdb_build_room(db));
   uint32_t *queue = (uint32_t *)VDB_MALLOC(vdb_max(1, db->slots) * sizeof(uint32_t)), spare = 0;
   if (walker && queue && db->graph.entry != VDB_NO_ROW) {
@@ -318,7 +318,7 @@ VDB_RARE void vdb_graph_give_up(vdb_database *db, const uint32_t *rows, size_t c
 
 /* Makes rows that are stored and described part of the graph, and live; vdb_graph_make_room has been called. Until they
  * are live all together, searches that were let in only pass over them. */
-static inline vdb_error vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count, vdb_watch *watch) {
+VDB_LIGHT vdb_error vdb_graph_insert(vdb_database *db, const uint32_t *rows, size_t count, vdb_watch *watch) {
   vdb_insertion job;
   job.db = db;
   job.watch = watch;
@@ -356,7 +356,7 @@ typedef struct {
 } vdb_sweeping;
 
 /* Rows linked from `row`, not met yet: live ones into the pool (unsorted), removed ones into `dead`. */
-static inline size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint32_t level, uint32_t *dead,
+VDB_LIGHT size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint32_t level, uint32_t *dead,
                                      size_t *dead_count, size_t count, vdb_walker *walker) {
   const uint32_t *links = vdb_links_of(db, row, level);
   for (size_t i = 1, all = vdb_link_count(db, links, level); i <= all; i++) {
@@ -373,7 +373,7 @@ static inline size_t vdb_look_behind(const vdb_database *db, uint32_t row, uint3
 }
 
 /* Links a live row past its removed neighbours on one level. */
-static inline void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
+VDB_LIGHT void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, vdb_walker *walker) {
   uint32_t dead[VDB_DEAD_WAYS], some[VDB_PAD], *links = vdb_links_of(db, row, level);
   size_t dead_count = 0, count, entered, place;
   vdb_start_walk(walker);
@@ -397,7 +397,7 @@ static inline void vdb_mend_row(vdb_database *db, uint32_t row, uint32_t level, 
 }
 
 /* Live rows change their own links and read those of removed rows, which do not change. */
-static inline void vdb_mend_task(void *context, size_t task) {
+VDB_ONCE void vdb_mend_task(void *context, size_t task) {
   vdb_sweeping *job = (vdb_sweeping *)context;
   vdb_database *db = job->db;
   size_t end = vdb_min((task + 1) * job->rows_per_task, db->slots);
@@ -414,7 +414,7 @@ static inline void vdb_mend_task(void *context, size_t task) {
 }
 
 /* The lowest of the live rows on the highest level. */
-VDB_RARE void vdb_choose_entry(vdb_database *db) {
+VDB_LIGHT void vdb_choose_entry(vdb_database *db) {
   db->graph.entry = VDB_NO_ROW;
   db->graph.top = 0;
   for (size_t row = 0; row < db->slots; row++) {
@@ -427,7 +427,7 @@ VDB_RARE void vdb_choose_entry(vdb_database *db) {
 }
 
 /* Links live rows past removed ones, which leave the graph and join free_rows. */
-static inline vdb_error vdb_graph_sweep(vdb_database *db) {
+VDB_LIGHT vdb_error vdb_graph_sweep(vdb_database *db) {
   vdb_sweeping job = {db, 64, 0};
   if (db->slots - db->free_count == db->count) return VDB_OK;
   vdb_parallel(db, (db->slots + job.rows_per_task - 1) / job.rows_per_task, vdb_mend_task, &job);
@@ -457,7 +457,7 @@ static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row) {
 
 /* After a sweep, when rows and their links have moved: new_of_old[i] is the new number of row i, VDB_NO_ROW if it is
  * gone. No row has moved up, so that each place of tower_of is read before it is written. */
-VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, size_t old_slots) {
+VDB_LIGHT void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, size_t old_slots) {
   vdb_graph *graph = &db->graph;
   for (size_t old = 0; old < old_slots; old++) {
     uint32_t row = new_of_old[old], place = graph->tower_of[old];
@@ -480,7 +480,7 @@ VDB_RARE void vdb_graph_renumber(vdb_database *db, const uint32_t *new_of_old, s
 
 /* Exact distances of the first `most` of the pool that pass; the nearest k of them into `out`, sorted. Returns how many
  * of the pool pass, at most `most`. */
-static inline size_t vdb_rank(const vdb_database *db, const vdb_question *question, const vdb_query_options *options,
+VDB_ONCE size_t vdb_rank(const vdb_database *db, const vdb_question *question, const vdb_query_options *options,
                               vdb_walker *walker, size_t count, size_t most, size_t k, vdb_found *out, size_t *found) {
   size_t passed = 0;
   for (size_t i = 0; i < count && passed < most; i++)
@@ -501,7 +501,7 @@ static inline size_t vdb_rank(const vdb_database *db, const vdb_question *questi
 }
 
 /* Walks, with more effort the fewer rows pass. Gives up, and answers *found < k, when a scan is less work. */
-static inline vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *question,
                                          const vdb_query_options *options, size_t passing, size_t k, vdb_found *out,
                                          size_t *found) {
   size_t effort = vdb_max(k, options->effort ? options->effort : vdb_max(64, 2 * k));
@@ -532,7 +532,7 @@ static inline vdb_error vdb_search_graph(const vdb_database *db, const vdb_quest
 }
 
 /* out [k] by (distance, row). Only if fewer rows pass are there fewer than k. */
-static inline vdb_error vdb_graph_search(const vdb_database *db, const vdb_question *question,
+VDB_ONCE vdb_error vdb_graph_search(const vdb_database *db, const vdb_question *question,
                                          const vdb_query_options *options, vdb_found *out, size_t *found) {
   size_t passing = vdb_count_passing(db, options), k = vdb_min(options->k, db->count);
   int usable = db->graph.entry < db->slots && db->graph.tower_of &&

@@ -85,7 +85,7 @@ static inline int vdb_by_id_hash(const void *a, const void *b) {
 }
 
 /* The ids of records that the journal brought, into `out` if there is one. Returns how many. */
-VDB_RARE size_t vdb_list_journal_ids(const vdb_database *db, vdb_journal_id *out) {
+VDB_LIGHT size_t vdb_list_journal_ids(const vdb_database *db, vdb_journal_id *out) {
   size_t found = 0, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;

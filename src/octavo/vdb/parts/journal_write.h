@@ -35,7 +35,7 @@ VDB_RARE void vdb_emit_entry(vdb_writer *writer, const vdb_database *db, const v
 }
 
 /* The batch that makes the file what the database is, into memory; 0 if it would be longer than `most`. */
-VDB_RARE int vdb_make_batch(vdb_writer *writer, const vdb_database *db, size_t most) {
+VDB_LIGHT int vdb_make_batch(vdb_writer *writer, const vdb_database *db, size_t most) {
   const vdb_changes *changes = &db->changes;
   vdb_header header;
   vdb_batch batch;
@@ -75,7 +75,7 @@ VDB_RARE int vdb_make_batch(vdb_writer *writer, const vdb_database *db, size_t m
 }
 
 /* Nothing has changed since the file was read or written. */
-VDB_RARE int vdb_is_unchanged(const vdb_database *db) {
+VDB_LIGHT int vdb_is_unchanged(const vdb_database *db) {
   const vdb_changes *changes = &db->changes;
   if (changes->free_kept != db->free_count) return 0;
   for (size_t word = 0; word << 6 < db->slots; word++)

@@ -143,7 +143,7 @@ static inline size_t vdb_panel_bytes_floats(vdb_element element, size_t width, s
   return width * dimensions * sizeof(float);
 }
 
-static inline void vdb_pack_floats(vdb_element element, const float *const *queries, size_t dimensions,
+VDB_ONCE void vdb_pack_floats(vdb_element element, const float *const *queries, size_t dimensions,
                                    vdb_panel *panel) {
   float *data = (float *)panel->data;
   (void)element;
@@ -163,7 +163,7 @@ static inline size_t vdb_panel_bytes_codes(size_t width, size_t dimensions) {
   return width * sizeof(float) + width * padded + padded;
 }
 
-static inline void vdb_pack_codes(const float *const *queries, size_t dimensions, uint8_t flip, vdb_panel *panel) {
+VDB_ONCE void vdb_pack_codes(const float *const *queries, size_t dimensions, uint8_t flip, vdb_panel *panel) {
   size_t padded = vdb_round_up(dimensions, VDB_PAD);
   float *scales = (float *)panel->data;
   uint8_t *data = (uint8_t *)(scales + panel->width);
@@ -188,7 +188,7 @@ static inline void vdb_pack_codes(const float *const *queries, size_t dimensions
 /* --- crc32c: the Castagnoli polynomial, bits reflected ---
  *
  * Without an instruction: eight bytes a step through eight tables, made once. */
-static inline const uint32_t (*vdb_crc_tables(void))[256] {
+VDB_LIGHT const uint32_t (*vdb_crc_tables(void))[256] {
   static uint32_t tables[8][256];
   static int state; /* 0: none, 1: being made, 2: ready */
   int none = 0;
@@ -225,7 +225,7 @@ static inline uint32_t vdb_crc32c_plain(uint32_t crc, const void *bytes, size_t 
 }
 
 /* a * b modulo the polynomial; the highest bit is x^0. */
-static inline uint32_t vdb_crc_multiply(uint32_t a, uint32_t b) {
+VDB_LIGHT uint32_t vdb_crc_multiply(uint32_t a, uint32_t b) {
   uint32_t product = 0;
   for (int bit = 0; bit < 32; bit++) {
     product ^= (uint32_t)-(int32_t)(a >> 31) & b;

@@ -22,7 +22,7 @@ static inline size_t vdb_panel_bytes_amx(vdb_element element, size_t width, size
 }
 
 /* A scale per query, then [width / 16][step][high, low][16][16 queries][2]. */
-static inline void vdb_pack_halves(const float *const *queries, size_t dimensions, vdb_panel *panel) {
+VDB_ONCE void vdb_pack_halves(const float *const *queries, size_t dimensions, vdb_panel *panel) {
   const size_t padded = vdb_round_up(dimensions, 32);
   float *scales = (float *)panel->data;
   uint16_t *data = (uint16_t *)(scales + panel->width);
@@ -76,25 +76,27 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_split_amx(vdb_element element, const voi
   _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
-VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_arrange_amx(vdb_element element, const void *rows, size_t count,
-                                                    size_t dimensions, uint8_t *to) {
+VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_arrange_floats_amx(vdb_element element, const uint8_t *row, size_t dimensions,
+                                                           uint8_t *to) {
+  for (size_t j = 0; j < dimensions; j += 32, to += 2 * 2048) vdb_split_amx(element, row, j, dimensions - j, to, to + 2048);
+}
+
+VDB_TARGET(VDB_AMX)
+static inline void vdb_arrange_amx(vdb_element element, const uint8_t *row, size_t count, size_t dimensions, uint8_t *to) {
   const size_t step = vdb_step_amx(element), parts = element == VDB_F32 || element == VDB_F16 ? 2 : 1;
-  for (size_t r = 0; r < count; r++) {
-    const uint8_t *row = (const uint8_t *)rows + r * dimensions * vdb_bytes_of(element);
-    uint8_t *place = to + r * 64;
-    for (size_t j = 0; j < dimensions; j += step, place += parts * 2048) {
-      size_t left = dimensions - j;
-      if (parts == 2) {
-        vdb_split_amx(element, row, j, left, place, place + 2048);
-      } else {
-        size_t bytes = vdb_min(left * vdb_bytes_of(element), 64);
-        __m512i whole = _mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - bytes), row + j * vdb_bytes_of(element));
-        _mm512_storeu_si512(place, whole);
-      }
+  const size_t bytes = dimensions * vdb_bytes_of(element), steps = (dimensions + step - 1) / step * parts;
+  for (size_t r = 0; r < count; r++, row += bytes) {
+    if (element == VDB_F32) vdb_arrange_floats_amx(VDB_F32, row, dimensions, to + r * 64);
+    else if (element == VDB_F16) vdb_arrange_floats_amx(VDB_F16, row, dimensions, to + r * 64);
+    else {
+      uint8_t *place = to + r * 64;
+      size_t at = 0;
+      for (; at + 64 <= bytes; at += 64, place += 2048) _mm512_storeu_si512(place, _mm512_loadu_si512(row + at));
+      if (at < bytes) _mm512_storeu_si512(place, _mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - (bytes - at)), row + at));
     }
   }
   for (size_t r = count; r < VDB_TILE_ROWS; r++)
-    for (size_t k = 0; k < (dimensions + step - 1) / step * parts; k++)
+    for (size_t k = 0; k < steps; k++)
       _mm512_storeu_si512(to + (k * VDB_TILE_ROWS + r) * 64, _mm512_setzero_si512());
 }
 
@@ -144,8 +146,9 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_multiply_bf16_amx(int parts, const uint8
   }
 }
 
-VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const vdb_panel *panel, const void *rows,
-                                                    size_t count, size_t dimensions, float *scores, void *scratch) {
+VDB_TARGET(VDB_AMX)
+static inline void vdb_tile_amx(vdb_element element, const vdb_panel *panel, const void *rows, size_t count,
+                                size_t dimensions, float *scores, void *scratch) {
   const size_t width = panel->width, steps = (dimensions + vdb_step_amx(element) - 1) / vdb_step_amx(element);
   const size_t panel_bytes = steps * (element == VDB_I8 ? 1024 : 2048);
   const float *scales = (const float *)panel->data;
@@ -161,7 +164,7 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const v
     shape.rows[t] = 16;
     shape.row_bytes[t] = 64;
   }
-  vdb_arrange_amx(element, rows, count, dimensions, (uint8_t *)scratch);
+  vdb_arrange_amx(element, (const uint8_t *)rows, count, dimensions, (uint8_t *)scratch);
   __asm__ volatile("" : : "r"(&shape), "r"(scratch) : "memory"); /* written before the instructions below read them */
   _tile_loadconfig(&shape);
   for (size_t q = 0; q < width; q += 32) {
@@ -173,8 +176,10 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const v
     _tile_zero(3);
     if (element == VDB_I8) {
       vdb_multiply_i8_amx(arranged, left, right, steps, next, lines);
+    } else if (element == VDB_BF16) {
+      vdb_multiply_bf16_amx(1, arranged, left, right, steps, next, lines);
     } else {
-      vdb_multiply_bf16_amx(element == VDB_BF16 ? 1 : 2, arranged, left, right, steps, next, lines);
+      vdb_multiply_bf16_amx(2, arranged, left, right, steps, next, lines);
     }
     next += steps * lines * 64;
     _tile_stored(0, &sums[0][q], sizeof sums[0]);
@@ -191,15 +196,6 @@ VDB_INLINE VDB_TARGET(VDB_AMX) void vdb_tile_as_amx(vdb_element element, const v
       _mm512_storeu_ps(scores + r * width + q, _mm512_mul_ps(sum, _mm512_loadu_ps(scales + q)));
     }
   }
-}
-
-VDB_TARGET(VDB_AMX)
-static inline void vdb_tile_amx(vdb_element element, const vdb_panel *panel, const void *rows, size_t count,
-                                size_t dimensions, float *scores, void *scratch) {
-  if (element == VDB_F32) vdb_tile_as_amx(VDB_F32, panel, rows, count, dimensions, scores, scratch);
-  if (element == VDB_F16) vdb_tile_as_amx(VDB_F16, panel, rows, count, dimensions, scores, scratch);
-  if (element == VDB_BF16) vdb_tile_as_amx(VDB_BF16, panel, rows, count, dimensions, scores, scratch);
-  if (element == VDB_I8) vdb_tile_as_amx(VDB_I8, panel, rows, count, dimensions, scores, scratch);
 }
 
 static inline const vdb_kernel_set *vdb_amx_set(void) {

@@ -2,7 +2,7 @@
 VDB_INLINE void vdb_mark_all(vdb_database *db) { __atomic_store_n(&db->changes.unknown, 1, __ATOMIC_RELAXED); }
 
 /* Tasks that build links mark rows at once. */
-static inline void vdb_mark(vdb_database *db, uint64_t *bits, size_t row) {
+VDB_ONCE void vdb_mark(vdb_database *db, uint64_t *bits, size_t row) {
   uint64_t bit = (uint64_t)1 << (row & 63);
   if (row >> 6 >= db->changes.words) vdb_mark_all(db);
   else if (!(__atomic_load_n(&bits[row >> 6], __ATOMIC_RELAXED) & bit))

@@ -18,7 +18,7 @@ VDB_INLINE float vdb_from_bits(uint32_t bits) {
 /* By its bits, so that it holds under -ffast-math too. */
 VDB_INLINE int vdb_is_finite(float value) { return (vdb_bits(value) & 0x7f800000u) != 0x7f800000u; }
 
-static inline int vdb_all_finite(const float *values, size_t count) {
+VDB_ONCE int vdb_all_finite(const float *values, size_t count) {
   uint32_t found = 0;
   for (size_t i = 0; i < count; i++) found |= (uint32_t)((vdb_bits(values[i]) & 0x7f800000u) == 0x7f800000u);
   return !found;
@@ -50,7 +50,7 @@ static inline float vdb_from_f16(uint16_t half) {
 }
 
 /* Codes of one row: code = round(value / scale), scale = greatest magnitude / 127. Returns the scale. */
-static inline float vdb_to_i8(const float *values, size_t count, int8_t *codes) {
+VDB_ONCE float vdb_to_i8(const float *values, size_t count, int8_t *codes) {
   float greatest = 0.0f;
   for (size_t j = 0; j < count; j++) greatest = fabsf(values[j]) > greatest ? fabsf(values[j]) : greatest;
   float scale = greatest / 127.0f;

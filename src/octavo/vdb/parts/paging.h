@@ -6,7 +6,7 @@
  * in its cache. Codes that are read by every search stay, if the bound has room for them, and the few vectors whose
  * distances are then measured are read, not mapped.
  */
-static inline void vdb_let_go(const vdb_database *db);
+VDB_RARE void vdb_let_go(const vdb_database *db);
 
 /* Before `bytes` of what lies on disk are read. */
 VDB_INLINE void vdb_touch(const vdb_database *db, size_t bytes) {
@@ -105,7 +105,7 @@ VDB_RARE int vdb_nameless_file(const char *folder) { return (void)folder, errno 
 #endif
 
 /* The vector of a row, read into `room` [dimensions] where it lies on disk and is seldom read: what is around it stays there. */
-VDB_RARE const float *vdb_fetch_vector(const vdb_database *db, size_t row, float *room) {
+VDB_LIGHT const float *vdb_fetch_vector(const vdb_database *db, size_t row, float *room) {
   const vdb_block *block = vdb_block_of(db, row);
   const unsigned char *vector = (const unsigned char *)vdb_vector_at(db, row), *base = db->mapping.base;
   size_t bytes = db->dimensions * sizeof(float), done = 0, at = (size_t)(vector - block->vectors) + block->place;

@@ -147,7 +147,16 @@ static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS
 #endif
 
 #define VDB_INLINE static inline __attribute__((always_inline))
-#define VDB_RARE static inline __attribute__((cold)) /* compiled to be small, which is quicker; no loop over numbers */
+/* gcc spends most of its time on making code quick. What is no inner loop has one body, which is called; loops over rows
+ * that wait for memory or files are compiled with less effort, and with none what seldom runs and does not loop. */
+#if defined(__clang__)
+#define VDB_EFFORT(level)
+#else
+#define VDB_EFFORT(level) __attribute__((optimize(level)))
+#endif
+#define VDB_ONCE static __attribute__((noinline, unused))
+#define VDB_LIGHT static __attribute__((noinline, unused)) VDB_EFFORT("O1")
+#define VDB_RARE static __attribute__((cold, noinline, unused)) VDB_EFFORT("O0")
 #define VDB_ALIGNMENT 64u /* of every array of rows; as many readable bytes follow each */
 
 VDB_INLINE size_t vdb_min(size_t a, size_t b) { return a < b ? a : b; }
@@ -155,7 +164,7 @@ VDB_INLINE size_t vdb_max(size_t a, size_t b) { return a > b ? a : b; }
 VDB_INLINE size_t vdb_round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
 /* 64-byte aligned memory from VDB_MALLOC, the address that VDB_FREE needs kept just before it. Not cleared. */
-static inline void *vdb_aligned_alloc(size_t bytes) {
+VDB_ONCE void *vdb_aligned_alloc(size_t bytes) {
   if (bytes > SIZE_MAX - 2 * VDB_ALIGNMENT) return NULL;
   unsigned char *raw = (unsigned char *)VDB_MALLOC(bytes + 2 * VDB_ALIGNMENT);
   if (!raw) return NULL;
@@ -177,7 +186,7 @@ static inline void vdb_advise_huge(void *memory, size_t bytes) {
 #endif
 }
 
-static inline void vdb_aligned_free(void *pointer) {
+VDB_ONCE void vdb_aligned_free(void *pointer) {
   void *raw;
   if (!pointer) return;
   memcpy(&raw, (unsigned char *)pointer - sizeof(void *), sizeof(void *));

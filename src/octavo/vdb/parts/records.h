@@ -2,7 +2,7 @@
 #define VDB_CHUNK_BYTES ((size_t)1 << 16)
 #define VDB_MAX_ID ((size_t)1 << 20)
 
-static inline uint64_t vdb_hash(const char *id, size_t size) {
+VDB_ONCE uint64_t vdb_hash(const char *id, size_t size) {
   uint64_t hash = 0xcbf29ce484222325u;
   for (size_t i = 0; i < size; i++) hash = (hash ^ (unsigned char)id[i]) * 0x100000001b3u;
   return hash ^ hash >> 32;
@@ -19,7 +19,7 @@ static inline unsigned char *vdb_journal_record_of(const vdb_mapping *mapping, s
 }
 
 /* The record of a row, or NULL. In a mapped file nothing is believed before it is checked. */
-static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t row) {
+VDB_ONCE const unsigned char *vdb_record_of(const vdb_database *db, size_t row) {
   if (!db->mapping.base) return db->records.records ? db->records.records[row] : NULL;
   const vdb_mapping *mapping = &db->mapping;
   const unsigned char *newer = vdb_journal_record_of(mapping, row);
@@ -38,7 +38,7 @@ static inline const unsigned char *vdb_record_of(const vdb_database *db, size_t 
 }
 
 /* 0 if the row has no record. `*id` is NULL when it has none. */
-static inline int vdb_record_at(const vdb_database *db, size_t row, const char **id, size_t *id_size,
+VDB_ONCE int vdb_record_at(const vdb_database *db, size_t row, const char **id, size_t *id_size,
                                 const unsigned char **metadata, size_t *metadata_size) {
   const unsigned char *record = vdb_record_of(db, row);
   uint32_t sizes[2] = {0, 0};
@@ -51,7 +51,7 @@ static inline int vdb_record_at(const vdb_database *db, size_t row, const char *
 }
 
 /* Not 0 if the metadata of a row is values. */
-static inline int vdb_has_values(const vdb_database *db, size_t row) {
+VDB_ONCE int vdb_has_values(const vdb_database *db, size_t row) {
   const unsigned char *record = vdb_record_of(db, row);
   uint32_t sizes[2] = {0, 0};
   if (record) memcpy(sizes, record, sizeof sizes);
@@ -70,7 +70,7 @@ VDB_INLINE vdb_record_head *vdb_head_of(const unsigned char *record) {
 }
 
 /* Memory for a record, with one user. Allocators keep about as much as the head beside each. */
-static inline unsigned char *vdb_record_make(vdb_records *records, size_t bytes) {
+VDB_LIGHT unsigned char *vdb_record_make(vdb_records *records, size_t bytes) {
   vdb_record_head *head = (vdb_record_head *)VDB_MALLOC(sizeof(vdb_record_head) + bytes);
   if (!head) return NULL;
   head->users = 1;
@@ -85,7 +85,7 @@ static inline void vdb_record_leave(unsigned char *record) {
   if (__atomic_sub_fetch(&head->users, 1u, __ATOMIC_ACQ_REL) == 0) VDB_FREE(head);
 }
 
-static inline void vdb_loaded_leave(vdb_loaded *loaded) {
+VDB_LIGHT void vdb_loaded_leave(vdb_loaded *loaded) {
   if (loaded && __atomic_sub_fetch(&loaded->users, 1u, __ATOMIC_ACQ_REL) == 0) VDB_FREE(loaded);
 }
 
@@ -96,7 +96,7 @@ typedef struct {
   vdb_loaded *loaded;
 } vdb_hold;
 
-static inline vdb_hold vdb_hold_record(const vdb_database *db, size_t row) {
+VDB_LIGHT vdb_hold vdb_hold_record(const vdb_database *db, size_t row) {
   vdb_hold hold = {NULL, NULL, NULL};
   const unsigned char *metadata;
   size_t id_size, size;
@@ -108,7 +108,7 @@ static inline vdb_hold vdb_hold_record(const vdb_database *db, size_t row) {
   return hold;
 }
 
-static inline void vdb_hold_end(const vdb_hold *hold) {
+VDB_LIGHT void vdb_hold_end(const vdb_hold *hold) {
   if (hold->record) vdb_record_leave(hold->record);
   vdb_loaded_leave(hold->loaded);
 }
@@ -121,7 +121,7 @@ static inline size_t vdb_bytes_of_record(const unsigned char *record) {
 
 /* Moves records out of the text of a file, about `budget` bytes of them, and gives the text back when none is left. 0
  * for want of memory: what was moved is moved, and the rest is where it was. */
-VDB_RARE int vdb_leave_text(vdb_database *db, size_t budget) {
+VDB_LIGHT int vdb_leave_text(vdb_database *db, size_t budget) {
   vdb_records *records = &db->records;
   vdb_loaded *loaded = records->loaded;
   for (size_t spent = 0; loaded->moved < db->slots && spent < budget; loaded->moved++, spent += sizeof(void *)) {
@@ -142,7 +142,7 @@ VDB_RARE int vdb_leave_text(vdb_database *db, size_t budget) {
 
 /* A row's record has no row any more. Once half of a file's text is dead the rest moves out of it, a little with each
  * row that goes, so that no call takes long for it. */
-static inline void vdb_discard_record(vdb_database *db, unsigned char *record) {
+VDB_LIGHT void vdb_discard_record(vdb_database *db, unsigned char *record) {
   vdb_records *records = &db->records;
   size_t bytes = vdb_bytes_of_record(record);
   if (!vdb_is_loaded(records, record)) {
@@ -156,7 +156,7 @@ static inline void vdb_discard_record(vdb_database *db, unsigned char *record) {
     (void)vdb_leave_text(db, 4 * bytes + 4096);
 }
 
-VDB_RARE void vdb_release_records(vdb_database *db) {
+VDB_LIGHT void vdb_release_records(vdb_database *db) {
   vdb_records *records = &db->records;
   for (size_t row = 0; records->records && row < db->capacity; row++) {
     unsigned char *record = records->records[row];
@@ -197,7 +197,7 @@ static inline void vdb_table_enter(vdb_records *records, size_t row, uint64_t ha
 
 /* A table for the rows there are and `more` ids to come, less than half full and without gone places; `table` of `records`
  * becomes it, and what was there is left alone. */
-VDB_RARE vdb_error vdb_make_table(const vdb_database *db, vdb_records *records, size_t more) {
+VDB_LIGHT vdb_error vdb_make_table(const vdb_database *db, vdb_records *records, size_t more) {
   size_t ids = more, size = 16, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -232,7 +232,7 @@ static inline int vdb_has_id(const vdb_database *db, size_t row, const char *id,
 }
 
 /* The same of rows whose record the journal of a mapped file brought; `*place` starts at the size of the table. */
-VDB_RARE uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash, size_t *place) {
+VDB_LIGHT uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash, size_t *place) {
   const vdb_mapping *mapping = &db->mapping;
   size_t low = 0, high = mapping->id_count;
   while (low < high) {
@@ -250,7 +250,7 @@ VDB_RARE uint32_t vdb_journal_seek(const vdb_database *db, const char *id, size_
 
 /* Rows with this id, one a call, in table order; `*place` starts at 0. VDB_NO_ROW when there are no more. Rows of equal
  * id lie one after the other in the table, so thousands of one id make that id slow, and no other. */
-static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
+VDB_ONCE uint32_t vdb_table_seek(const vdb_database *db, const char *id, size_t size, uint64_t hash,
                                       size_t *place) {
   const vdb_records *records = &db->records;
   if (!size) return VDB_NO_ROW;
@@ -264,11 +264,11 @@ static inline uint32_t vdb_table_seek(const vdb_database *db, const char *id, si
   return db->mapping.id_count ? vdb_journal_seek(db, id, size, hash, place) : VDB_NO_ROW;
 }
 
-static inline uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
+VDB_ONCE uint32_t vdb_table_next(const vdb_database *db, const char *id, size_t size, size_t *place) {
   return vdb_table_seek(db, id, size, db->records.table_size || db->mapping.id_count ? vdb_hash(id, size) : 0, place);
 }
 
-static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
+VDB_LIGHT uint32_t vdb_lowest_row(const vdb_database *db, const char *id, size_t size) {
   uint32_t lowest = VDB_NO_ROW, row;
   for (size_t place = 0; (row = vdb_table_next(db, id, size, &place)) != VDB_NO_ROW;)
     if (row < lowest) lowest = row;
@@ -276,7 +276,7 @@ static inline uint32_t vdb_lowest_row(const vdb_database *db, const char *id, si
 }
 
 /* Room in the table for `ids` more. */
-static inline vdb_error vdb_table_room(vdb_database *db, size_t ids) {
+VDB_ONCE vdb_error vdb_table_room(vdb_database *db, size_t ids) {
   if (2 * (db->records.table_used + ids) <= db->records.table_size) return VDB_OK;
   return vdb_rebuild_table(db, vdb_max(ids, db->records.table_used / 2));
 }
@@ -292,7 +292,7 @@ static inline int vdb_records_room(vdb_database *db) {
 }
 
 /* Makes the record of a row, which has none yet. */
-static inline vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
+VDB_LIGHT vdb_error vdb_make_record(vdb_database *db, size_t row, const char *id, size_t id_size,
                                         const vdb_record *given) {
   size_t metadata_size = vdb_metadata_size(given);
   uint32_t sizes[2] = {(uint32_t)id_size, (uint32_t)metadata_size | (given->value_count ? VDB_VALUES_BIT : 0)};
@@ -319,7 +319,7 @@ static inline vdb_error vdb_put_record(vdb_database *db, size_t row, const vdb_r
   return error;
 }
 
-static inline void vdb_drop_record(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_drop_record(vdb_database *db, size_t row) {
   vdb_records *records = &db->records;
   const char *id;
   const unsigned char *metadata;

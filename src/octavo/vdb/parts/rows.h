@@ -258,16 +258,16 @@ static inline void vdb_clear_after(vdb_database *db, size_t row) {
 }
 
 /* --- room --- */
-static inline vdb_error vdb_graph_make_room(vdb_database *db, size_t rows);
+VDB_RARE vdb_error vdb_graph_make_room(vdb_database *db, size_t rows);
 static inline vdb_error vdb_graph_removed(vdb_database *db, size_t row);
-static inline void vdb_graph_release(vdb_database *db);
-static inline size_t vdb_graph_bytes(const vdb_database *db);
-static inline void vdb_changes_make_room(vdb_database *db);
-static inline void *vdb_spill(vdb_paging *paging, size_t bytes);
-static inline void vdb_touch(const vdb_database *db, size_t bytes);
+VDB_RARE void vdb_graph_release(vdb_database *db);
+VDB_RARE size_t vdb_graph_bytes(const vdb_database *db);
+VDB_RARE void vdb_changes_make_room(vdb_database *db);
+VDB_RARE void *vdb_spill(vdb_paging *paging, size_t bytes);
+VDB_INLINE void vdb_touch(const vdb_database *db, size_t bytes);
 
 /* `*array` with room for `count` items; the old content stays, what is new is zero. */
-VDB_RARE int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
+VDB_LIGHT int vdb_grow(void **array, size_t old_count, size_t count, size_t item) {
   if (count > SIZE_MAX / item) return 0;
 #ifdef VDB_REALLOC
   unsigned char *grown = (unsigned char *)VDB_REALLOC(*array, count * item);
@@ -339,7 +339,7 @@ VDB_RARE vdb_error vdb_make_room(vdb_database *db, size_t rows) {
 static inline size_t vdb_thread_count(const vdb_database *db) { return db->threads; }
 
 /* Runs tasks 0 to tasks - 1, in any order and on any thread; all are done on return. */
-static inline void vdb_parallel(const vdb_database *db, size_t tasks, vdb_task run, void *context) {
+VDB_ONCE void vdb_parallel(const vdb_database *db, size_t tasks, vdb_task run, void *context) {
   size_t threads = vdb_min(vdb_thread_count(db), tasks);
   if (threads > 1 && vdb_pool_run(db->pool, vdb_thread_count(db) - 1, tasks, run, context)) return;
   for (size_t task = 0; task < tasks; task++) run(context, task);
@@ -352,7 +352,7 @@ static inline void vdb_make_live(vdb_database *db, const uint32_t *rows, size_t 
 }
 
 /* A row's place may be used again. Where there is no memory to note that, it is lost until vdb_compact. */
-VDB_RARE void vdb_free_row(vdb_database *db, size_t row) {
+VDB_LIGHT void vdb_free_row(vdb_database *db, size_t row) {
   if (db->free_count == db->free_capacity) {
     size_t capacity = vdb_max(64, 2 * db->free_capacity);
     if (!vdb_grow((void **)&db->free_rows, db->free_capacity, capacity, sizeof(uint32_t))) return;
@@ -369,7 +369,7 @@ static inline void vdb_columns_touch(vdb_columns *columns, size_t row) {
 }
 
 /* --- one row --- */
-static inline void vdb_store_vector(vdb_database *db, size_t row, const float *vector) {
+VDB_ONCE void vdb_store_vector(vdb_database *db, size_t row, const float *vector) {
   vdb_block *block = &db->blocks[row >> db->block_shift];
   size_t place = vdb_row_in_block(db, row), dimensions = db->dimensions;
   unsigned char *out = block->vectors + place * dimensions * vdb_element_size(db->options.storage);
@@ -388,14 +388,14 @@ static inline void vdb_store_vector(vdb_database *db, size_t row, const float *v
   }
 }
 
-static inline void vdb_decode_row(const vdb_database *db, size_t row, float *out) {
+VDB_ONCE void vdb_decode_row(const vdb_database *db, size_t row, float *out) {
   vdb_touch(db, VDB_FAULT_BYTES);
   float scale = db->options.storage == VDB_STORAGE_I8 ? vdb_scale_at(db, row) : 1.0f;
   vdb_active()->decode(vdb_element_of(db->options.storage), vdb_vector_at(db, row), scale, db->dimensions, out);
 }
 
 /* Norm, codes and what the codes miss, from the stored vector; `decoded` is room for one vector. */
-static inline void vdb_describe_row(vdb_database *db, size_t row, float *decoded) {
+VDB_ONCE void vdb_describe_row(vdb_database *db, size_t row, float *decoded) {
   vdb_block *block = &db->blocks[row >> db->block_shift];
   size_t place = vdb_row_in_block(db, row), dimensions = db->dimensions;
   const float *vector = (const float *)vdb_vector_at(db, row);

@@ -46,7 +46,7 @@ static inline int vdb_tiles_fit(const vdb_query_job *job) {
 }
 
 /* Answers one group of questions. */
-static inline void vdb_run_queries(vdb_query_job *job) {
+VDB_ONCE void vdb_run_queries(vdb_query_job *job) {
   const vdb_database *db = job->db;
   for (size_t i = 0; i < job->count; i++)
     vdb_ask(db, job->queries + i * db->dimensions, job->memory + i * job->question_bytes, &job->questions[i]);
@@ -64,7 +64,7 @@ static inline void vdb_run_queries(vdb_query_job *job) {
 }
 
 /* All answers: out [count][options->k]. Under a reader's lock. */
-static inline vdb_error vdb_answer_queries(const vdb_database *db, const float *queries, size_t count,
+VDB_ONCE vdb_error vdb_answer_queries(const vdb_database *db, const float *queries, size_t count,
                                            const vdb_query_options *options, vdb_found *out, size_t *counts) {
   size_t group = vdb_min(count, VDB_QUERY_GROUP), bytes = vdb_round_up(vdb_question_bytes(db), VDB_ALIGNMENT);
   vdb_query_job job = {db, options, queries, group, NULL, NULL, bytes, out, counts, VDB_OK};
@@ -83,7 +83,7 @@ static inline vdb_error vdb_answer_queries(const vdb_database *db, const float *
 }
 
 /* Bytes of text that an answer carries: ids with their NUL, and metadata. */
-static inline size_t vdb_answer_text(const vdb_database *db, const vdb_found *found, const size_t *counts, size_t count,
+VDB_ONCE size_t vdb_answer_text(const vdb_database *db, const vdb_found *found, const size_t *counts, size_t count,
                                      const vdb_query_options *options) {
   size_t bytes = 0, id_size, metadata_size;
   const char *id;
@@ -99,7 +99,7 @@ static inline size_t vdb_answer_text(const vdb_database *db, const vdb_found *fo
 }
 
 /* An answer with room for everything, in one block. */
-static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_options *options, size_t text,
+VDB_ONCE vdb_answer *vdb_answer_make(size_t queries, const vdb_query_options *options, size_t text,
                                           char **out_text) {
   size_t cells = queries * options->k, place = vdb_round_up(sizeof(vdb_answer), 16);
   size_t counts = place, indices = place += queries * sizeof(size_t), ids = place += cells * sizeof(uint64_t);
@@ -130,7 +130,7 @@ static inline vdb_answer *vdb_answer_make(size_t queries, const vdb_query_option
 }
 
 /* Fills one place of the answer; `found` is NULL for a place without a row. Returns where the text goes on. */
-static inline char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, size_t cell, const vdb_found *found,
+VDB_ONCE char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, size_t cell, const vdb_found *found,
                                     char *text) {
   const char *id = NULL;
   const unsigned char *metadata = NULL;
@@ -177,7 +177,7 @@ VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *op
 }
 
 /* The answer from rows that were found: found [count][options->k]. */
-static inline vdb_error vdb_answer_from(const vdb_database *db, const vdb_found *found, const size_t *counts,
+VDB_ONCE vdb_error vdb_answer_from(const vdb_database *db, const vdb_found *found, const size_t *counts,
                                         size_t count, const vdb_query_options *options, vdb_answer **out) {
   char *text;
   vdb_answer *answer = *out = vdb_answer_make(count, options, vdb_answer_text(db, found, counts, count, options), &text);
@@ -190,7 +190,7 @@ static inline vdb_error vdb_answer_from(const vdb_database *db, const vdb_found 
   return VDB_OK;
 }
 
-static inline vdb_error vdb_query_locked(const vdb_database *db, const float *queries, size_t count,
+VDB_ONCE vdb_error vdb_query_locked(const vdb_database *db, const float *queries, size_t count,
                                          const vdb_query_options *asked, vdb_answer **out) {
   if (asked->where) {
     uint64_t *made = NULL;
@@ -264,7 +264,7 @@ static inline vdb_error vdb_answer_balls(const vdb_database *db, const vdb_ball 
   return error;
 }
 
-static inline vdb_error vdb_range_locked(const vdb_database *db, const float *queries, size_t count, float radius,
+VDB_LIGHT vdb_error vdb_range_locked(const vdb_database *db, const float *queries, size_t count, float radius,
                                          const vdb_query_options *asked, vdb_answer **out) {
   vdb_query_options options = *asked;
   uint64_t *made = NULL;
@@ -313,7 +313,7 @@ typedef struct {
   vdb_hold *holds; /* [count] */
 } vdb_own_set;
 
-static inline vdb_result_set *vdb_result_set_make(const vdb_database *db, const vdb_found *found, size_t count) {
+VDB_LIGHT vdb_result_set *vdb_result_set_make(const vdb_database *db, const vdb_found *found, size_t count) {
   size_t text = 0, id_size, metadata_size;
   const char *id;
   const unsigned char *metadata;
@@ -364,7 +364,7 @@ VDB_API void vdb_free_result_set(vdb_result_set *set) {
 }
 
 /* Under the writer's lock. */
-VDB_RARE size_t vdb_drop_passing(vdb_database *db, const vdb_query_options *options) {
+VDB_LIGHT size_t vdb_drop_passing(vdb_database *db, const vdb_query_options *options) {
   size_t removed = 0;
   for (size_t row = 0; row < db->slots; row++) {
     if (!vdb_passes(db, options, row)) continue;

@@ -135,7 +135,7 @@ static inline void *vdb_pool_worker(void *argument) {
   return NULL;
 }
 
-static inline void vdb_pool_reset(vdb_pool *pool) {
+VDB_LIGHT void vdb_pool_reset(vdb_pool *pool) {
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_cond_init(&pool->work, NULL);
   pthread_cond_init(&pool->done, NULL);
@@ -148,7 +148,7 @@ static inline void vdb_pool_reset(vdb_pool *pool) {
 
 /* In a child of fork() the pool is the parent's, whose threads are not here and whose mutex may be locked. One thread
  * makes it anew. A child that is forked meanwhile finds the number of another process, and begins again. */
-static inline void vdb_pool_adopt(vdb_pool *pool) {
+VDB_LIGHT void vdb_pool_adopt(vdb_pool *pool) {
   long process = (long)vdb_sys_getpid(), found = __atomic_load_n(&pool->process, __ATOMIC_ACQUIRE);
   while (found != process) {
     if (found == -process) {
@@ -163,7 +163,7 @@ static inline void vdb_pool_adopt(vdb_pool *pool) {
 }
 
 /* Joins the workers; those of a parent process are not ours to join. */
-static inline void vdb_pool_stop(vdb_pool *pool) {
+VDB_LIGHT void vdb_pool_stop(vdb_pool *pool) {
   if (pool->process == (long)vdb_sys_getpid()) {
     pthread_mutex_lock(&pool->mutex);
     pool->stopping = 1;
@@ -179,7 +179,7 @@ static inline void vdb_pool_stop(vdb_pool *pool) {
 }
 
 /* Starts the workers. Fewer than wanted, or none, is no failure: the caller works too. */
-static inline void vdb_pool_start(vdb_pool *pool, size_t workers) {
+VDB_LIGHT void vdb_pool_start(vdb_pool *pool, size_t workers) {
   pool->threads = (pthread_t *)VDB_MALLOC(workers * sizeof(pthread_t));
   if (!pool->threads) return;
   while (pool->thread_count < workers &&
@@ -188,7 +188,7 @@ static inline void vdb_pool_start(vdb_pool *pool, size_t workers) {
 }
 
 /* 1 if the job was done by the pool, 0 if the pool was busy and nothing was done. */
-static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
+VDB_ONCE int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
   vdb_pool_adopt(pool);
   pthread_mutex_lock(&pool->mutex);
   if (pool->busy) {
@@ -210,7 +210,7 @@ static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb
   return 1;
 }
 
-static inline size_t vdb_cores(void) {
+VDB_ONCE size_t vdb_cores(void) {
   long cores = vdb_sys_get_nprocs();
   return cores < 1 ? 1 : cores > 256 ? 256 : (size_t)cores;
 }
@@ -227,11 +227,11 @@ static inline void vdb_enter_write(vdb_lock *lock) { (void)lock; }
 static inline void vdb_leave_write(vdb_lock *lock) { (void)lock; }
 static inline void vdb_enter_still(vdb_lock *lock) { (void)lock; }
 static inline void vdb_leave_still(vdb_lock *lock) { (void)lock; }
-static inline void vdb_pool_reset(vdb_pool *pool) { pool->unused = 0; }
-static inline void vdb_pool_stop(vdb_pool *pool) { (void)pool; }
-static inline size_t vdb_cores(void) { return 1; }
+VDB_LIGHT void vdb_pool_reset(vdb_pool *pool) { pool->unused = 0; }
+VDB_LIGHT void vdb_pool_stop(vdb_pool *pool) { (void)pool; }
+VDB_ONCE size_t vdb_cores(void) { return 1; }
 
-static inline int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
+VDB_ONCE int vdb_pool_run(vdb_pool *pool, size_t workers, size_t tasks, vdb_task run, void *context) {
   (void)pool, (void)workers;
   for (size_t task = 0; task < tasks; task++) run(context, task);
   return 1;
@@ -259,7 +259,7 @@ static inline void vdb_watch_make(vdb_watch *watch, int (*go_on)(size_t, size_t,
 }
 
 /* Whether the call was stopped; on the caller's thread, asks. */
-static inline int vdb_watch_stops(vdb_watch *watch, size_t done, size_t count) {
+VDB_ONCE int vdb_watch_stops(vdb_watch *watch, size_t done, size_t count) {
   if (__atomic_load_n(&watch->stopped, __ATOMIC_RELAXED)) return 1;
 #ifdef VDB_MULTITHREADED
   if (!pthread_equal(watch->caller, pthread_self())) return 0;

@@ -49,7 +49,7 @@ VDB_API int vdb_next_value(const void *values, size_t size, size_t *place, vdb_v
 }
 
 /* How many values there are, or -1 if the bytes are no values, or two have one name. */
-VDB_RARE long vdb_count_values(const unsigned char *values, size_t size) {
+VDB_LIGHT long vdb_count_values(const unsigned char *values, size_t size) {
   size_t place = 0, before;
   vdb_value value, other;
   long count = 0;
@@ -64,7 +64,7 @@ VDB_RARE long vdb_count_values(const unsigned char *values, size_t size) {
 }
 
 /* Bytes that values take when they are kept; SIZE_MAX for such as cannot be. */
-VDB_RARE size_t vdb_values_size(const vdb_value *values, size_t count) {
+VDB_LIGHT size_t vdb_values_size(const vdb_value *values, size_t count) {
   size_t bytes = 0;
   if (!values && count) return SIZE_MAX;
   for (size_t i = 0; i < count; i++) {
@@ -87,7 +87,7 @@ VDB_RARE size_t vdb_values_size(const vdb_value *values, size_t count) {
   return bytes > INT32_MAX ? SIZE_MAX : bytes;
 }
 
-VDB_RARE void vdb_write_values(const vdb_value *values, size_t count, unsigned char *out) {
+VDB_LIGHT void vdb_write_values(const vdb_value *values, size_t count, unsigned char *out) {
   for (size_t i = 0; i < count; i++) {
     const vdb_value *value = &values[i];
     size_t name = strlen(value->name);
