@@ -59,8 +59,8 @@ def values(client):
     return sorted(k for k in client.keys("octavo:*") if k != LOG.encode() and not k.endswith(b":note"))
 
 
-def cut(client, name):
-    """Damage a value: flip its last bit."""
+def damage(client, name):
+    """Flip the last bit of a value."""
     data = bytearray(client.get(name))
     data[-1] ^= 1
     client.set(name, bytes(data))

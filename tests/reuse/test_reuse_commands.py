@@ -94,6 +94,19 @@ def test_a_server_that_cannot_be_reached_is_told():
         assert match in str(out.exception)
 
 
+def test_first_tokens_from_a_server_are_measured(url, tmp_path, smollm, full):
+    if not full:
+        pytest.skip("two fresh processes take over 20 s; --full runs them")
+    tiny_model(vocab_size=49152).save_pretrained(tmp_path / "model")
+    smollm[1].save_pretrained(tmp_path / "model")
+    options = ["--part", "first", "--document", 200, "--rounds", 1, "--device", "cpu", "--dtype", "fp32"]
+    options += ["--model", tmp_path / "model", "--adapter", "none", "--remote", url]
+    assert "document on the server" in run("bench", "reuse", *options, "--out", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())["first"]
+    assert found["remote_ratio"] == found["cold_s"] / found["remote_s"] > 0
+    assert "3 records" in run("cache", "stats", "--remote", url), "nothing of it stays"
+
+
 def test_verify_finds_what_is_damaged(folder):
     path = sorted(folder.glob("*.kv"))[0]
     data = bytearray(path.read_bytes())

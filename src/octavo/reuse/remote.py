@@ -57,8 +57,9 @@ class Remote:
         began, index = time.monotonic(), self.store.index
         if began < self._until or (began < self._next and not patient):
             return
+        within, self._within = self._within, LATER
         try:
-            took = self._look(math.inf if patient else began + self._within)
+            took = self._look(math.inf if patient else began + within)
         except OSError as e:
             self.store.counts["errors"] += 1
             self._fails(e)
@@ -66,7 +67,7 @@ class Remote:
         ended = time.monotonic()
         if not self._left:
             self._deleted.clear()
-        self._within, index.away = LATER, False
+        index.away = False
         self._next = -math.inf if self._left else ended + max(LOOK, SHARE * took)
         if (self._removed or self._noted) and self.writable:
             self.tiers.submit(self._send)

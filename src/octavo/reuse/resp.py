@@ -108,7 +108,7 @@ class Server:
     def sizes(self, keys: Sequence[str]) -> list[int]:
         """Bytes of the values under some keys, 0 where there is none."""
         with _told():
-            pipe = self._writer.pipeline(transaction=False)
+            pipe = self._reader.pipeline(transaction=False)
             for key in keys:
                 pipe.strlen(self.value(key))
             return list(pipe.execute())
