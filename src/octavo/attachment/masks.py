@@ -95,9 +95,9 @@ def _maker(mask_function: Any) -> str:
 def _expressed_traced(mask_function: Any, kwargs: dict[str, Any]) -> bool:
     """The same while a forward is traced, where closures hide what they are made of: transformers tells of masks that
     were given to it, joins what blocks see last, and lets masks part documents whether there are several or not."""
-    if kwargs.get("use_vmap"):
-        return False
-    return mask_function is causal_mask_function or mask_function.__code__.co_qualname.startswith("and_masks.")
+    if mask_function is causal_mask_function:
+        return True
+    return not kwargs.get("use_vmap", True) and mask_function.__code__.co_qualname.startswith("and_masks.")
 
 
 def _parts(mask_function: Any, maker: str = "and_masks") -> tuple[Any, ...]:

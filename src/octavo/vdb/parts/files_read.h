@@ -102,7 +102,7 @@ typedef uint64_t vdb_words __attribute__((vector_size(64)));
 
 /* Not 0 if no float has all bits of its exponent set. Adding the lowest of them to a full exponent carries into the
  * sign's place and no further, so a word is looked at as a whole. */
-static inline __attribute__((hot)) int vdb_words_finite(const unsigned char *bytes, size_t size, uint64_t exponents) {
+VDB_ONCE __attribute__((hot)) int vdb_words_finite(const unsigned char *bytes, size_t size, uint64_t exponents) {
   uint64_t step = exponents & ~(exponents << 1), signs = exponents + step, any = 0;
   vdb_words words, found;
   memset(&found, 0, sizeof found);
@@ -157,7 +157,7 @@ static inline __attribute__((hot)) void vdb_read_run(void *context, size_t task)
 }
 
 /* What the runs found. The zeros after the section are read here; vdb_check_header has bounded them. */
-VDB_RARE vdb_error vdb_finish_part(vdb_reader *reader, const vdb_header *header, const vdb_reading *job,
+VDB_LIGHT vdb_error vdb_finish_part(vdb_reader *reader, const vdb_header *header, const vdb_reading *job,
                                    size_t runs) {
   const vdb_section *section = &header->section[job->part];
   uint64_t end = section->offset + section->size;
@@ -214,7 +214,7 @@ VDB_RARE const char *vdb_wrong_setting(const vdb_header *header) {
 }
 
 /* All that can be said of a file of reader->size bytes by its header alone. */
-VDB_RARE vdb_error vdb_check_header(vdb_reader *reader, const vdb_header *header) {
+VDB_LIGHT vdb_error vdb_check_header(vdb_reader *reader, const vdb_header *header) {
   if (header->version != 2 && header->version != 3) return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "an unknown version", 8);
   if (header->header_size != sizeof *header || header->crc != vdb_crc32c(0, header, sizeof *header - 4))
     return vdb_fault(reader, VDB_ERROR_CORRUPT, "header", "the checksum differs", sizeof *header - 4);
@@ -260,8 +260,7 @@ VDB_INLINE int vdb_set_bit(uint64_t *bits, size_t i) {
 }
 
 VDB_LIGHT vdb_error vdb_check_live(vdb_reader *reader, const vdb_header *header, const vdb_database *db) {
-  size_t live = 0, words = (db->slots + 63) / 64;
-  for (size_t i = 0; i < words; i++) live += (size_t)__builtin_popcountll(db->live[i]);
+  size_t words = (db->slots + 63) / 64, live = vdb_active()->count(db->live, db->live, words);
   if (db->slots % 64 && db->live[words - 1] >> (db->slots % 64))
     return vdb_fault_inside(reader, header, VDB_LIVE, "a row past the last one", 8 * (words - 1));
   if (live == db->count) return VDB_OK;
@@ -446,7 +445,7 @@ VDB_RARE int vdb_make_variable_room(const vdb_header *header, vdb_database *db, 
          vdb_grow((void **)&records->records, 0, db->capacity, sizeof(unsigned char *));
 }
 
-VDB_RARE vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, const vdb_database *db, int part,
+VDB_LIGHT vdb_error vdb_read_part(vdb_reader *reader, const vdb_header *header, const vdb_database *db, int part,
                                  uint64_t *offsets) {
   vdb_reading job;
   void *to = part == VDB_LIVE        ? (void *)db->live
@@ -508,11 +507,11 @@ VDB_LIGHT vdb_error vdb_read_second(vdb_reader *reader, const vdb_header *header
 }
 
 /* --- format 2, mapped --- */
-VDB_RARE void *vdb_mapped_part(const vdb_header *header, const vdb_database *db, int part) {
+static inline void *vdb_mapped_part(const vdb_header *header, const vdb_database *db, int part) {
   return header->section[part].size ? (void *)(db->mapping.base + header->section[part].offset) : NULL;
 }
 
-VDB_RARE void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i) {
+static inline void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i) {
   unsigned char *array[VDB_LINKS + 1];
   for (int part = 0; part <= VDB_LINKS; part++) {
     unsigned char *base = (unsigned char *)vdb_mapped_part(header, db, part);
@@ -528,7 +527,7 @@ VDB_RARE void vdb_map_block(const vdb_header *header, vdb_database *db, size_t i
 }
 
 /* Only the bitset of live rows and the free ones are copied: they are small, and the number of rows gets checked. */
-VDB_RARE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, int journal, vdb_database *db) {
+VDB_ONCE vdb_error vdb_map_second(vdb_reader *reader, const vdb_header *header, int journal, vdb_database *db) {
   size_t words = ((size_t)header->slots + 63) / 64, shift = db->block_shift;
   size_t free_bytes = (size_t)header->section[VDB_FREE_ROWS].size;
   size_t blocks = ((size_t)header->slots + ((size_t)1 << shift) - 1) >> shift;

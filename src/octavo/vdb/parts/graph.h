@@ -83,7 +83,7 @@ static inline uint32_t vdb_levels_at(const vdb_database *db, size_t row) {
 }
 
 /* How many neighbours, then neighbours, of a row on a level; NULL if it does not stand there. */
-VDB_ONCE uint32_t *vdb_links_of(const vdb_database *db, size_t row, uint32_t level) {
+static inline uint32_t *vdb_links_of(const vdb_database *db, size_t row, uint32_t level) {
   if (!level) return vdb_links_at(db, row);
   if (level > vdb_levels_at(db, row)) return NULL;
   return db->graph.towers + db->graph.tower_of[row] + vdb_tower_size(level - 1, db->options.links);

@@ -225,7 +225,7 @@ static inline uint32_t vdb_crc32c_plain(uint32_t crc, const void *bytes, size_t 
 }
 
 /* a * b modulo the polynomial; the highest bit is x^0. */
-VDB_LIGHT uint32_t vdb_crc_multiply(uint32_t a, uint32_t b) {
+VDB_ONCE uint32_t vdb_crc_multiply(uint32_t a, uint32_t b) {
   uint32_t product = 0;
   for (int bit = 0; bit < 32; bit++) {
     product ^= (uint32_t)-(int32_t)(a >> 31) & b;

@@ -237,7 +237,7 @@ VDB_RARE vdb_block_layout vdb_layout_of(const vdb_database *db) {
   return layout;
 }
 
-VDB_RARE void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, unsigned char *base,
+VDB_ONCE void vdb_point_block(const vdb_database *db, const vdb_block_layout *layout, unsigned char *base,
                               unsigned char *vectors, vdb_block *block) {
   block->vectors = vectors ? vectors : base + layout->vectors;
   block->codes = db->options.storage == VDB_STORAGE_F32_I8 ? (int8_t *)(base + layout->codes)
@@ -285,7 +285,7 @@ VDB_LIGHT int vdb_grow(void **array, size_t old_count, size_t count, size_t item
 
 #define VDB_SLAB_BYTES ((size_t)32 << 20) /* of blocks that are allocated together, at most */
 
-VDB_RARE vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
+VDB_LIGHT vdb_error vdb_make_blocks(vdb_database *db, size_t rows) {
   size_t blocks = (rows + vdb_block_rows(db) - 1) >> db->block_shift;
   if (blocks <= db->block_count) return VDB_OK;
   if (blocks > db->block_capacity) {
