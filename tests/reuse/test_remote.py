@@ -667,7 +667,7 @@ def test_a_server_that_refuses_the_password_costs_a_warning(tmp_path):
         real.stop()
 
 
-def test_a_machine_that_does_not_answer_costs_half_a_second_once(monkeypatch):
+def test_a_server_that_does_not_answer_costs_about_a_second_once(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 30.0)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
