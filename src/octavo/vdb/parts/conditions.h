@@ -259,11 +259,16 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
   return word;
 }
 
+/* The same, where rows may be without a value, or all are. */
+static inline int vdb_chunk_verdict(const vdb_node *node, const vdb_chunk *chunk) {
+  int says = chunk && chunk->used ? vdb_chunk_says(node, chunk) : 0;
+  return says == 1 && chunk->used < VDB_COLUMN_ROWS ? 2 : says;
+}
+
 static inline void vdb_node_chunk(const vdb_database *db, const vdb_node *node, size_t chunk_number, uint64_t *out) {
   const vdb_column *column = &node->column;
   const vdb_chunk *chunk = chunk_number < column->chunk_capacity ? column->chunks[chunk_number] : NULL;
-  int says = chunk && chunk->used ? vdb_chunk_says(node, chunk) : 0;
-  if (says == 1 && chunk->used < VDB_COLUMN_ROWS) says = 2;
+  int says = vdb_chunk_verdict(node, chunk);
   for (size_t word = 0; word < VDB_COLUMN_WORDS; word++) {
     out[word] = says == 1 ? ~(uint64_t)0 : 0;
     if (says == 2)
@@ -297,7 +302,9 @@ VDB_ONCE int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t
   if (node->asked->operation < VDB_ALL_OF) {
     size_t number = row / VDB_COLUMN_ROWS, place = row % VDB_COLUMN_ROWS;
     const vdb_chunk *chunk = number < node->column.chunk_capacity ? node->column.chunks[number] : NULL;
-    vdb_tag tag = chunk ? (vdb_tag)chunk->tags[place] : VDB_TAG_MISSING;
+    int says = vdb_chunk_verdict(node, chunk); /* what is known of all rows is at hand; the values mostly are not */
+    if (says != 2) return says != node->negated;
+    vdb_tag tag = (vdb_tag)chunk->tags[place];
     return (tag != VDB_TAG_MISSING && vdb_value_passes(db, node, row, tag, chunk->values[place])) != node->negated;
   }
   int all = node->asked->operation == VDB_ALL_OF;
@@ -379,9 +386,12 @@ VDB_LIGHT int vdb_filter_from_order(vdb_filtering *filtering) {
   memset(filtering->out, 0, filtering->words * sizeof(uint64_t));
   for (size_t i = from; i < from + most; i++) {
     uint32_t row = best->column.order[i];
-    if (row < filtering->db->slots && vdb_filter_others(filtering, best, row))
-      filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
+    if (row < filtering->db->slots) filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
   }
+  for (size_t word = 0; root->size > 1 && word < filtering->words; word++) /* by row: memory knows what comes next */
+    for (uint64_t rest = filtering->out[word]; rest; rest &= rest - 1)
+      if (!vdb_filter_others(filtering, best, 64 * word + (size_t)__builtin_ctzll(rest)))
+        filtering->out[word] ^= rest & (~rest + 1);
   return 1;
 }
 
