@@ -302,9 +302,7 @@ VDB_ONCE int vdb_filter_row(const vdb_database *db, const vdb_node *node, size_t
   if (node->asked->operation < VDB_ALL_OF) {
     size_t number = row / VDB_COLUMN_ROWS, place = row % VDB_COLUMN_ROWS;
     const vdb_chunk *chunk = number < node->column.chunk_capacity ? node->column.chunks[number] : NULL;
-    int says = vdb_chunk_verdict(node, chunk); /* what is known of all rows is at hand; the values mostly are not */
-    if (says != 2) return says != node->negated;
-    vdb_tag tag = (vdb_tag)chunk->tags[place];
+    vdb_tag tag = chunk ? (vdb_tag)chunk->tags[place] : VDB_TAG_MISSING;
     return (tag != VDB_TAG_MISSING && vdb_value_passes(db, node, row, tag, chunk->values[place])) != node->negated;
   }
   int all = node->asked->operation == VDB_ALL_OF;
@@ -363,9 +361,40 @@ static inline int vdb_filter_others(const vdb_filtering *filtering, const vdb_no
   return 1;
 }
 
+/* 0 if no row of a chunk passes all nodes that must pass but one, 1 if all do, 2 if they must be asked. */
+static inline int vdb_others_say(const vdb_filtering *filtering, const vdb_node *known, size_t number) {
+  const vdb_node *nodes = filtering->nodes;
+  int all = 1;
+  for (size_t part = 0; part < nodes->size; part = vdb_next_of_all(nodes, part)) {
+    const vdb_node *node = nodes + part;
+    if (node->asked->operation == VDB_ALL_OF || node == known) continue;
+    int says = 2;
+    if (node->asked->operation < VDB_ALL_OF)
+      says = vdb_chunk_verdict(node, number < node->column.chunk_capacity ? node->column.chunks[number] : NULL);
+    if (says != 2 && says == node->negated) return 0;
+    if (says == 2) all = 2;
+  }
+  return all;
+}
+
+/* Takes from the bitset, which has the rows that pass one node, those that do not pass the others that must: by row, since
+ * memory cannot foresee the order of the column's values, and not by row where the chunk says enough. */
+VDB_ONCE void vdb_filter_picked(const vdb_filtering *filtering, const vdb_node *known) {
+  for (size_t first = 0; first < filtering->words; first += VDB_COLUMN_WORDS) {
+    int says = vdb_others_say(filtering, known, first / VDB_COLUMN_WORDS);
+    if (says == 1) continue;
+    for (size_t word = first; word < vdb_min(first + VDB_COLUMN_WORDS, filtering->words); word++) {
+      if (!says) filtering->out[word] = 0;
+      for (uint64_t rest = filtering->out[word]; rest; rest &= rest - 1)
+        if (!vdb_filter_others(filtering, known, 64 * word + (size_t)__builtin_ctzll(rest)))
+          filtering->out[word] ^= rest & (~rest + 1);
+    }
+  }
+}
+
 /* Makes the bitset from the few rows of the shortest range, if there is a sorted column that says so; each is asked the
  * rest of the condition. 0 if there is none. Columns that are asked often enough without get sorted. */
-VDB_LIGHT int vdb_filter_from_order(vdb_filtering *filtering) {
+VDB_ONCE int vdb_filter_from_order(vdb_filtering *filtering) {
   const vdb_node *root = filtering->nodes, *best = NULL;
   vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
   size_t from = 0, most = filtering->db->slots / VDB_SORTED_SHARE + 1;
@@ -388,10 +417,7 @@ VDB_LIGHT int vdb_filter_from_order(vdb_filtering *filtering) {
     uint32_t row = best->column.order[i];
     if (row < filtering->db->slots) filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
   }
-  for (size_t word = 0; root->size > 1 && word < filtering->words; word++) /* by row: memory knows what comes next */
-    for (uint64_t rest = filtering->out[word]; rest; rest &= rest - 1)
-      if (!vdb_filter_others(filtering, best, 64 * word + (size_t)__builtin_ctzll(rest)))
-        filtering->out[word] ^= rest & (~rest + 1);
+  vdb_filter_picked(filtering, best);
   return 1;
 }
 
