@@ -325,3 +325,23 @@ def test_columns_that_are_asked_often_are_sorted(kind: Any) -> None:
             changed = sorted(held)[2 * round]
             db.set_metadata({"n": kind(7), "m": changed % 3}, index=changed)
             held[changed] = kind(7)
+
+
+def test_a_sorted_column_with_conditions_that_chunks_decide() -> None:
+    """Of some chunks of 1024 rows all pass the other conditions, of some none, of some a part."""
+    random = np.random.default_rng(7)
+    numbers = random.permutation(5000)
+    held: list[Metadata] = [{"n": int(n), "c": i // 1024} for i, n in enumerate(numbers)]
+    for i, row in enumerate(held):
+        row |= {"m": 1} if i % 3 or row["c"] == 1 else {}
+    db = VectorDatabase(2, threads=1)
+    db.add(random.standard_normal((5000, 2), dtype=np.float32), metadata=held)
+    for condition, passes in (
+        ({"c": {"$ne": 1}}, lambda row: row["c"] != 1),
+        ({"c": {"$in": [0, 4]}, "m": {"$ne": 2}}, lambda row: row["c"] in (0, 4)),
+        ({"m": 1}, lambda row: "m" in row),
+        ({"m": {"$ne": 1}}, lambda row: "m" not in row),
+        ({"$or": [{"c": 2}, {"m": {"$nin": [1]}}]}, lambda row: row["c"] == 2 or "m" not in row),
+    ):
+        found = db.search([1, 0], 5000, filter={"n": {"$lt": 150}} | condition).indices
+        assert sorted(found.tolist()) == [i for i, row in enumerate(held) if row["n"] < 150 and passes(row)], condition

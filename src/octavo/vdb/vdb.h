@@ -4398,11 +4398,16 @@ static inline uint64_t vdb_word_passes(const vdb_database *db, const vdb_node *n
   return word;
 }
 
+/* The same, where rows may be without a value, or all are. */
+static inline int vdb_chunk_verdict(const vdb_node *node, const vdb_chunk *chunk) {
+  int says = chunk && chunk->used ? vdb_chunk_says(node, chunk) : 0;
+  return says == 1 && chunk->used < VDB_COLUMN_ROWS ? 2 : says;
+}
+
 static inline void vdb_node_chunk(const vdb_database *db, const vdb_node *node, size_t chunk_number, uint64_t *out) {
   const vdb_column *column = &node->column;
   const vdb_chunk *chunk = chunk_number < column->chunk_capacity ? column->chunks[chunk_number] : NULL;
-  int says = chunk && chunk->used ? vdb_chunk_says(node, chunk) : 0;
-  if (says == 1 && chunk->used < VDB_COLUMN_ROWS) says = 2;
+  int says = vdb_chunk_verdict(node, chunk);
   for (size_t word = 0; word < VDB_COLUMN_WORDS; word++) {
     out[word] = says == 1 ? ~(uint64_t)0 : 0;
     if (says == 2)
@@ -4495,9 +4500,40 @@ static inline int vdb_filter_others(const vdb_filtering *filtering, const vdb_no
   return 1;
 }
 
+/* 0 if no row of a chunk passes all nodes that must pass but one, 1 if all do, 2 if they must be asked. */
+static inline int vdb_others_say(const vdb_filtering *filtering, const vdb_node *known, size_t number) {
+  const vdb_node *nodes = filtering->nodes;
+  int all = 1;
+  for (size_t part = 0; part < nodes->size; part = vdb_next_of_all(nodes, part)) {
+    const vdb_node *node = nodes + part;
+    if (node->asked->operation == VDB_ALL_OF || node == known) continue;
+    int says = 2;
+    if (node->asked->operation < VDB_ALL_OF)
+      says = vdb_chunk_verdict(node, number < node->column.chunk_capacity ? node->column.chunks[number] : NULL);
+    if (says != 2 && says == node->negated) return 0;
+    if (says == 2) all = 2;
+  }
+  return all;
+}
+
+/* Takes from the bitset, which has the rows that pass one node, those that do not pass the others that must: by row, since
+ * memory cannot foresee the order of the column's values, and not by row where the chunk says enough. */
+VDB_ONCE void vdb_filter_picked(const vdb_filtering *filtering, const vdb_node *known) {
+  for (size_t first = 0; first < filtering->words; first += VDB_COLUMN_WORDS) {
+    int says = vdb_others_say(filtering, known, first / VDB_COLUMN_WORDS);
+    if (says == 1) continue;
+    for (size_t word = first; word < vdb_min(first + VDB_COLUMN_WORDS, filtering->words); word++) {
+      if (!says) filtering->out[word] = 0;
+      for (uint64_t rest = filtering->out[word]; rest; rest &= rest - 1)
+        if (!vdb_filter_others(filtering, known, 64 * word + (size_t)__builtin_ctzll(rest)))
+          filtering->out[word] ^= rest & (~rest + 1);
+    }
+  }
+}
+
 /* Makes the bitset from the few rows of the shortest range, if there is a sorted column that says so; each is asked the
  * rest of the condition. 0 if there is none. Columns that are asked often enough without get sorted. */
-VDB_LIGHT int vdb_filter_from_order(vdb_filtering *filtering) {
+VDB_ONCE int vdb_filter_from_order(vdb_filtering *filtering) {
   const vdb_node *root = filtering->nodes, *best = NULL;
   vdb_columns *columns = &((vdb_database *)(uintptr_t)filtering->db)->columns;
   size_t from = 0, most = filtering->db->slots / VDB_SORTED_SHARE + 1;
@@ -4518,9 +4554,9 @@ VDB_LIGHT int vdb_filter_from_order(vdb_filtering *filtering) {
   memset(filtering->out, 0, filtering->words * sizeof(uint64_t));
   for (size_t i = from; i < from + most; i++) {
     uint32_t row = best->column.order[i];
-    if (row < filtering->db->slots && vdb_filter_others(filtering, best, row))
-      filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
+    if (row < filtering->db->slots) filtering->out[row >> 6] |= (uint64_t)1 << (row & 63);
   }
+  vdb_filter_picked(filtering, best);
   return 1;
 }
 
