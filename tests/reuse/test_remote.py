@@ -597,6 +597,51 @@ def test_what_the_log_has_lost_is_looked_at_again(server, monkeypatch):
     assert model.ask(b, prompt(3)) == 69
 
 
+def test_what_the_log_has_lost_is_told_again_by_who_computes_it(server):
+    model, a, client = Model(None), opened(server), server.client()
+    longer = [*prompt(0), *prompt(1)]
+    asked(model, a, prompt(0))
+    asked(model, a, longer)
+    client.delete(resp.LOG)
+    assert asked(model, opened(server), longer) == 0, "it cannot know of them"
+    assert client.xlen(resp.LOG) == 1, "of what holds all of it"
+    client.delete(resp.LOG)
+    assert asked(model, opened(server), prompt(0)) == 0
+    assert asked(model, opened(server), longer) == 70
+    told = client.xlen(resp.LOG)
+    assert asked(model, opened(server), longer) == 139
+    assert client.xlen(resp.LOG) == told, "but once"
+
+
+def test_while_a_server_is_away_nothing_grows():
+    now = [1000.0]
+    server, model = Fake(), Model(None)
+    a, client = opened(server), server.client()
+    for i in range(4):
+        asked(model, a, prompt(i))
+    client.delete(a.tiers.remote.server.value(next(r.key for r in a.index.records.values() if r.entry.first == 0)))
+    b = opened(server, ttl=5, clock=lambda: now[0])
+    assert len(b.index.waiting) == 3
+    server.server.connected = False
+    with pytest.warns(RuntimeWarning, match="cannot use"):
+        for i in range(20):
+            model.ask(b, [i, *prompt(i)])
+            now[0] += 10
+    assert len(b.index.ready) <= 3
+    assert len(b.tiers.remote._removed) <= 1
+    assert len(b.list()) == 0
+
+
+def test_clearing_reaches_what_a_clock_that_is_ahead_has_stamped(server):
+    model, a = Model(None), opened(server, clock=lambda: 5000.0)
+    for i in range(6):
+        asked(model, a, [i, *prompt(i)])
+    behind = opened(server, "20KB", clock=lambda: 1000.0)
+    assert behind.stats().remote_records < 6
+    behind.clear()
+    assert values(server.client()) == []
+
+
 def test_a_full_server_is_read_and_costs_one_warning(monkeypatch):
     server, model = Fake(), Model(None)
     asked(model, opened(server), prompt(0))

@@ -136,7 +136,7 @@ class Machine(RuleBasedStateMachine):
                 chosen.pinned = True
                 chosen.expires = math.inf
 
-    @precondition(lambda self: self.server is not None)
+    @precondition(lambda self: self.server is not None and self.plugged)
     @rule(dice=st.randoms(use_true_random=False))
     def evict(self, dice):
         self.complete, self.evicted = False, True

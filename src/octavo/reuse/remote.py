@@ -205,10 +205,14 @@ class Remote:
         if not self.writable:
             return []
         sizes = self.server.sizes([record.key for record in records])
+        unheard = []
         with self.store.lock:
             for record, size in zip(records, sizes, strict=True):
                 if size and not record.gone and record.key not in self.unreadable:
+                    unheard += [] if record.remote_nbytes else [record.key]
                     self.store.index.put_on_remote(record, size)
+        if unheard:  # the log may have lost them, and who comes later learns of them there alone
+            self.server.say(unheard)
         return [record for record, size in zip(records, sizes, strict=True) if not size]
 
     def write(self, record: Record, pieces: Sequence[bytes | memoryview]) -> bool:
@@ -249,8 +253,10 @@ class Remote:
     def remove(self, record: Record) -> None:
         """Remove a record that was dropped; inside the store's lock."""
         self.store.index.waiting.pop(record.key, None)
-        # One that is being written may be there soon, and nobody knows what a server has that is away.
-        if record.remote_nbytes or record.users or self.store.index.away:
+        # One that is being written may be there soon, and nobody knows what a server has that is away. What has
+        # expired the server lets go itself.
+        index = self.store.index
+        if record.remote_nbytes or record.users or (index.away and record.ends > index.now):
             self.removed(record.key)
 
     def removed(self, key: str) -> None:
@@ -262,10 +268,12 @@ class Remote:
     def delete(self, fits: Callable[[Entry], bool]) -> int:
         """Remove what is on the server, is not in the index, and fits, later where the server is away; returns how many
         there were now. Inside the store's lock."""
-        self._deleted.append((self.store.clock(), fits))
+        self._deleted.append((math.inf, fits))  # whatever the clocks of others say
         self._count = 0
         self.server.start_over()
         self.refresh(patient=True)
+        if self._deleted:  # it is away, and what is stored from now on stays
+            self._deleted[-1] = self.store.clock(), fits
         return self._count
 
     def note(self, record: Record) -> None:

@@ -171,6 +171,14 @@ class Server:
                     self._say(pipe, key)
             pipe.execute(raise_on_error=False)  # a server that is full removes, but has no room to say so
 
+    def say(self, keys: Iterable[str]) -> None:
+        """Tell other machines of records that are there."""
+        with _told():
+            pipe = self._writer.pipeline(transaction=False)
+            for key in keys:
+                self._say(pipe, key)
+            pipe.execute(raise_on_error=False)  # as above
+
     def _live(self, pipe: Any, key: str, life: int | None) -> None:
         name = self.value(key)
         _ = pipe.persist(name) if life is None else pipe.pexpire(name, life)
