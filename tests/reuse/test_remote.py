@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,8 @@ fakeredis = pytest.importorskip("fakeredis")
 
 import redis  # noqa: E402
 import torch  # noqa: E402
+from redis.backoff import NoBackoff  # noqa: E402
+from redis.retry import Retry  # noqa: E402
 
 from octavo.config import Eviction  # noqa: E402
 from octavo.errors import ConfigError  # noqa: E402
@@ -624,9 +627,10 @@ def test_while_a_server_is_away_nothing_grows():
     assert len(b.index.waiting) == 3
     server.server.connected = False
     with pytest.warns(RuntimeWarning, match="cannot use"):
-        for i in range(20):
-            model.ask(b, [i, *prompt(i)])
-            now[0] += 10
+        b.stats()
+    for i in range(20):
+        model.ask(b, [i, *prompt(i)])
+        now[0] += 10
     assert len(b.index.ready) <= 3
     assert len(b.tiers.remote._removed) <= 1
     assert len(b.list()) == 0
@@ -781,12 +785,64 @@ def test_what_reading_takes_too_long_for_is_given_up(monkeypatch):
     server, model = Fake(), Model(None)
     asked(model, opened(server), prompt(0))
     b = opened(server, None)
-    monkeypatch.setattr(resp, "PIECE", 100)
-    monkeypatch.setattr(resp, "READ", 0.0)
+    monkeypatch.setattr(b.tiers.remote.server, "read", lambda *args: fails(TimeoutError("it took more than 10 s")))
     monkeypatch.setattr(remote, "PAUSE", 30.0)
-    with pytest.warns(RuntimeWarning, match="took longer than"):
+    with pytest.warns(RuntimeWarning, match="took more than"):
         assert model.ask(b, prompt(0)) == 0
     assert b.costs.per_byte["remote"] > 0
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_server_that_answers_byte_by_byte_is_given_up(own, monkeypatch):
+    monkeypatch.setattr(resp, "READ", 0.3)
+    monkeypatch.setattr(remote, "PAUSE", 30.0)
+    with socket.socket() as slow:
+        slow.bind(("127.0.0.1", 0))
+        slow.listen(16)
+        threading.Thread(target=dribble, args=(slow,), daemon=True).start()
+        url = f"redis://127.0.0.1:{slow.getsockname()[1]}"
+        client = redis.Redis.from_url(url, socket_timeout=None, retry=Retry(NoBackoff(), 1)) if own else url
+        began = time.perf_counter()
+        with pytest.warns(RuntimeWarning, match="cannot use the server at .*: it took more than"):
+            ReuseStore(remote=client, **SETTINGS)
+        assert time.perf_counter() - began < 5
+
+
+def dribble(listening):
+    """Answer each connection with a line that never ends."""
+    with suppress(OSError):
+        while True:
+            connection, _ = listening.accept()
+            threading.Thread(target=trickle, args=(connection,), daemon=True).start()
+
+
+def trickle(connection):
+    with suppress(OSError), connection:
+        connection.sendall(b"+")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+
+def test_heads_are_read_in_smaller_batches_from_a_slow_server(monkeypatch):
+    server, model = Fake(), Model(None)
+    a = opened(server)
+    for i in range(30):
+        asked(model, a, [i, *prompt(i)])
+    looked, look = [], resp.Server.look
+    monkeypatch.setattr(
+        resp.Server, "look", lambda self, keys, known: looked.append(len(keys)) or look(self, keys, known)
+    )
+    assert opened(server, None).stats().remote_records == 30
+    assert looked == [4, 8, 16, 2]
+    looked.clear()
+    monkeypatch.setattr(remote, "AIM", 0.0)
+    monkeypatch.setattr(remote, "START", 0.0)
+    monkeypatch.setattr(remote, "LATER", 0.0)
+    b = opened(server, None)
+    b.stats()
+    assert looked == [4, 2]
+    assert len(b.list()) == 30
 
 
 def test_strangers_on_the_server_are_left_alone(server):

@@ -5,6 +5,7 @@ is left alone for `PAUSE` seconds; then all that the log knows is looked at agai
 """
 
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 LOOK, SHARE = 0.05, 20  # seconds between two looks, which lie so many times as far apart as one takes at least
 PAUSE = 30.0  # seconds for which a server that failed is left alone
-BATCH = 64  # heads that are read at once
+BATCH, AIM = 64, 0.2  # heads that are read at once, fewer where that takes so many seconds
 START, LATER = 10.0, 0.05  # seconds in which the first look and a later one begin to read heads; the next one goes on
 LONGEST = 10**14  # milliseconds; what lives longer lives for ever
 
@@ -36,7 +37,7 @@ class Remote:
         self.store, self.tiers, self.server = store, tiers, server
         self._next = self._until = self._full_until = -math.inf  # when it may be asked, and when it may be written to
         self.unreadable: set[str] = set()
-        self._within = START
+        self._within, self._batch = START, 4  # 256 KB, which shows how fast the server is
         self._left: dict[str, None] = {}  # keys that are still to be looked at
         self._used: dict[str, None] = {}  # what was used since the last look
         self._removed: dict[str, None] = {}  # what must not be there, and may be still
@@ -81,8 +82,9 @@ class Remote:
         self._left.update(dict.fromkeys([*keys, *index.ready]))
         index.ready.clear()
         while self._left:
-            batch = list(self._left)[:BATCH]
+            asked, batch = time.monotonic(), list(itertools.islice(self._left, min(self._batch, BATCH)))
             found = self.server.look(batch, index.records.keys())
+            self._batch = min(BATCH, 2 * len(batch)) if time.monotonic() - asked < AIM else max(1, len(batch) // 2)
             for key in batch:
                 del self._left[key]
             new = [self._seen(key, each) for key, each in zip(batch, found, strict=True)]
