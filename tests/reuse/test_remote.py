@@ -489,6 +489,26 @@ def test_what_was_deleted_while_the_server_was_away_does_not_come_back():
     assert values(server.client()) == []
 
 
+def test_what_expires_while_the_server_is_away_is_cut_when_it_is_back():
+    now = [1000.0]
+    server, model = Fake(), Model(Eviction(7))
+    a = opened(server, None, clock=lambda: now[0])
+    with a.request(ttl=100):
+        asked(model, a, prompt(0))
+    longer = [*prompt(0), *prompt(1)]
+    asked(model, a, longer)
+    server.server.connected = False
+    now[0] += 101
+    with pytest.warns(RuntimeWarning, match="cannot use"):
+        a.stats()
+    assert a.stats().remote_records == 0
+    server.server.connected = True
+    a.list()
+    a.flush()
+    assert len(values(server.client())) == 2
+    assert model.ask(a, longer) == model.ask(opened(server, None, clock=lambda: now[0]), longer) == 139
+
+
 def test_a_read_that_fails_is_tried_again_when_the_server_is_back(monkeypatch):
     server, model = Fake(), Model(None)
     asked(model, opened(server), prompt(0))
