@@ -1,5 +1,6 @@
 """The server: several machines that share it, and what goes wrong with it and between them."""
 
+import json
 import pickle
 import random
 import socket
@@ -863,6 +864,42 @@ def test_heads_are_read_in_smaller_batches_from_a_slow_server(monkeypatch):
     b.stats()
     assert looked == [4, 2]
     assert len(b.list()) == 30
+
+
+def test_an_interrupted_look_is_taken_up_again(monkeypatch):
+    server, model = Fake(), Model(None)
+    asked(model, opened(server), prompt(0))
+    b = opened(server, None)
+    asked(model, opened(server), prompt(1))
+    monkeypatch.setattr(b.tiers.remote, "_adopt", lambda record: fails(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        b.stats()
+    monkeypatch.undo()
+    assert model.ask(b, prompt(1)) == 69
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [("sizes", {"kept": -5}), ("sizes", {"kept": "5"}), ("sizes", {"kept": 3}), ("tenant", [1]), ("space", 7),
+     ("created", 1e400), ("layout", {"head_dim": 2**62}), ("layout", {"layers": -1})],
+)  # fmt: skip
+def test_whole_values_that_say_nonsense_are_damaged(field, wrong, monkeypatch):
+    server, model = Fake(), Model(None)
+    writer, dumps = opened(server), json.dumps
+
+    def changed(named, **options):
+        if "sizes" in named:
+            old = named[field]
+            named = {**named, field: {**old, **wrong} if isinstance(old, dict) else wrong}
+        return dumps(named, **options)
+
+    monkeypatch.setattr("octavo.reuse.files.json.dumps", changed)
+    asked(model, writer, prompt(0), check=False)
+    monkeypatch.undo()
+    with pytest.warns(RuntimeWarning, match="contradicts itself"):
+        b = opened(server, None)
+    assert model.ask(b, prompt(0)) == 0
+    assert b.stats().damaged == 1
 
 
 def test_strangers_on_the_server_are_left_alone(server):

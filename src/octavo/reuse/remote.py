@@ -63,6 +63,9 @@ class Remote:
             self.store.counts["errors"] += 1
             self._fails(e)
             return
+        except BaseException:  # interrupted: what was read of the log has not been taken in
+            self.server.start_over()
+            raise
         ended = time.monotonic()
         if not self._left:
             self._deleted.clear()
