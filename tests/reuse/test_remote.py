@@ -929,3 +929,5 @@ def test_a_store_with_a_url_is_pickled():
         store = pickle.loads(pickle.dumps(ReuseStore("1MB", remote="redis://:secret@127.0.0.1:1/3", **SETTINGS)))
     options = store.tiers.remote.server._reader.connection_pool.connection_kwargs
     assert (options["port"], options["db"], options["password"]) == (1, 3, "secret")
+    with pytest.raises(ConfigError, match="give remote as a URL"):
+        pickle.dumps(opened(Fake()))

@@ -344,4 +344,6 @@ class ReuseStore:
         return self  # a copied model goes on with the same store; its weights decide what it finds
 
     def __reduce__(self) -> Any:
+        if not isinstance(self._settings["remote"], str | None):
+            raise ConfigError("a store with a redis.Redis cannot be pickled; give remote as a URL")
         return functools.partial(ReuseStore, **self._settings), ()
