@@ -829,6 +829,21 @@ def test_a_server_that_answers_byte_by_byte_is_given_up(own, monkeypatch):
         assert time.perf_counter() - began < 5
 
 
+def test_what_is_written_while_python_ends_is_not_lost(monkeypatch):
+    server, model = Fake(), Model(None)
+    a = opened(server)
+    start = threading.Thread.start
+
+    def late(self):
+        if self.daemon:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", late)
+    asked(model, a, prompt(0))
+    assert len(values(server.client())) == 1
+
+
 def dribble(listening):
     """Answer each connection with a line that never ends."""
     with suppress(OSError):

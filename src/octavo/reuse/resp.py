@@ -9,7 +9,7 @@ long.
 import re
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from octavo.errors import ConfigError
@@ -206,7 +206,8 @@ def _told(client: Any, within: float) -> Iterator[None]:
             late.set()
             client.connection_pool.disconnect()
 
-    threading.Thread(target=watch, daemon=True).start()
+    with suppress(RuntimeError):  # no thread begins while Python ends and the last records are written
+        threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     except Exception as e:
