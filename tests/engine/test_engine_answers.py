@@ -77,6 +77,17 @@ def test_a_cancelled_or_similar_answer_is_not_kept():
     assert len(store.answers) == 1
 
 
+def test_what_a_user_adds_may_fail():
+    def fails(given):
+        raise OSError("no report")
+
+    for settings in (AnswerSettings(report=fails), AnswerSettings(similarity=0.9, report=print, embed=fails)):
+        engine, prompt = Engine(gated(ReuseStore("20MB", answers=settings))), tokens(1, 80)[0].tolist()
+        with pytest.warns(RuntimeWarning, match=r"could not .* a whole answer.*OSError: no report"):
+            assert answer(engine, prompt) == answer(engine, prompt)
+        assert engine.unfinished == 0
+
+
 def test_other_weights_give_other_answers():
     store = ReuseStore("20MB", answers=True)
     model = gated(store)

@@ -1,11 +1,13 @@
 """The server: several machines that share it, and what goes wrong with it and between them."""
 
+import json
 import pickle
 import random
 import socket
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,8 @@ fakeredis = pytest.importorskip("fakeredis")
 
 import redis  # noqa: E402
 import torch  # noqa: E402
+from redis.backoff import NoBackoff  # noqa: E402
+from redis.retry import Retry  # noqa: E402
 
 from octavo.config import Eviction  # noqa: E402
 from octavo.errors import ConfigError  # noqa: E402
@@ -499,6 +503,26 @@ def test_what_was_deleted_while_the_server_was_away_does_not_come_back():
     assert values(server.client()) == []
 
 
+def test_what_expires_while_the_server_is_away_is_cut_when_it_is_back():
+    now = [1000.0]
+    server, model = Fake(), Model(Eviction(7))
+    a = opened(server, None, clock=lambda: now[0])
+    with a.request(ttl=100):
+        asked(model, a, prompt(0))
+    longer = [*prompt(0), *prompt(1)]
+    asked(model, a, longer)
+    server.server.connected = False
+    now[0] += 101
+    with pytest.warns(RuntimeWarning, match="cannot use"):
+        a.stats()
+    assert a.stats().remote_records == 0
+    server.server.connected = True
+    a.list()
+    a.flush()
+    assert len(values(server.client())) == 2
+    assert model.ask(a, longer) == model.ask(opened(server, None, clock=lambda: now[0]), longer) == 139
+
+
 def test_a_read_that_fails_is_tried_again_when_the_server_is_back(monkeypatch):
     server, model = Fake(), Model(None)
     asked(model, opened(server), prompt(0))
@@ -608,6 +632,52 @@ def test_what_the_log_has_lost_is_looked_at_again(server, monkeypatch):
     assert b.stats().remote_records >= 2
     asked(model, a, prompt(3))
     assert model.ask(b, prompt(3)) == 69
+
+
+def test_what_the_log_has_lost_is_told_again_by_who_computes_it(server):
+    model, a, client = Model(None), opened(server), server.client()
+    longer = [*prompt(0), *prompt(1)]
+    asked(model, a, prompt(0))
+    asked(model, a, longer)
+    client.delete(resp.LOG)
+    assert asked(model, opened(server), longer) == 0, "it cannot know of them"
+    assert client.xlen(resp.LOG) == 1, "of what holds all of it"
+    client.delete(resp.LOG)
+    assert asked(model, opened(server), prompt(0)) == 0
+    assert asked(model, opened(server), longer) == 70
+    told = client.xlen(resp.LOG)
+    assert asked(model, opened(server), longer) == 139
+    assert client.xlen(resp.LOG) == told, "but once"
+
+
+def test_while_a_server_is_away_nothing_grows():
+    now = [1000.0]
+    server, model = Fake(), Model(None)
+    a, client = opened(server), server.client()
+    for i in range(4):
+        asked(model, a, prompt(i))
+    client.delete(a.tiers.remote.server.value(next(r.key for r in a.index.records.values() if r.entry.first == 0)))
+    b = opened(server, ttl=5, clock=lambda: now[0])
+    assert len(b.index.waiting) == 3
+    server.server.connected = False
+    with pytest.warns(RuntimeWarning, match="cannot use"):
+        b.stats()
+    for i in range(20):
+        model.ask(b, [i, *prompt(i)])
+        now[0] += 10
+    assert len(b.index.ready) <= 3
+    assert len(b.tiers.remote._removed) <= 1
+    assert len(b.list()) == 0
+
+
+def test_clearing_reaches_what_a_clock_that_is_ahead_has_stamped(server):
+    model, a = Model(None), opened(server, clock=lambda: 5000.0)
+    for i in range(6):
+        asked(model, a, [i, *prompt(i)])
+    behind = opened(server, "20KB", clock=lambda: 1000.0)
+    assert behind.stats().remote_records < 6
+    behind.clear()
+    assert values(server.client()) == []
 
 
 def test_a_full_server_is_read_and_costs_one_warning(monkeypatch):
@@ -749,12 +819,115 @@ def test_what_reading_takes_too_long_for_is_given_up(monkeypatch):
     server, model = Fake(), Model(None)
     asked(model, opened(server), prompt(0))
     b = opened(server, None)
-    monkeypatch.setattr(resp, "PIECE", 100)
-    monkeypatch.setattr(resp, "READ", 0.0)
+    monkeypatch.setattr(b.tiers.remote.server, "read", lambda *args: fails(TimeoutError("it took more than 10 s")))
     monkeypatch.setattr(remote, "PAUSE", 30.0)
-    with pytest.warns(RuntimeWarning, match="took longer than"):
+    with pytest.warns(RuntimeWarning, match="took more than"):
         assert model.ask(b, prompt(0)) == 0
     assert b.costs.per_byte["remote"] > 0
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_server_that_answers_byte_by_byte_is_given_up(own, monkeypatch):
+    monkeypatch.setattr(resp, "READ", 0.3)
+    monkeypatch.setattr(remote, "PAUSE", 30.0)
+    with socket.socket() as slow:
+        slow.bind(("127.0.0.1", 0))
+        slow.listen(16)
+        threading.Thread(target=dribble, args=(slow,), daemon=True).start()
+        url = f"redis://127.0.0.1:{slow.getsockname()[1]}"
+        client = redis.Redis.from_url(url, socket_timeout=None, retry=Retry(NoBackoff(), 1)) if own else url
+        began = time.perf_counter()
+        with pytest.warns(RuntimeWarning, match="cannot use the server at .*: it took more than"):
+            ReuseStore(remote=client, **SETTINGS)
+        assert time.perf_counter() - began < 5
+
+
+def test_what_is_written_while_python_ends_is_not_lost(monkeypatch):
+    server, model = Fake(), Model(None)
+    a = opened(server)
+    start = threading.Thread.start
+
+    def late(self):
+        if self.daemon:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", late)
+    asked(model, a, prompt(0))
+    assert len(values(server.client())) == 1
+
+
+def dribble(listening):
+    """Answer each connection with a line that never ends."""
+    with suppress(OSError):
+        while True:
+            connection, _ = listening.accept()
+            threading.Thread(target=trickle, args=(connection,), daemon=True).start()
+
+
+def trickle(connection):
+    with suppress(OSError), connection:
+        connection.sendall(b"+")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+
+def test_heads_are_read_in_smaller_batches_from_a_slow_server(monkeypatch):
+    server, model = Fake(), Model(None)
+    a = opened(server)
+    for i in range(30):
+        asked(model, a, [i, *prompt(i)])
+    looked, look = [], resp.Server.look
+    monkeypatch.setattr(
+        resp.Server, "look", lambda self, keys, known: looked.append(len(keys)) or look(self, keys, known)
+    )
+    assert opened(server, None).stats().remote_records == 30
+    assert looked == [4, 8, 16, 2]
+    looked.clear()
+    monkeypatch.setattr(remote, "AIM", 0.0)
+    monkeypatch.setattr(remote, "START", 0.0)
+    monkeypatch.setattr(remote, "LATER", 0.0)
+    b = opened(server, None)
+    b.stats()
+    assert looked == [4, 2]
+    assert len(b.list()) == 30
+
+
+def test_an_interrupted_look_is_taken_up_again(monkeypatch):
+    server, model = Fake(), Model(None)
+    asked(model, opened(server), prompt(0))
+    b = opened(server, None)
+    asked(model, opened(server), prompt(1))
+    monkeypatch.setattr(b.tiers.remote, "_adopt", lambda record: fails(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        b.stats()
+    monkeypatch.undo()
+    assert model.ask(b, prompt(1)) == 69
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [("sizes", {"kept": -5}), ("sizes", {"kept": "5"}), ("sizes", {"kept": 3}), ("tenant", [1]), ("space", 7),
+     ("created", 1e400), ("layout", {"head_dim": 2**62}), ("layout", {"layers": -1})],
+)  # fmt: skip
+def test_whole_values_that_say_nonsense_are_damaged(field, wrong, monkeypatch):
+    server, model = Fake(), Model(None)
+    writer, dumps = opened(server), json.dumps
+
+    def changed(named, **options):
+        if "sizes" in named:
+            old = named[field]
+            named = {**named, field: {**old, **wrong} if isinstance(old, dict) else wrong}
+        return dumps(named, **options)
+
+    monkeypatch.setattr("octavo.reuse.files.json.dumps", changed)
+    asked(model, writer, prompt(0), check=False)
+    monkeypatch.undo()
+    with pytest.warns(RuntimeWarning, match="contradicts itself"):
+        b = opened(server, None)
+    assert model.ask(b, prompt(0)) == 0
+    assert b.stats().damaged == 1
 
 
 def test_strangers_on_the_server_are_left_alone(server):
@@ -784,3 +957,5 @@ def test_a_store_with_a_url_is_pickled():
         store = pickle.loads(pickle.dumps(ReuseStore("1MB", remote="redis://:secret@127.0.0.1:1/3", **SETTINGS)))
     options = store.tiers.remote.server._reader.connection_pool.connection_kwargs
     assert (options["port"], options["db"], options["password"]) == (1, 3, "secret")
+    with pytest.raises(ConfigError, match="give remote as a URL"):
+        pickle.dumps(opened(Fake()))

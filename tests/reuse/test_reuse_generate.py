@@ -211,6 +211,19 @@ def test_what_is_not_understood_runs_as_before():
     assert store.stats().requests == 0
 
 
+def test_a_setting_that_is_none_is_one():
+    plain, ids = gated(), tokens(1, 40)
+    ends = int(plain.generate(ids, **GREEDY)[0, 42])
+    store = ReuseStore("20MB", answers=True, **SETTINGS)
+    for model in (plain, gated(reuse=store)):
+        model.generation_config.eos_token_id = ends
+    asked = {**GREEDY, "streamer": None, "attention_mask": None}
+    for case in (asked, {**asked, "eos_token_id": None}):
+        assert torch.equal(model.generate(ids, **case), plain.generate(ids, **case))
+    assert model.generate(ids, eos_token_id=None, **asked).shape == (1, 46)
+    assert store.stats().hits == 1
+
+
 def test_every_kind_of_drafts_runs_without_the_store():
     store = ReuseStore("20MB", **SETTINGS)
     model, ids = gated(reuse=store), tokens(1, 40)

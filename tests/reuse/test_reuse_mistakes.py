@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import random
+import signal
 import threading
 
 import numpy as np
@@ -372,3 +373,30 @@ def test_a_forked_process_writes_on_its_own(tmp_path, monkeypatch):
     store.close()
     assert os.waitstatus_to_exitcode(status) == 0
     assert ReuseStore(None, tmp_path).stats().disk_records == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_is_forked_while_another_thread_is_in_the_store():
+    store, inside, until = ReuseStore(), threading.Event(), threading.Event()
+
+    def stay():
+        with store.lock:
+            inside.set()
+            until.wait(0.5)
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(5)  # which ends it where it waits
+            status = store.stats().requests
+        finally:
+            os._exit(status)
+    until.set()
+    thread.join()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -1,6 +1,7 @@
 """Calls of `generate` whose whole answer a reuse store may know: one prompt, greedy, nothing asked for but tokens."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def asked_for(attachment: "Attachment", call: "Call") -> str | None:
 
 class Known:
     """What is asked of a model with some prompt, and the answers of its store. `asked`: all that decides the answer
-    beside the decoder and the prompt, as text."""
+    beside the decoder and the prompt, as text. What fails here, a user's `report` or `embed` too, costs a warning."""
 
     def __init__(self, attachment: "Attachment", answers: Any, asked: str, prompt: Sequence[int]) -> None:
         self.attachment, self.answers, self.asked, self.prompt = attachment, answers, asked, prompt
@@ -52,16 +53,27 @@ class Known:
 
     def find(self) -> tuple[int, ...] | None:
         """The answer's tokens; None: it is not known."""
-        found: tuple[int, ...] | None = self.answers.find(self.identity, self.asked, self.prompt, self._embed)
+        found: tuple[int, ...] | None = None
+        try:
+            found = self.answers.find(self.identity, self.asked, self.prompt, self._embed)
+        except Exception as e:
+            _warn("could not give a whole answer again", e)
         return found
 
     def keep(self, answer: Sequence[int]) -> None:
         """Keep the answer's tokens, unless weights have changed meanwhile."""
-        if KVCache(self.attachment.model).identity() == self.identity:
-            self.answers.keep(self.identity, self.asked, self.prompt, answer, self._embed)
+        try:
+            if KVCache(self.attachment.model).identity() == self.identity:
+                self.answers.keep(self.identity, self.asked, self.prompt, answer, self._embed)
+        except Exception as e:
+            _warn("could not keep a whole answer", e)
 
     def _embed(self, ids: Any) -> list[float]:
         return mean_embedding(self.attachment, ids)
+
+
+def _warn(what: str, error: Exception) -> None:
+    warnings.warn(f"the reuse cache {what}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
 
 
 def head_digest(attachment: "Attachment") -> str | None:

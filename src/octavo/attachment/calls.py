@@ -44,19 +44,24 @@ def understood(
     except TypeError:
         return None
     extra = named.pop("kwargs", {})
-    given = {name: value for name, value in {**named, **extra}.items() if value is not None}
+    settings = model.generation_config
+    # None leaves an argument open, but as a setting it is a value: `eos_token_id=None` has no token end the answer.
+    set_here = {name: value for name, value in extra.items() if hasattr(settings, name)}
+    given = {name: value for name, value in {**named, **extra}.items() if value is not None} | set_here
     ids: Any = given.get("inputs", given.get("input_ids"))
     if ("inputs" in given) == ("input_ids" in given) or model.training or attachment.needs_whole:
         return None
     others = [v for name, v in given.items() if name not in ("inputs", "input_ids", "attention_mask")]
     if not _tokens(ids) or any(isinstance(v, Tensor) for v in others):
         return None
-    config = given.get("generation_config", model.generation_config)
+    config = given.get("generation_config", settings)
 
     def asked(name: str) -> Any:
-        chosen = given[name] if name in given else getattr(config, name, None)
+        if name in given:
+            return given[name]
+        chosen = getattr(config, name, None)
         # What a given configuration leaves open transformers takes from the model's own.
-        return getattr(model.generation_config, name, None) if chosen is None else chosen
+        return getattr(settings, name, None) if chosen is None else chosen
 
     if any(asked(name) for name in _ELSEWHERE) or asked("use_cache") is False:
         return None

@@ -168,6 +168,9 @@ def _cut(store: "ReuseStore", record: Record, survivors: set[Record]) -> None:
     last = max(common(child.entry.tokens, record.entry.tokens) for child in survivors) - shift
     extent = store.tiers.fetch(record) if last > record.entry.first else None
     parents = {parent for parent in record.parents if parent.key in store.index.records}
+    if extent is None and record.remote_nbytes and store.index.away:
+        store.index.drop(record)  # the server has it and them, and it is cut when that is back
+        return
     if extent is None:
         store.forget(record)  # they need nothing of it that could be had
         return

@@ -81,9 +81,13 @@ def entry_in(file: BinaryIO, size: int, path: Path | str) -> Entry:
     if hashlib.sha256(HEAD.pack(*fields[:5], b"", slots_digest) + body).digest() != digest:
         raise ReuseFileError(f"{path} is damaged: the SHA-256 of its head does not match")
     try:
-        return _entry(json.loads(body[:text_size]), body, text_size)
-    except (KeyError, TypeError, ValueError) as e:
+        entry = _entry(json.loads(body[:text_size]), body, text_size)
+        expected = sum(_aligned(t) for _, _, t in _expected(entry))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ReuseFileError(f"{path} contradicts itself: {e}") from e
+    if size - begins != expected:
+        raise ReuseFileError(f"{path} contradicts itself: its size is not that of its slots")
+    return entry
 
 
 def extent_in(file: BinaryIO, size: int, path: Path | str, entry: Entry) -> Extent:
@@ -161,6 +165,8 @@ def _entry(named: Mapping[str, Any], body: bytes, text_size: int) -> Entry:
     held = tuple((int(a), int(b)) for a, b in named["held"])
     if not 0 <= named["first"] <= named["last"] == len(tokens) - layout.shift:
         raise ValueError("its positions are not those of its tokens")
+    if not (isinstance(named["tenant"], str) and isinstance(named["space"], str) and math.isfinite(named["created"])):
+        raise ValueError("its tenant, its namespace or the time of its making is none")
     return Entry(
         named["space"], named["identity"], named["tenant"], tuple(named["tags"]), float(named["created"]), expires,
         layout, tokens, named["first"], named["last"], held, bool(named["newest"]), named["sizes"],

@@ -34,7 +34,7 @@ class Index:
         # Records of the server that lack those before them, (namespace, where their slots begin) by key, and those of
         # them that may have got them.
         self.waiting: dict[str, tuple[str, int]] = {}
-        self.ready: list[str] = []
+        self.ready: dict[str, None] = {}
         self.watch: Callable[[Record], None] | None = None  # told of each record that comes or goes
         self.now = 0.0  # what the store's clock said last
         self.soonest = math.inf  # when the first record expires, or earlier
@@ -84,9 +84,11 @@ class Index:
             parent.children.add(record)
         self.waiting.pop(record.key, None)
         entry = record.entry
-        self.ready += [
-            key for key, (space, at) in self.waiting.items() if space == entry.space and entry.first < at <= entry.last
-        ]
+        self.ready |= {
+            key: None
+            for key, (space, at) in self.waiting.items()
+            if space == entry.space and entry.first < at <= entry.last
+        }
         if self.watch is not None:
             self.watch(record)
 

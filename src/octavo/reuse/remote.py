@@ -5,6 +5,7 @@ is left alone for `PAUSE` seconds; then all that the log knows is looked at agai
 """
 
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 LOOK, SHARE = 0.05, 20  # seconds between two looks, which lie so many times as far apart as one takes at least
 PAUSE = 30.0  # seconds for which a server that failed is left alone
-BATCH = 64  # heads that are read at once
+BATCH, AIM = 64, 0.2  # heads that are read at once, fewer where that takes so many seconds
 START, LATER = 10.0, 0.05  # seconds in which the first look and a later one begin to read heads; the next one goes on
 LONGEST = 10**14  # milliseconds; what lives longer lives for ever
 
@@ -36,7 +37,7 @@ class Remote:
         self.store, self.tiers, self.server = store, tiers, server
         self._next = self._until = self._full_until = -math.inf  # when it may be asked, and when it may be written to
         self.unreadable: set[str] = set()
-        self._within = START
+        self._within, self._batch = START, 4  # 256 KB, which shows how fast the server is
         self._left: dict[str, None] = {}  # keys that are still to be looked at
         self._used: dict[str, None] = {}  # what was used since the last look
         self._removed: dict[str, None] = {}  # what must not be there, and may be still
@@ -64,6 +65,9 @@ class Remote:
             self.store.counts["errors"] += 1
             self._fails(e)
             return
+        except BaseException:  # interrupted: what was read of the log has not been taken in
+            self.server.start_over()
+            raise
         ended = time.monotonic()
         if not self._left:
             self._deleted.clear()
@@ -86,8 +90,9 @@ class Remote:
             self._left.update(dict.fromkeys(self.server.all_keys()))
             self._scans = False
         while self._left:
-            batch = list(self._left)[:BATCH]
+            asked, batch = time.monotonic(), list(itertools.islice(self._left, min(self._batch, BATCH)))
             found = self.server.look(batch, index.records.keys())
+            self._batch = min(BATCH, 2 * len(batch)) if time.monotonic() - asked < AIM else max(1, len(batch) // 2)
             for key in batch:
                 del self._left[key]
             new = [self._seen(key, each) for key, each in zip(batch, found, strict=True)]
@@ -211,10 +216,14 @@ class Remote:
         if not self.writable:
             return []
         sizes = self.server.sizes([record.key for record in records])
+        unheard = []
         with self.store.lock:
             for record, size in zip(records, sizes, strict=True):
                 if size and not record.gone and record.key not in self.unreadable:
+                    unheard += [] if record.remote_nbytes else [record.key]
                     self.store.index.put_on_remote(record, size)
+        if unheard:  # the log may have lost them, and who comes later learns of them there alone
+            self.server.say(unheard)
         return [record for record, size in zip(records, sizes, strict=True) if not size]
 
     def write(self, record: Record, pieces: Sequence[bytes | memoryview]) -> bool:
@@ -255,8 +264,10 @@ class Remote:
     def remove(self, record: Record) -> None:
         """Remove a record that was dropped; inside the store's lock."""
         self.store.index.waiting.pop(record.key, None)
-        # One that is being written may be there soon, and nobody knows what a server has that is away.
-        if record.remote_nbytes or record.users or self.store.index.away:
+        # One that is being written may be there soon, and nobody knows what a server has that is away. What has
+        # expired the server lets go itself.
+        index = self.store.index
+        if record.remote_nbytes or record.users or (index.away and record.ends > index.now):
             self.removed(record.key)
 
     def removed(self, key: str) -> None:
@@ -268,9 +279,11 @@ class Remote:
     def delete(self, fits: Callable[[Entry], bool]) -> int:
         """Remove what is on the server, is not in the index, and fits, later where the server is away; returns how many
         there were now. Inside the store's lock."""
-        self._deleted.append((self.store.clock(), fits))
+        self._deleted.append((math.inf, fits))  # whatever the clocks of others say
         self._count, self._scans = 0, True
         self.refresh(patient=True)
+        if self._deleted:  # it is away, and what is stored from now on stays
+            self._deleted[-1] = self.store.clock(), fits
         return self._count
 
     def note(self, record: Record) -> None:

@@ -7,9 +7,9 @@ long.
 """
 
 import re
-import time
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from octavo.errors import ConfigError
@@ -63,7 +63,7 @@ class Server:
     def changes(self, used: Sequence[str] = ()) -> tuple[bool, list[str]]:
         """(whether these are all that the log knows, keys under which something has changed since the last call, the
         oldest first), in one round trip. `used` are records that were used, for the server's own policy."""
-        with _told():
+        with _told(self._reader, READ):
             pipe = self._reader.pipeline(transaction=False)
             if used:
                 pipe.touch(*map(self.value, used))
@@ -82,13 +82,13 @@ class Server:
     def all_keys(self) -> list[str]:
         """The keys of all records that are there, whether the log knows them or not; it takes a look at every key."""
         begins = self.value("").encode()
-        with _told():
+        with _told(self._reader, READ):
             names = [name.removeprefix(begins) for name in self._reader.scan_iter(match=self.value("*"), count=1000)]
         return sorted({name.decode() for name in names if KEY.fullmatch(name)})
 
     def look(self, keys: Sequence[str], known: Collection[str]) -> list[Found]:
         """What lies under each of some keys, without the heads of those that are `known`."""
-        with _told():
+        with _told(self._reader, READ):
             pipe = self._reader.pipeline(transaction=False)
             for key in keys:
                 pipe.strlen(self.value(key))
@@ -107,18 +107,18 @@ class Server:
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         """Bytes of the values under some keys, 0 where there is none."""
-        with _told():
-            pipe = self._reader.pipeline(transaction=False)
+        with _told(self._writer, 2 * WRITE):
+            pipe = self._writer.pipeline(transaction=False)
             for key in keys:
                 pipe.strlen(self.value(key))
             return list(pipe.execute())
 
     def read(self, key: str, nbytes: int) -> bytearray:
         """The value of so many bytes under a key. Raises FileNotFoundError where there is none, or another one."""
-        out, at, until = bytearray(nbytes), 0, time.monotonic() + READ
+        out, at = bytearray(nbytes), 0
         if not nbytes:
             raise FileNotFoundError(f"nothing is known of {self.value(key)}")
-        with _told():
+        with _told(self._reader, READ):
             while at < nbytes:
                 pipe = self._reader.pipeline(transaction=False)
                 pipe.strlen(self.value(key))
@@ -128,8 +128,6 @@ class Server:
                     raise FileNotFoundError(f"{self.name} does not have {self.value(key)} any more")
                 out[at : at + len(piece)] = piece
                 at += len(piece)
-                if at < nbytes and time.monotonic() > until:
-                    raise TimeoutError(f"reading {nbytes:,} bytes took longer than {READ:.0f} s")
         return out
 
     # Writing
@@ -142,7 +140,7 @@ class Server:
 
         `before`: how long the records that it goes on from must live as well.
         """
-        with _told():
+        with _told(self._writer, 2 * WRITE):
             pipe = self._writer.pipeline(transaction=True)
             pipe.set(self.value(key), b"".join(pieces), px=life, nx=True)
             if note is not None:
@@ -154,7 +152,7 @@ class Server:
 
     def write_note(self, key: str, note: bytes, life: int | None) -> None:
         """Write a note, and have the value live for `life` milliseconds from now on."""
-        with _told():
+        with _told(self._writer, 2 * WRITE):
             pipe = self._writer.pipeline(transaction=True)
             pipe.set(self._note(key), note, px=life)
             self._live(pipe, key, life)
@@ -163,7 +161,7 @@ class Server:
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove values and their notes."""
-        with _told():
+        with _told(self._writer, 2 * WRITE):
             pipe = self._writer.pipeline(transaction=False)
             for key in keys:
                 pipe.unlink(self.value(key), self._note(key))
@@ -172,6 +170,14 @@ class Server:
                 if count:
                     self._say(pipe, key)
             pipe.execute(raise_on_error=False)  # a server that is full removes, but has no room to say so
+
+    def say(self, keys: Iterable[str]) -> None:
+        """Tell other machines of records that are there."""
+        with _told(self._writer, 2 * WRITE):
+            pipe = self._writer.pipeline(transaction=False)
+            for key in keys:
+                self._say(pipe, key)
+            pipe.execute(raise_on_error=False)  # as above
 
     def _live(self, pipe: Any, key: str, life: int | None) -> None:
         name = self.value(key)
@@ -190,18 +196,31 @@ def _named(entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[str]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Say what went wrong as an OSError."""
+def _told(client: Any, within: float) -> Iterator[None]:
+    """Say what went wrong as an OSError, and end what takes more than so many seconds: a socket's own limit begins anew
+    with each byte that comes, and a client of the user's may have none."""
     from redis import exceptions
 
+    done, late = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1 if late.is_set() else within):  # soon again, since clients try again
+            late.set()
+            client.connection_pool.disconnect()
+
+    with suppress(RuntimeError):  # no thread begins while Python ends and the last records are written
+        threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except exceptions.ResponseError as e:
-        raise RefusedError(str(e)) from e
-    except exceptions.TimeoutError as e:
-        raise TimeoutError(str(e)) from e
-    except exceptions.RedisError as e:
-        raise OSError(str(e)) from e
+    except Exception as e:
+        if late.is_set():
+            raise TimeoutError(f"it took more than {within:.0f} s") from e
+        if isinstance(e, exceptions.RedisError):
+            kinds = {exceptions.ResponseError: RefusedError, exceptions.TimeoutError: TimeoutError}
+            raise next((ours for its, ours in kinds.items() if isinstance(e, its)), OSError)(str(e)) from e
+        raise
+    finally:
+        done.set()
 
 
 def _connected(remote: Any) -> tuple[Any, Any]:

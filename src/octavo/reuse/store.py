@@ -7,6 +7,7 @@ be gone on from is `octavo.reuse.cover`'s to say; files and what lies on a serve
 
 import functools
 import math
+import os
 import threading
 import time
 import warnings
@@ -88,6 +89,10 @@ class ReuseStore:
         on_disk = Rules(None if disk_budget is None else at_least_one(disk_budget, "disk_budget"), policy, bounds)
         self.clock = clock
         self.lock = threading.RLock()
+        # A process that is forked while another thread has the lock would wait for it for ever.
+        os.register_at_fork(
+            before=self.lock.acquire, after_in_parent=self.lock.release, after_in_child=self.lock.release
+        )
         self.index = Index(in_memory, on_disk)
         self.counts: Counter[str] = Counter()
         self.costs = Costs()
@@ -339,4 +344,6 @@ class ReuseStore:
         return self  # a copied model goes on with the same store; its weights decide what it finds
 
     def __reduce__(self) -> Any:
+        if not isinstance(self._settings["remote"], str | None):
+            raise ConfigError("a store with a redis.Redis cannot be pickled; give remote as a URL")
         return functools.partial(ReuseStore, **self._settings), ()
