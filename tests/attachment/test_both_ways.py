@@ -3,8 +3,16 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import (
+    and_masks,
+    blockwise_overlay,
+    causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+)
 
 from octavo import KVCache, attach
+from octavo.attachment.masks import mask
 from octavo.errors import UnsupportedModelError
 from tiny import tiny_adapter, tokens
 from tiny_decoders import tiny_config
@@ -134,3 +142,21 @@ def test_a_picture_in_a_later_turn_is_refused_before_anything_is_written(kind):
         with pytest.raises(UnsupportedModelError, match="at the beginning of a text alone"):
             model(**later, past_key_values=cache)
     assert cache.seen == 40
+
+
+def test_pictures_are_told_where_tracing_parts_documents_that_are_one(full):
+    model, given = gemma("gemma4"), prompt("gemma4")
+    config, documents = model.config.text_config, torch.zeros(2, 40, dtype=torch.long)
+    blocks = torch.where(given["mm_token_type_ids"] == 1, 0, -1)
+    seen = or_masks(causal_mask_function, blockwise_overlay(blocks))
+    made = mask(mask_function=and_masks(packed_sequence_mask_function(documents), seen), config=config)
+    assert torch.equal(made, torch.where(blocks == 0, 2, 1))
+    documents[1, 20:] = 1
+    with pytest.raises(UnsupportedModelError, match="packed"):
+        mask(mask_function=and_masks(packed_sequence_mask_function(documents), seen), config=config)
+    if full:  # whose graph breaks at the masks
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            expected = model(**given).logits
+            attach(model, chunk=16)
+            torch.testing.assert_close(compiled(**given, use_cache=False).logits, expected, **CLOSE)

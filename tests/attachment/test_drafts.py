@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from octavo import KVCache, attach, detach
 from octavo.config import UNDO
-from octavo.errors import CacheStateError, ConfigError
+from octavo.errors import CacheStateError, ConfigError, PromptError
 from tiny import tiny_adapter, tiny_model, tokens
 from tiny_swift import model_of, pair
 from tiny_windows import windowed_model
@@ -68,6 +68,17 @@ def test_an_assistant_answers_as_plain_decoding(draws):
         attach(assistant, tiny_adapter(assistant, window=5))
     expected = model.generate(ids, **GREEDY)
     assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), expected)
+
+
+def test_drafts_go_past_the_model_s_positions_as_plain_decoding_does():
+    model, assistant = (attach(tiny_model(max_position_embeddings=64), chunk=16) for _ in range(2))
+    ids, cache = repetitive(50), KVCache(model)
+    expected = model.generate(ids, **GREEDY)
+    for drafted in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}, {"assistant_early_exit": 2}):
+        assert torch.equal(model.generate(ids, **drafted, **GREEDY), expected), drafted
+    model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **GREEDY)
+    with pytest.raises(PromptError, match="64 positions"):  # a prompt is still one
+        model(tokens(1, 5), past_key_values=cache)
 
 
 def test_a_padding_token_that_is_generated_is_a_token_to_those_who_draft():

@@ -148,3 +148,17 @@ def test_a_cache_is_refused_where_dropout_would_be_left_out():
         model(ids, past_key_values=cache)
     assert cache.seen == 0
     assert model(ids).past_key_values is None
+
+
+def test_layers_that_read_another_layer_s_keys_run_again_under_its_gates():
+    model = tiny_decoder("gemma3n_text").train()
+    attach(model, tiny_adapter(model, window=5))
+    embeddings = model.get_input_embeddings()
+    ids, found = tokens(2, 40), []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append(embeddings.weight.grad.clone())
+    torch.testing.assert_close(*found, **CLOSE)

@@ -39,6 +39,7 @@ class KVCache(PagedCache):
     """
 
     approximate = False  # whether it was put together from similar prompts; then nothing of it is ever stored
+    drafts = False  # whether `generate` drafts on it now: several tokens are then the next ones, not a prompt
 
     def __init__(self, model: PreTrainedModel, *, budget: int | None = None, swiftkv: bool | None = None) -> None:
         attachment = _joined(model)

@@ -61,9 +61,8 @@ def prepared(attachment: "Attachment", named: dict[str, Any]) -> dict[str, Any]:
         named = {**named, "past_key_values": KVCache(attachment.model)}
     elif type(past) is DynamicCache and not past.get_seq_length():
         bind(past, KVCache(attachment.model))
-    cache = named["past_key_values"]
-    cache = cache.octavo_cache if isinstance(cache, BoundCache) else cache
-    if isinstance(cache, KVCache):
+    cache = _paged(named["past_key_values"])
+    if cache is not None:
         _refuse_filled(attachment, named, cache)
         if cache.states is not None:
             raise CacheStateError(
@@ -75,6 +74,12 @@ def prepared(attachment: "Attachment", named: dict[str, Any]) -> dict[str, Any]:
         if _reach(cache) == 0:
             raise CacheStateError("a model attached with undo=0 can take no draft back; octavo.attach(model, undo=N)")
     return named
+
+
+def _paged(past: object) -> KVCache | None:
+    """The KVCache that is meant by `past_key_values`, None: no such cache."""
+    past = past.octavo_cache if isinstance(past, BoundCache) else past
+    return past if isinstance(past, KVCache) else None
 
 
 def _reach(cache: KVCache) -> int | None:
@@ -90,9 +95,8 @@ def run_candidates(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     """
     made = original(*args, **kwargs)
     named = inspect.signature(original).bind(*args, **kwargs).arguments
-    cache = (named.get("model_kwargs") or {}).get("past_key_values")
-    cache = cache.octavo_cache if isinstance(cache, BoundCache) else cache
-    reaches = [_reach(cache)] if isinstance(cache, KVCache) else []
+    cache = _paged((named.get("model_kwargs") or {}).get("past_key_values"))
+    reaches = [] if cache is None else [_reach(cache)]
     assistant: Any = getattr(made, "assistant_model", None)
     if assistant is not None:
         with suppress(NotAttachedError, UnsupportedModelError):
@@ -133,8 +137,15 @@ def run_drafts(attachment: "Attachment", original: Callable[..., Any], *args: An
         return original(*args, **kwargs)
     config: Any = attachment.model.config
     layers = config.num_hidden_layers
+    named = prepared(attachment, named)
+    cache = _paged(named.get("past_key_values"))
+    before = cache is not None and cache.drafts  # who drafts by an early exit has the cache of whom it drafts for
     try:
-        return original(**prepared(attachment, named))
-    finally:  # an early exit that fails leaves the model with the layers that draft alone
-        if config.num_hidden_layers != layers:
+        if cache is not None:
+            cache.drafts = True
+        return original(**named)
+    finally:
+        if cache is not None:
+            cache.drafts = before
+        if config.num_hidden_layers != layers:  # an early exit that fails leaves the layers that draft alone
             config.num_hidden_layers = layers

@@ -134,12 +134,13 @@ class Forward:
     ) -> Tensor:  # fmt: skip
         """One attention module's attention over all of the input, as without a cache, [B, N, Hq, D]."""
         layout, kv_layer = self.layout, self.layout.reads[number]
-        if self.policy is not None and layout.owns[number]:
-            self.kept[kv_layer] = self.policy.log_keep(kv_layer, hidden, key)
-        kept = self.kept.get(kv_layer)
+        if self.policy is None or not layout.owns[number]:
+            kept = self.kept.get(kv_layer)
+        else:
+            kept = self.policy.log_keep(kv_layer, hidden, key)
+            if not layout.last[number]:
+                self.kept[kv_layer] = kept  # for good: checkpoints run readers again before the layer that they read
         log_keep = None if kept is None else kept[:, : key.shape[1]]  # gates have the most heads of any layer
-        if layout.last[number]:
-            self.kept.pop(kv_layer, None)
         pictures = self.pictures[kv_layer] if self.pictures else None
         lifetime = layout.lifetimes[kv_layer]
         return self.masked(query, key, value, log_keep, scale, lifetime, scoring, dropout, pictures)

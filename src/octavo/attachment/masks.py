@@ -33,6 +33,7 @@ def mask(
         raise UnsupportedModelError("it attends in both directions; only causal attention is supported")
     traced = torch.compiler.is_compiling()
     if not traced and getattr(kwargs.get("config"), "model_type", None) in _PICTURED:
+        mask_function = _undivided(mask_function)
         pictures = _pictures(mask_function)
         if pictures is not None:
             real = torch.ones_like(pictures) if attention_mask is None else attention_mask
@@ -85,6 +86,20 @@ def _pictures(mask_function: Any) -> Tensor | None:
         return None
     found: Tensor = inspect.getclosurevars(either[1]).nonlocals["block_sequence_ids"]
     return found.long()
+
+
+def _undivided(mask_function: Any) -> Any:
+    """The mask without documents where each row is one: transformers parts them always while `torch.compile` traces it,
+    and what is made then comes here where a graph breaks."""
+    documents = [part for part in _parts(mask_function) if _maker(part) == _DOCUMENTS]
+    others = [part for part in _parts(mask_function) if _maker(part) != _DOCUMENTS]
+    if len(documents) != 1 or len(others) != 1:
+        return mask_function
+    numbers: Tensor = inspect.getclosurevars(documents[0]).nonlocals["packed_sequence_mask"]
+    if bool((numbers != numbers[:, :1]).any()):
+        return mask_function
+    remapped = _maker(others[0]) == "remap_positions_for_packed_sequence"
+    return inspect.getclosurevars(others[0]).nonlocals["mask_function"] if remapped else others[0]
 
 
 def _maker(mask_function: Any) -> str:

@@ -58,9 +58,10 @@ def check_shapes(kwargs: dict[str, Any], batch: int, seen: int, columns: int) ->
 def check_length(limit: int | None, cache: "KVCache", columns: int, valid: Tensor | None) -> None:
     """Raise PromptError where an input of several tokens goes past the positions that the model has.
 
-    Padding takes none. It is counted, which waits for the device, only where the columns would be too many.
+    Padding takes none. It is counted, which waits for the device, only where the columns would be too many. Decoding
+    goes on past them, by drafts as by single tokens.
     """
-    if columns == 1 or limit is None or cache.seen + columns <= limit:
+    if columns == 1 or limit is None or cache.seen + columns <= limit or (cache.drafts and cache.seen):
         return
     longest = cache.seen + columns
     padded = valid is not None or cache.sequences.real is not None
