@@ -25,6 +25,7 @@ from octavo.kv.capture import capture, kept_and_tail, snapshot_of, trimmed
 from octavo.kv.ragged import between
 from octavo.reuse import ReuseStore, remote
 from octavo.reuse.record import OVERHEAD
+from octavo.reuse.resp import LOG
 from reuse.plain import Model, read
 
 EVICTIONS = (None, Eviction(7), Eviction(7, 1), Eviction(25), Eviction(25, 1))
@@ -67,7 +68,7 @@ class Machine(RuleBasedStateMachine):
             "disk_budget": 30_000 if tight else 10**8,
         }
         self.server = Fake() if tiers in ("server", "memory and server", "all") else None
-        self.evicted = False  # whether the server has evicted anything
+        self.evicted = self.log_lost = False  # whether the server has evicted anything, and its log
         self.plugged, self.failed = True, False  # whether the server is there, and was ever away
         self.policy, self.tight = policy, tight
         self.live: list[Stored] = []
@@ -144,6 +145,7 @@ class Machine(RuleBasedStateMachine):
         for name in client.keys("octavo:*"):
             if dice.random() < 0.3:
                 client.delete(name)
+                self.log_lost = self.log_lost or name == LOG.encode()
         for s in self.live:
             s.pinned = False
 
@@ -187,7 +189,7 @@ class Machine(RuleBasedStateMachine):
         self.live.clear()
         stats = self.store.stats()
         assert stats.memory_records == stats.disk_records == stats.remote_records == 0
-        assert self.server is None or not self.plugged or not values(self.server.client())
+        assert self.server is None or not self.plugged or self.log_lost or not values(self.server.client())
         assert self.store.index.index_nbytes == 0
         assert not self.store.index.trees
 
