@@ -241,6 +241,18 @@ def test_deleting_reaches_what_the_log_has_lost(server):
     assert values(client) == []
 
 
+def test_clearing_reaches_what_waits_though_the_log_is_lost(server):
+    model, a, client = Model(None), opened(server, None), server.client()
+    asked(model, a, prompt(0))
+    (first,) = values(client)
+    asked(model, a, [*prompt(0), *prompt(1)])
+    client.delete(first, resp.LOG)
+    a.list()
+    assert len(values(client)) == 1
+    a.clear()
+    assert values(client) == []
+
+
 def test_deleting_while_the_server_is_away_reaches_what_is_not_known():
     now = [1000.0]
     server, model = Fake(), Model(None)

@@ -83,7 +83,7 @@ class Remote:
         took = time.monotonic() - began
         self._used.clear()
         if whole:
-            self._left = dict.fromkeys(record.key for record in index.remote.records)
+            self._left = dict.fromkeys([*(record.key for record in index.remote.records), *index.waiting])
         self._left.update(dict.fromkeys([*keys, *index.ready]))
         index.ready.clear()
         if self._scans:
