@@ -166,13 +166,13 @@ def _show(found: dict[str, Any]) -> None:
         console.print(table)
     if "embeddings" in found:
         rows = found["embeddings"]
-        table = Table("embedding", "ms", title="Stored prompts found by changed ones: nearest / among the nearest 4")
+        table = Table("embedding", "ms", title="Stored prompts found by changed ones: nearest / among 4, %")
         table.columns[0].no_wrap = True
         for change in rows[0]["first"]:
             table.add_column(change, justify="right")
         console.print(f"{rows[0]['stored']} stored prompts of {rows[0]['tokens']:,} tokens")
         for row in rows:
-            shares = [f"{share:.0%}/{row['among'][change]:.0%}" for change, share in row["first"].items()]
+            shares = [f"{100 * share:.0f}/{100 * row['among'][change]:.0f}" for change, share in row["first"].items()]
             table.add_row(row["embedding"], f"{row['ms']:.1f}", *shares)
         console.print(table)
     if "policies" in found:
