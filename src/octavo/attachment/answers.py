@@ -57,7 +57,7 @@ class Known:
         try:
             found = self.answers.find(self.identity, self.asked, self.prompt, self._embed)
         except Exception as e:
-            _warn("could not give a whole answer again", e)
+            warn("could not give a whole answer again", e)
         return found
 
     def keep(self, answer: Sequence[int]) -> None:
@@ -66,13 +66,14 @@ class Known:
             if KVCache(self.attachment.model).identity() == self.identity:
                 self.answers.keep(self.identity, self.asked, self.prompt, answer, self._embed)
         except Exception as e:
-            _warn("could not keep a whole answer", e)
+            warn("could not keep a whole answer", e)
 
     def _embed(self, ids: Any) -> list[float]:
         return mean_embedding(self.attachment, ids)
 
 
-def _warn(what: str, error: Exception) -> None:
+def warn(what: str, error: Exception) -> None:
+    """Tell of a failure of the store; the request goes on without it."""
     warnings.warn(f"the reuse cache {what}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
 
 

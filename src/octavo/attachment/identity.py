@@ -180,9 +180,14 @@ def digest(tensors: Iterable[tuple[str, Tensor]], settings: Any = None) -> str:
 def _state(tensors: Mapping[str, Tensor]) -> object:
     """What changes when any of these tensors is replaced or written to."""
     each = [(name, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for name, t in tensors.items()]
-    plain = [t for t in tensors.values() if _readable(t)]
-    others = [t.detach() for t in tensors.values() if not _readable(t)]
-    return each, b"".join(map(_probed, plain)), _gathered([_sampled(_bytes(t), PROBES, PROBE, PROBED) for t in others])
+    plain, others = list[Tensor](), list[Tensor]()
+    for t in tensors.values():
+        (plain if _readable(t) else others).append(t)
+    return (
+        each,
+        b"".join(map(_probed, plain)),
+        _gathered([_sampled(_bytes(t.detach()), PROBES, PROBE, PROBED) for t in others]),
+    )
 
 
 def _readable(tensor: Tensor) -> bool:

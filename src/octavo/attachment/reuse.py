@@ -7,7 +7,6 @@ What `octavo.attachment.calls` does not understand runs as if there were no stor
 fails.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from octavo.attachment.answers import known
+from octavo.attachment.answers import known, warn
 from octavo.attachment.cache import KVCache
 from octavo.attachment.calls import Call, understood
 from octavo.attachment.similar import begin_similar
@@ -82,13 +81,13 @@ def begin(store: Reuse, cache: KVCache, tokens: Sequence[int], **options: Any) -
     except CacheBudgetError:
         pass
     except Exception as e:
-        _warn("could not use similar prompts", e)
+        warn("could not use similar prompts", e)
     try:
         return store.open(cache, cache.identity(), tokens, ends=turn_ends(cache.attachment.model, tokens), **options)
     except CacheBudgetError:
         return None
     except Exception as e:  # an answer must not depend on the store
-        _warn("failed and is not used", e)
+        warn("failed and is not used", e)
         cache.reset()
         return None
 
@@ -108,11 +107,7 @@ def store_in(reading: Reading, cache: KVCache, which: int = 0, tokens: Any = Non
     try:
         reading.insert(cache, which, tokens)
     except Exception as e:
-        _warn("could not store", e)
-
-
-def _warn(what: str, error: Exception) -> None:
-    warnings.warn(f"the reuse cache {what}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+        warn("could not store", e)
 
 
 def run_generate(attachment: "Attachment", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +143,7 @@ def _share(model: PreTrainedModel, store: Reuse, call: Call) -> bool:
     try:
         return any(store.peek(cache, identity, row) for row in call.rows)
     except Exception as e:
-        _warn("failed and is not used", e)
+        warn("failed and is not used", e)
         return False
 
 
