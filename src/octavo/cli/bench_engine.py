@@ -35,6 +35,9 @@ def engine(
     ] = "1x500,8x500",
     kv: Annotated[str, typer.Option(help="Page types with gates: model, int8, fp8.")] = "model,int8",
     steps: Annotated[int, typer.Option(min=3, help="Steps that are timed.")] = 48,
+    distinct: Annotated[
+        int | None, typer.Option(min=1, help="Different prompts of a batch; the others come from a reuse store.")
+    ] = None,
     mixed: Annotated[int, typer.Option(min=0, help="Mixed requests at once; 0 for none.")] = 0,
     prompts: Annotated[str, typer.Option(help="Fewest and most tokens of a mixed prompt.")] = "100,6000",
     answers: Annotated[str, typer.Option(help="Fewest and most tokens of its answer.")] = "50,500",
@@ -77,7 +80,7 @@ def engine(
 
     keep()
     for batch, context in pairs:
-        for step in _steps(measured, ways, batch, context, steps, bandwidth, plain):
+        for step in _steps(measured, ways, batch, context, steps, bandwidth, plain, distinct):
             found.append(step)
             keep()
     for run in _mixed(measured, ways, load, kv_memory, plain, one_by_one) if load else ():
@@ -100,15 +103,16 @@ def _ways(measured: "Subject", pages: list[str], common: dict[str, Any]) -> Ways
 
 
 def _steps(
-    measured: "Subject", ways: Ways, batch: int, context: int, steps: int, bandwidth: float, plain: bool
-) -> "Iterator[Step]":
+    measured: "Subject", ways: Ways, batch: int, context: int, steps: int, bandwidth: float, plain: bool,
+    distinct: int | None,
+) -> "Iterator[Step]":  # fmt: skip
     from octavo.bench.engine.steps import engine_step, plain_step
 
     size = measured, batch, context, steps, bandwidth
     if plain:
         yield from _measured(f"{batch} x {context:,}: unattached", lambda: plain_step(*size))
     for name, settings in ways.items():
-        yield from _measured(f"{batch} x {context:,}: {name}", partial(engine_step, name, *size, **settings))
+        yield from _measured(f"{batch} x {context:,}: {name}", partial(engine_step, name, *size, distinct, **settings))
 
 
 def _mixed(

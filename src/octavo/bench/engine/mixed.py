@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 import octavo
+from octavo.bench.energy import joules, per_token
 from octavo.bench.engine.steps import free, now
 from octavo.bench.engine.subjects import Subject
 from octavo.errors import ConfigError
@@ -34,6 +35,7 @@ class Run:
     seconds: float
     tokens: int
     kv_bytes: int | None
+    joules: float | None = None  # of the GPU for each new token
 
     @property
     def rate(self) -> float:
@@ -78,9 +80,9 @@ def in_engine(name: str, subject: Subject, load: Load, max_batch: int, **setting
     try:
         engine = octavo.LLM(model, max_batch=max_batch).engine
         _drain(engine, load, 0.02)  # compiles, and captures some graphs
-        began = now(model.device)
+        before, began = joules(model.device), now(model.device)
         peak = _drain(engine, load, 1.0)
-        return Run(name, now(model.device) - began, load.generated, peak)
+        return _run(name, model.device, began, before, load.generated, peak)
     finally:
         octavo.detach(model)
 
@@ -112,13 +114,13 @@ def _part(share: float, new: int) -> int:
 def one_by_one(subject: Subject, load: Load) -> Run:
     """`model.generate` of the unattached model, request after request."""
     model = subject.model
-    began = now(model.device)
+    before, began = joules(model.device), now(model.device)
     for prompt, new in zip(load.prompts, load.new, strict=True):
         ids = torch.tensor([prompt], device=model.device)
         model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new
         )
-    return Run("generate, one by one", now(model.device) - began, load.generated, None)
+    return _run("generate, one by one", model.device, began, before, load.generated, None)
 
 
 @torch.no_grad()
@@ -139,11 +141,17 @@ def continuous(subject: Subject, load: Load, **settings: Any) -> Run:
     manager.start()
     try:
         _served(manager, load, 0.02)
-        began = now(model.device)
+        before, began = joules(model.device), now(model.device)
         tokens = _served(manager, load, 1.0)
-        return Run("generate_batch", now(model.device) - began, tokens, None)
+        return _run("generate_batch", model.device, began, before, tokens, None)
     finally:
         manager.stop(block=True)
+
+
+def _run(name: str, device: torch.device, began: float, before: float | None, tokens: int, peak: int | None) -> Run:
+    """What has been measured since `began`, when the GPU had used `before` joules."""
+    seconds = now(device) - began
+    return Run(name, seconds, tokens, peak, per_token(before, joules(device), seconds, tokens))
 
 
 def _served(manager: Any, load: Load, share: float) -> int:

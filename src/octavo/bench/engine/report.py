@@ -26,13 +26,15 @@ def peer_steps(path: Path) -> list[dict[str, Any]]:
 def show(steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, Any]], console: Console) -> None:
     """Print what was measured, each against the first of its kind."""
     if steps:
-        table = Table("batch x context", "model", "prefill", "decode step", "tokens/s", "KV read", "of the floor")
+        table = Table(
+            "batch x context", "model", "prefill", "decode step", "tokens/s", "KV read", "of the floor", "J/token"
+        )
         for step in steps:
             table.add_row(
                 f"{step.batch} x {step.context:,}", step.name, f"{step.prefill_ms:,.1f} ms",
                 f"{step.decode_ms:,.2f} ms",
                 f"{1000 * step.batch / step.decode_ms:,.0f}", f"{step.kv_bytes / 1e6:,.0f} MB",
-                f"{step.of_floor:.0%}",
+                f"{step.of_floor:.0%}", "" if step.joules is None else f"{step.joules:.3f}",
             )  # fmt: skip
         console.print(table)
     if peers:
@@ -43,12 +45,13 @@ def show(steps: Sequence[Step], runs: Sequence[Run], peers: Sequence[dict[str, A
             table.add_row(size, str(line.get("engine")), str(line.get("kv")), str(line["what"]), _number(ms, ",.2f"))
         console.print(table)
     if runs:
-        table = Table("mixed requests", "seconds", "tokens/s", "of the first", "most KV memory")
+        table = Table("mixed requests", "seconds", "tokens/s", "of the first", "most KV memory", "J/token")
         for run in runs:
             memory = "" if run.kv_bytes is None else f"{run.kv_bytes / 2**20:,.0f} MiB"
             table.add_row(
-                run.name, f"{run.seconds:,.1f}", f"{run.rate:,.0f}", f"{run.rate / runs[0].rate:.2f}x", memory
-            )
+                run.name, f"{run.seconds:,.1f}", f"{run.rate:,.0f}", f"{run.rate / runs[0].rate:.2f}x", memory,
+                "" if run.joules is None else f"{run.joules:.3f}",
+            )  # fmt: skip
         console.print(table)
 
 

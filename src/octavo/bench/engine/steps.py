@@ -11,16 +11,21 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import octavo
+from octavo.bench.energy import joules, per_token
 from octavo.bench.engine.subjects import Subject
 from octavo.errors import ConfigError
 
 SETTLING = 12  # steps before the timed ones, in which graphs are captured
 SPARE = 8  # tokens that a request may still have when it was timed, so that none ends early
+STORE = 2**37  # bytes for prompts that are read once and then taken from a store; only what is used is taken
 
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement. Times in milliseconds; bytes that a step must read, and the share of its time that takes."""
+    """One measurement. Times in milliseconds; bytes that a step must read, and the share of its time that takes.
+
+    `joules` of the GPU for each token; None where they were not counted. `distinct`: different prompts among the batch.
+    """
 
     name: str
     batch: int
@@ -30,6 +35,8 @@ class Step:
     weight_bytes: int
     kv_bytes: int
     of_floor: float
+    joules: float | None = None
+    distinct: int | None = None
 
     @property
     def told(self) -> str:
@@ -73,10 +80,17 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def engine_step(
-    name: str, subject: Subject, batch: int, context: int, steps: int, bandwidth: float, **settings: Any
-) -> Step:
-    """`batch` requests with prompts of `context` tokens in an engine; `settings` go to `octavo.attach`."""
+    name: str, subject: Subject, batch: int, context: int, steps: int, bandwidth: float,
+    distinct: int | None = None, **settings: Any,
+) -> Step:  # fmt: skip
+    """`batch` requests with prompts of `context` tokens in an engine; `settings` go to `octavo.attach`.
+
+    Where fewer than `batch` prompts are `distinct`, the others are taken from a reuse store into pages of their own.
+    """
     model, device = subject.model, subject.model.device
+    distinct = min(batch, distinct or batch)
+    if distinct < batch:
+        settings["reuse"] = octavo.ReuseStore(memory=STORE)
     free()
     octavo.attach(model, **settings)
     try:
@@ -85,10 +99,11 @@ def engine_step(
         requests, prefills = [], []
         for i in range(batch):
             began = now(device)
-            requests.append(engine.add(_prompt(subject, i, context), params))
+            requests.append(engine.add(_prompt(subject, i % distinct, context), params))
             while engine.scheduler.waiting or engine.scheduler.prefilling:
                 engine.step()
-            if i < 4:
+            requests[-1].reading = None  # what it will have read at its end is not stored
+            if i < min(4, distinct):
                 prefills.append(now(device) - began)
         for _ in range(SETTLING):
             engine.step()
@@ -96,11 +111,13 @@ def engine_step(
             if request.output.error is not None:
                 raise request.output.error
         kv = engine.runner.read_nbytes
+        before, began = joules(device), now(device)
         seconds = _timed(device, steps, engine.step)
+        used = per_token(before, joules(device), now(device) - began, batch * (steps // 3 or 1) * 3)
         assert len(engine.runner.running) == batch, "requests ended before all steps were timed"
         for request in requests:
             engine.cancel(request)
-        return _step(name, model, (batch, context), min(prefills), seconds, kv, bandwidth)
+        return _step(name, model, (batch, context), min(prefills), seconds, kv, bandwidth, used, distinct)
     finally:
         octavo.detach(model)
 
@@ -126,18 +143,22 @@ def plain_step(subject: Subject, batch: int, context: int, steps: int, bandwidth
 
     for _ in range(SETTLING):
         step()
+    before, began = joules(device), now(device)
     seconds = _timed(device, steps, step)
+    used = per_token(before, joules(device), now(device) - began, batch * (steps // 3 or 1) * 3)
     layers: Any = cache.layers
     kv: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    return _step("unattached", model, (batch, context), min(prefills), seconds, kv, bandwidth)
+    return _step("unattached", model, (batch, context), min(prefills), seconds, kv, bandwidth, used, batch)
 
 
 def _step(
-    name: str, model: PreTrainedModel, size: tuple[int, int], prefill: float, decode: float, kv: int, bandwidth: float
-) -> Step:
+    name: str, model: PreTrainedModel, size: tuple[int, int], prefill: float, decode: float, kv: int, bandwidth: float,
+    used: float | None, distinct: int,
+) -> Step:  # fmt: skip
     """`size`: batch and context; `prefill` and `decode` in seconds."""
     weights = weight_bytes(model)
-    return Step(name, *size, 1000 * prefill, 1000 * decode, weights, kv, (weights + kv) / bandwidth / decode)
+    share = (weights + kv) / bandwidth / decode
+    return Step(name, *size, 1000 * prefill, 1000 * decode, weights, kv, share, used, distinct)
 
 
 def _timed(device: torch.device, steps: int, step: Callable[[], None]) -> float:
