@@ -38,6 +38,7 @@ def models(base: Any, adapter: str, kv_dtype: str | None) -> dict[str, Any]:
         "octavo, nothing evicted": {"adapter": None},
         adapter: {"adapter": gates},
         f"{adapter}, CUDA graphs": {"adapter": gates, "cuda_graphs": True},
+        f"{adapter}, CUDA graphs, compiled": {"adapter": gates, "cuda_graphs": True, "compile": True},
     }
     made = {PLAIN: base}
     for name, way in ways.items():

@@ -24,8 +24,8 @@ import octavo.kv.chunk_step
 import octavo.kv.pool
 import octavo.kv.sequences
 from octavo import KVCache, attach
+from octavo.attachment import Attachment, graphs, require_attachment
 from octavo.attachment import compiled as compiled_code
-from octavo.attachment import graphs, require_attachment
 from octavo.attachment.forward import Forward
 from octavo.attention import cuda
 from octavo.engine import Engine, SamplingParams
@@ -317,26 +317,70 @@ def test_compiled_pieces_are_gone_after_an_error_and_leave_out_what_is_watched(m
     compiled_code._compiled.cache_clear()
 
 
-def test_two_threads_compile_one_after_another(monkeypatch):
-    monkeypatch.setattr(compiled_code, "_compiled", lambda function: functools.partial(function))
+def test_threads_that_compile_at_once_do_not_disturb_each_other(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        compiled_code,
+        "_compiled",
+        lambda function, dynamic: lambda *args: calls.append(threading.current_thread().name) or function(*args),
+    )
     model, rotary, failed = tiny_model(), modeling_llama.apply_rotary_pos_emb, []
-    attention = [layer.self_attn for layer in model.model.layers]
+    attention, ids = [layer.self_attn for layer in model.model.layers], tokens(1, 5)
+    each = 4 * len(attention) + 1  # two norms, an MLP and a rotary embedding for each layer, and a last norm
 
-    def capture():
-        for _ in range(30):
+    @torch.no_grad()
+    def compiles():
+        for _ in range(20):
+            before = calls.count(threading.current_thread().name)
             with compiled_code.compiled(model.model, attention):
-                pieces = [m for m in model.modules() if "forward" in m.__dict__]
-                if len(pieces) != 3 * len(attention) + 1:
-                    failed.append(len(pieces))
+                model(ids, use_cache=False)
+            if calls.count(threading.current_thread().name) - before != each:
+                failed.append(calls.count(threading.current_thread().name) - before)
 
-    threads = [threading.Thread(target=capture) for _ in range(3)]
+    @torch.no_grad()
+    def does_not():
+        for _ in range(20):
+            model(ids, use_cache=False)
+
+    threads = [threading.Thread(target=target, name=name) for name, target in
+               (("one", compiles), ("two", compiles), ("plain", does_not))]  # fmt: skip
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert failed == []
+    assert "plain" not in calls
     assert modeling_llama.apply_rotary_pos_emb is rotary
     assert not any("forward" in m.__dict__ for m in model.modules())
+    assert compiled_code._replaced == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_prompts_run_with_compiled_pieces_and_few_tokens_without(monkeypatch, family):
+    compiled_code._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(Attachment, "_compiles", lambda self: not torch.is_grad_enabled())
+    model = tiny_model(family)
+    attach(model, tiny_adapter(model, window=8), chunk=32)
+    ids, entered = tokens(2, 75), []
+    with torch.no_grad():
+        expected = model(ids).logits
+    attach(model, tiny_adapter(model, window=8), chunk=32, cuda_graphs=True, compile=True)
+    real = compiled_code._enter
+    monkeypatch.setattr(compiled_code, "_enter", lambda *args: entered.append(args) or real(*args))
+    with torch.no_grad():
+        cache = KVCache(model)
+        got = model(ids, past_key_values=cache).logits
+        pieces = len(entered)
+        model(ids[:, :1], past_key_values=cache)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    norms = 4 if family == "qwen3" else 2
+    assert pieces == 2 * ((norms + 1) * len(model.model.layers) + 2)  # of three chunks the last is of 11 tokens
+    assert len(entered) == pieces
+    model(ids, past_key_values=KVCache(model))
+    assert len(entered) == pieces  # gradients were wanted
+    assert not any("forward" in m.__dict__ for m in model.modules() if type(m).__name__.endswith(("Norm", "MLP")))
+    compiled_code._compiled.cache_clear()
 
 
 def test_compiling_needs_graphs():

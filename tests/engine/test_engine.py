@@ -8,6 +8,8 @@ import torch
 from octavo import attach
 from octavo.attachment import require_attachment
 from octavo.engine import Engine, SamplingParams
+from octavo.engine.request import Output, Request
+from octavo.engine.scheduler import together
 from octavo.errors import CacheBudgetError, ConfigError, PromptError
 from tiny import tiny_adapter, tiny_model, tokens
 
@@ -45,7 +47,8 @@ def finish(engine, most=3000):
 @pytest.mark.parametrize("seed", range(5))
 def test_any_mix_of_requests_answers_as_generate(evict, seed):
     dice, model = random.Random(seed), attached(evict)
-    engine = Engine(model, max_batch=dice.choice([1, 3, 8]), step_tokens=dice.choice([1, 7, 64]))
+    engine = Engine(model, max_batch=dice.choice([1, 3, 8]), step_tokens=dice.choice([1, 7, 64, 200]))
+    engine.scheduler.padding = dice.choice([0.0, 1.5, 4.0])
     requests, cancelled = [], []
     for i in range(10):
         prompt = tokens(1, dice.choice([1, 2, 15, 40]), 100 * seed + i)[0].tolist()
@@ -69,6 +72,76 @@ def test_any_mix_of_requests_answers_as_generate(evict, seed):
         else:
             assert (request.output.finish_reason, request.output.tokens) == ("length", wanted)
     assert memory_of(model).sequences == memory_of(model).pool.held() == 0
+
+
+def reads_of(engine):
+    """How many prompts each forward of the engine reads, as they come."""
+    sizes, alone, together = [], engine.runner.prefill, engine.runner.prefill_together
+    engine.runner.prefill = lambda *args: (sizes.append(1), alone(*args))[1]
+    engine.runner.prefill_together = lambda requests: (sizes.append(len(requests)), together(requests))[1]
+    return sizes
+
+
+@pytest.mark.parametrize("evict", [False, True])
+def test_prompts_of_about_one_length_are_read_in_one_forward(evict):
+    model = attached(evict)
+    engine = Engine(model, max_batch=8, step_tokens=400)
+    engine.scheduler.padding = 1.5
+    sizes = reads_of(engine)
+    lengths = [60, 33, 90, 70, 8, 9]  # 90, 70, 60 and 33 take 360 columns for 253 tokens, 9 and 8 take 18
+    requests = [
+        engine.add(tokens(1, n, n)[0].tolist(), SamplingParams(max_tokens=40 - n // 4, **GREEDY)) for n in lengths
+    ]
+    engine.step()
+    assert sizes == [4, 2]
+    cache, seen = engine.runner._batch, []
+    while engine.unfinished:
+        engine.step()
+        seen.append(cache.seen)
+    assert max(seen) > seen[-2], "columns that are padding in all that stay must go"
+    for request in requests:
+        assert request.output.tokens == expected(model, request.prompt, 40 - len(request.prompt) // 4)
+    assert memory_of(model).pool.held() == 0
+
+
+def test_prompts_that_cannot_be_read_together_are_read_alone():
+    model = attached(evict=False, budget=12 * 65536)
+    engine = Engine(model, max_batch=8, step_tokens=2000)
+    engine.scheduler.padding = 1.5
+    sizes = reads_of(engine)
+    prompts = [tokens(1, 350, i)[0].tolist() for i in range(4)]  # of which two have room
+    requests = [engine.add(p, SamplingParams(max_tokens=9, **GREEDY)) for p in prompts]
+    finish(engine)
+    assert sizes[:3] == [4, 1, 1]
+    for request in requests:
+        assert request.output.error is None
+        assert request.output.tokens == expected(model, request.prompt, 9)
+    fails = engine.add(prompts[0], SamplingParams(max_tokens=3, **GREEDY))
+    well = engine.add(prompts[1], SamplingParams(max_tokens=3, **GREEDY))
+    fails.prompt[5] = model.config.vocab_size  # no such token
+    finish(engine)
+    assert isinstance(fails.output.error, IndexError)
+    assert well.output.tokens == expected(model, well.prompt, 3)
+    assert memory_of(model).pool.held() == 0
+
+
+def test_which_prompts_are_read_together():
+    def request(length, **has):
+        made = Request(0, [1] * length, SamplingParams(), 0, None)
+        made.output = Output(None, made.prompt)
+        for name, value in has.items():
+            setattr(made, name, value)
+        return made, length
+
+    a, b, c, d = (request(n) for n in (100, 80, 30, 5))
+    part, begun = (request(70)[0], 40), request(60, read=10)
+    several = request(50, siblings=2)
+    reads = [b, part, d, begun, a, several, c]
+    assert together(reads, 1.5) == [[a, b, c], [d], [part], [begun], [several]]
+    assert together(reads, 0.0) == [[a], [b], [c], [d], [part], [begun], [several]]
+    assert together(reads, 1.0) == together(reads, 0.0)
+    assert together([a, a, c], 1.0) == [[a, a], [c]]
+    assert together([], 1.5) == []
 
 
 def test_memory_that_runs_short_preempts_and_answers_the_same():

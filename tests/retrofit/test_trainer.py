@@ -201,8 +201,12 @@ def test_init_starts_from_an_adapter(student, tokenizer, source, tmp_path):
     torch.testing.assert_close(second.gates.logits(0, hidden), first.gates.logits(0, hidden), rtol=1e-3, atol=1e-3)
     assert json.loads((tmp_path / "b" / LOG).read_text().splitlines()[0])["target"] > 3
     wider = replace(SETTINGS, gates=replace(GATES, window=9))
+    third = Retrofit(student, tokenizer, [source], wider, tmp_path / "c", init=[first])
+    assert third.gates.spec.eviction.window == 9
+    torch.testing.assert_close(third.gates.logits(0, hidden), first.gates.logits(0, hidden))
+    shifted = replace(SETTINGS, gates=replace(GATES, shift=1))
     with pytest.raises(ConfigError, match="other gate settings"):
-        Retrofit(student, tokenizer, [source], wider, tmp_path / "c", init=[first])
+        Retrofit(student, tokenizer, [source], shifted, tmp_path / "d", init=[first])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import inspect
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from octavo.attachment.borrowed import lends_channel
 from octavo.attachment.cache import KVCache
+from octavo.attachment.compiled import compiled
 from octavo.attachment.decoder import run_decoder
 from octavo.attachment.drafts import run_candidates, run_drafts
 from octavo.attachment.forward import NAME, RUNNING, Forward, ask_for_logits, remember_hidden, run_attention, run_layer
@@ -29,7 +30,7 @@ from octavo.attachment.layout import Layout, decoder_of, joined
 from octavo.attachment.modes import Modes
 from octavo.attachment.reuse import Reuse, run_generate
 from octavo.attachment.supported import reach_of
-from octavo.attention import Packed
+from octavo.attention import FEW, Packed
 from octavo.config import CacheSettings
 from octavo.dms import Adapter, HardGates, Policy
 from octavo.errors import CacheStateError, ConfigError, NotAttachedError
@@ -223,6 +224,20 @@ class Attachment:
             return self.original(**kwargs, **told)
         finally:
             RUNNING.reset(token)
+
+    def pieces(self, columns: int, trains: bool) -> AbstractContextManager[None]:
+        """What a forward of so many tokens of each sequence on a cache runs in: with compiled pieces, or as it is."""
+        if not self.settings.compiled or columns <= FEW or trains or not self._compiles():
+            return nullcontext()
+        return compiled(decoder_of(self.model), self.layout.attention, lengths_vary=True)
+
+    def _compiles(self) -> bool:
+        """Whether code compiled for other calls fits this one: on a GPU, without gradients or autocast."""
+        return (
+            self.modes.device.type == "cuda"
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+            and not torch.compiler.is_compiling()
+        )
 
     # Modes and what they mean
 

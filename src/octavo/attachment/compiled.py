@@ -1,8 +1,9 @@
-"""Small pieces of a model's layers as `torch.compile` makes them, for the time in which a CUDA graph is captured.
+"""Small pieces of a model's layers as `torch.compile` makes them: in decode steps from CUDA graphs, and in prompts.
 
 Transformers computes a norm in seven operations and a rotary embedding in ten. In a graph each of them costs about two
-microseconds, which for few sequences is longer than reading a layer's weights. Compiled, a norm is one kernel, and so
-is a rotary embedding or the activation of an MLP. The model itself stays what it is outside of graphs.
+microseconds, which for few sequences is longer than reading a layer's weights; in a prompt each reads and writes all of
+its tokens. Compiled, a norm is one kernel, and so is a rotary embedding or the activation of an MLP. The model itself
+stays what it is outside of these forwards, and for other threads within their time.
 
 Compiled code rounds intermediate results of bfloat16 less often than the original, so logits differ in their last bits.
 """
@@ -11,6 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,31 +20,50 @@ from torch import nn
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
 PIECES = ("Norm", "MLP")  # how the classes end whose modules are compiled
-_patching = threading.Lock()  # the rotary function belongs to a module that several models share
+COMPILATIONS = 64  # of one function, for sizes and dtypes; PyTorch gives up after eight otherwise
+
+_Place = tuple[dict[str, Any], str]  # where a function is looked up: a module's own names, or a Python module's
+_inside: ContextVar[bool] = ContextVar("octavo_compiled", default=False)  # whether this thread runs compiled pieces
+_patching = threading.Lock()  # for the few moments in which functions are replaced
+_replaced: dict[tuple[int, str], list[Any]] = {}  # by place: how many blocks use it, the place, what was there before
+_NOTHING = object()
 
 
 @contextmanager
-def compiled(base: nn.Module, attention: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the norms and MLPs of a decoder and the rotary function of its attention run compiled inside the block."""
-    namespaces: dict[int, dict[str, Any]] = {}
+def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool = False) -> Iterator[None]:
+    """Let the norms and MLPs of a decoder and the rotary function of its attention run compiled inside the block.
+
+    `lengths_vary`: compile once for all numbers of tokens, rather than first for the one that comes.
+    """
+    with _patching:
+        places = list(_places(base, attention))
+        for place, original, bound in places:
+            _enter(place, original, bound, lengths_vary)
+    before = _inside.set(True)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=max(COMPILATIONS, torch._dynamo.config.recompile_limit)):
+            yield
+    finally:
+        _inside.reset(before)
+        with _patching:
+            for place, _, _ in places:
+                _leave(place)
+
+
+def _places(
+    base: nn.Module, attention: Sequence[nn.Module]
+) -> Iterator[tuple[_Place, Callable[..., Any], tuple[Any, ...]]]:
+    """(place, the function that is compiled, its first arguments) of each piece."""
+    for module in base.modules():
+        if _is_piece(module):
+            yield (module.__dict__, "forward"), type(module).forward, (module,)
+    seen: set[int] = set()
     for module in attention:
         names = getattr(type(module).forward, "__globals__", {})
-        if ROTARY in names:
-            namespaces[id(names)] = names
-    with _patching:
-        modules = [m for m in base.modules() if _is_piece(m)]
-        before = [(names, names[ROTARY]) for names in namespaces.values()]
-        try:
-            for module in modules:
-                module.__dict__["forward"] = functools.partial(_compiled(type(module).forward), module)
-            for names, rotary in before:
-                names[ROTARY] = _compiled(rotary)
-            yield
-        finally:
-            for names, rotary in before:
-                names[ROTARY] = rotary
-            for module in modules:
-                module.__dict__.pop("forward", None)
+        if ROTARY in names and id(names) not in seen:
+            seen.add(id(names))
+            used = _replaced.get((id(names), ROTARY))
+            yield (names, ROTARY), names[ROTARY] if used is None else used[2], ()
 
 
 def _is_piece(module: nn.Module) -> bool:
@@ -52,11 +73,42 @@ def _is_piece(module: nn.Module) -> bool:
     """
     if not type(module).__name__.endswith(PIECES):
         return False
-    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
+    return not any(m._forward_hooks or m._forward_pre_hooks or _other_forward(m) for m in module.modules())
+
+
+def _other_forward(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ and (id(module.__dict__), "forward") not in _replaced
+
+
+def _enter(place: _Place, original: Callable[..., Any], bound: tuple[Any, ...], lengths_vary: bool) -> None:
+    """Put the compiled function in its place, where no other block has done so."""
+    names, name = place
+    used = _replaced.setdefault((id(names), name), [0, names, names.get(name, _NOTHING)])
+    if used[0] == 0:
+        names[name] = functools.partial(_either, original, _compiled(original, True if lengths_vary else None), *bound)
+    used[0] += 1
+
+
+def _leave(place: _Place) -> None:
+    names, name = place
+    used = _replaced[id(names), name]
+    used[0] -= 1
+    if used[0]:
+        return
+    del _replaced[id(names), name]
+    if used[2] is _NOTHING:
+        names.pop(name, None)
+    else:
+        names[name] = used[2]
+
+
+def _either(original: Callable[..., Any], made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The compiled function in a thread that asked for it, the model's own in others."""
+    return (made if _inside.get() else original)(*args, **kwargs)
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
     """One compilation serves all modules of a class, since parameters are its inputs."""
-    compiled_function: Callable[..., Any] = torch.compile(function)
-    return compiled_function
+    made: Callable[..., Any] = torch.compile(function, dynamic=dynamic)
+    return made

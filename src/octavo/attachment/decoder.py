@@ -242,7 +242,8 @@ def _step(
             transform=transform,
             borrowed=attachment.borrowed,
         )
-        out = attachment.run(forward, **kwargs)
+        with attachment.pieces(size[1], trains):
+            out = attachment.run(forward, **kwargs)
         forward.commit()
         cache.moved = moved
     except BaseException:

@@ -1,5 +1,6 @@
 """Energy that a GPU has used, as its driver counts it (NVML)."""
 
+import importlib
 from functools import cache
 from typing import Any
 
@@ -10,14 +11,14 @@ SHORTEST = 1.0  # seconds: the driver's counter moves some ten times a second, s
 
 def joules(device: torch.device) -> float | None:
     """Joules since the driver was loaded; None on a CPU, without `pynvml`, or where the driver does not count them."""
-    handle = _handle(torch.cuda.current_device() if device.index is None else device.index) if _counts(device) else None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    nvml, handle = _counter(torch.cuda.current_device() if device.index is None else device.index)
     if handle is None:
         return None
-    import pynvml
-
     try:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
-    except pynvml.NVMLError:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+    except nvml.NVMLError:
         return None
 
 
@@ -26,22 +27,15 @@ def per_token(before: float | None, after: float | None, seconds: float, tokens:
     return None if before is None or after is None or seconds < SHORTEST else (after - before) / tokens
 
 
-def _counts(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None
-
-
 @cache
-def _handle(index: int) -> Any:
-    """NVML's name of torch's device, which may be numbered otherwise; None where NVML cannot be asked."""
+def _counter(index: int) -> tuple[Any, Any]:
+    """(NVML, its name of torch's device, which may be numbered otherwise); None where NVML cannot be asked."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(index).uuid
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except (ImportError, AttributeError):
-        return None
-    except Exception as error:  # pynvml's own, whose class is not there where the import fails
-        if type(error).__module__.startswith("pynvml"):
-            return None
-        raise
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None, None
+    try:
+        nvml.nvmlInit()
+        return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+    except (nvml.NVMLError, AttributeError):
+        return nvml, None

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -34,6 +34,7 @@ def engine(
         str, typer.Option(help="Batch x context of steps, such as 1x8000,8x2000, or nothing.")
     ] = "1x500,8x500",
     kv: Annotated[str, typer.Option(help="Page types with gates: model, int8, fp8.")] = "model,int8",
+    swiftkv: Annotated[bool, typer.Option("--swiftkv", help="Measure SwiftKV with gates too.")] = False,
     steps: Annotated[int, typer.Option(min=3, help="Steps that are timed.")] = 48,
     distinct: Annotated[
         int | None, typer.Option(min=1, help="Different prompts of a batch; the others come from a reuse store.")
@@ -53,7 +54,7 @@ def engine(
     """Measure the engine: steps against the bytes that they must read, and many mixed requests at once."""
     from octavo.bench.engine import report
     from octavo.bench.engine.mixed import load_of
-    from octavo.bench.engine.steps import check_length, copy_bandwidth
+    from octavo.bench.engine.steps import check_lengths, copy_bandwidth
     from octavo.bench.engine.subjects import subject
     from octavo.cli.demo import TEXT
     from octavo.retrofit.data import read_text
@@ -62,16 +63,12 @@ def engine(
         check_writable(out, make_folder=False)
     peers = [line for path in peer or [] for line in report.peer_steps(path)]
     pairs, ranges, pages = _pairs(sizes), (_range("prompts", prompts), _range("answers", answers)), _page_types(kv)
-    place = _place(device)
-    measured = subject(shape, read_text(text or TEXT), str(place))
-    for batch, context in pairs:
-        check_length(measured.model, batch, context, steps)
+    measured = subject(shape, read_text(text or TEXT), str(place := _place(device)))
+    check_lengths(measured.model, pairs, steps)
     load = load_of(measured, mixed, *ranges) if mixed else None
-    on_gpu = place.type == "cuda"
-    ways = _ways(measured, pages, {"cuda_graphs": on_gpu, "compile": compile and on_gpu})
+    ways = _ways(measured, pages, swiftkv, place.type == "cuda", compile)
     bandwidth, where = copy_bandwidth(place), surroundings(place)
-    found: list[Step] = []
-    runs: list[Run] = []
+    found, runs = cast("tuple[list[Step], list[Run]]", ([], []))
 
     def keep() -> None:  # after each measurement, since a later one may take too long or too much
         if out is not None:
@@ -93,12 +90,15 @@ def engine(
     print(json.dumps({"subject": measured.name, "steps": len(found), "mixed": len(runs)}))
 
 
-def _ways(measured: "Subject", pages: list[str], common: dict[str, Any]) -> Ways:
-    """What is measured: nothing evicted, then the gates with each page type."""
+def _ways(measured: "Subject", pages: list[str], swiftkv: bool, on_gpu: bool, compile: bool) -> Ways:
+    """What is measured: nothing evicted, then the gates with each page type, then both with SwiftKV."""
+    common: dict[str, Any] = {"cuda_graphs": on_gpu, "compile": compile and on_gpu}
     ways: Ways = {"octavo, nothing evicted": {"adapter": None, **common}}
     for name in pages:
         settings = {"adapter": measured.gates, "kv_dtype": None if name == "model" else name, **common}
         ways[f"octavo, {measured.gates.name}{'' if name == 'model' else f', {name}'}"] = settings
+    if swiftkv:
+        ways["octavo, " + " + ".join(a.name for a in measured.skipping)] = {"adapter": [*measured.skipping], **common}
     return ways
 
 

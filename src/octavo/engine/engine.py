@@ -4,7 +4,6 @@ On a GPU the host reads a step's tokens while the next one runs, so a request th
 more, whose token is dropped.
 """
 
-import copy
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +25,10 @@ from octavo.engine.text import Detokenizer, cut_at, ends_of
 from octavo.errors import CacheBudgetError, ConfigError, PromptError
 
 STEP_TOKENS = {"cuda": 8192, "cpu": 512}  # by device: what a step spends at most
+PADDING = {
+    "cuda": 1.5,
+    "cpu": 0.0,
+}  # see `scheduler.together`: on a GPU a forward costs its launches, however short it is
 
 
 class Engine:
@@ -56,7 +59,8 @@ class Engine:
         # Asked once: a configuration takes longer to answer than a request's part of a step.
         self.positions: float = require_attachment(model).reach.in_pieces or math.inf
         self.sampler = Sampler(max_batch, text_config.vocab_size, device, eos=tuple(self.ends))
-        self.scheduler = Scheduler(max_batch, step_tokens)
+        together = PADDING.get(device.type, 0.0) if require_attachment(model).reuse is None else 0.0
+        self.scheduler = Scheduler(max_batch, step_tokens, together)
         self.runner = Runner(model, self.sampler, prompt_lookup)
         self._free = list(range(max_batch))[::-1]  # places in the sampler
         self._arrived = 0
@@ -140,9 +144,13 @@ class Engine:
     def _run(self, plan: Plan) -> None:
         if plan.decode:
             self._decode()
-        for request, count in plan.prefill:
-            if not request.done and request in self.scheduler.prefilling:
-                self._prefill(request, count)
+        for group in plan.prefill:
+            reads = [(r, count) for r, count in group if not r.done and r in self.scheduler.prefilling]
+            if len(reads) > 1 and self._prefill_together([request for request, _ in reads]):
+                continue
+            for request, count in reads:
+                if request in self.scheduler.prefilling:  # it may have had to make room for the one before
+                    self._prefill(request, count)
 
     def _decode(self) -> None:
         if any(request.constraint is not None for request in self.runner.running):
@@ -192,15 +200,28 @@ class Engine:
             except Exception as error:  # one request's failure is not the others'
                 self._end(request, "error", error)
                 return
-        if logits is None:
-            return
-        for each in [request, *self._siblings(request)]:
-            each.slot = self._free.pop()
-            self.sampler.add(each.slot, each.params, each.prompt, each.seed, each.output.tokens)
-            sampled = self.runner.first(each, logits)
-            self.runner.join(each, sampled.tokens)
-            self.scheduler.ran(each)
-            self._post([each], sampled)
+        if logits is not None:
+            self._begin([request, *(twins := request.fork())], logits.expand(1 + len(twins), -1))
+
+    def _prefill_together(self, requests: list[Request]) -> bool:
+        """Read whole prompts in one forward; False, with nothing changed, where it fails and each must try alone."""
+        try:
+            logits = self.runner.prefill_together(requests)
+        except Exception:  # no room for all, or one of them is at fault: alone they will tell
+            return False
+        self._begin(requests, logits)
+        return True
+
+    def _begin(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """Requests whose prompts have been read get their first tokens and join those that run; `logits` [n, V]."""
+        for request in requests:
+            request.slot = self._free.pop()
+            self.sampler.add(request.slot, request.params, request.prompt, request.seed, request.output.tokens)
+        sampled = self.runner.first(requests, logits)
+        self.runner.join(requests, sampled.tokens)
+        for request in requests:
+            self.scheduler.ran(request)
+        self._post(requests, sampled)
 
     def _answered(self, request: Request) -> bool:
         """Whether the reuse store knows the whole answer, which is given then."""
@@ -212,23 +233,6 @@ class Engine:
             if not request.done:
                 self._accept(request, token)
         return request.done
-
-    def _siblings(self, request: Request) -> list[Request]:
-        """The other samples of a prompt that has been read, on the same pages."""
-        made = []
-        for i in range(request.siblings):
-            output = Output(request.output.prompt, request.output.prompt_tokens, index=i + 1)
-            twin = Request(
-                request.number, request.prompt, request.params, request.seed + i + 1, output, request.priority,
-                on_token=request.on_token, read=request.read,
-            )  # fmt: skip
-            assert request.cache is not None
-            twin.constraint = None if request.constraint is None else request.constraint.copy()
-            twin.cache = copy.deepcopy(request.cache)
-            request.family.append(twin)
-            made.append(twin)
-        request.siblings = 0
-        return made
 
     def _make_room(self, wanting: Request | None, error: CacheBudgetError) -> bool:
         """Take memory from who came last; False where that is `wanting` itself, or it can never fit and has failed."""

@@ -5,6 +5,7 @@ waiting --admitted--> prefilling --first token--> running --stop, length, cancel
    +------ preempted -----+--------------------------+
 """
 
+import copy
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -69,6 +70,11 @@ class Request:
         return self.prompt + self.output.tokens
 
     @property
+    def unread(self) -> bool:
+        """Whether nothing of it has been read or kept, and no siblings wait to share what will be."""
+        return not (self.read or self.cache or self.snapshot or self.siblings)
+
+    @property
     def done(self) -> bool:
         """Whether it has ended, one way or another."""
         return self.output.finish_reason is not None
@@ -80,6 +86,23 @@ class Request:
         if self.reading is not None:
             self.reading.close()
         self.cache, self.snapshot, self.reading, self.read = None, None, None, 0
+
+    def fork(self) -> list["Request"]:
+        """The other samples of its prompt, which has been read, on the same pages."""
+        made = []
+        for i in range(self.siblings):
+            output = Output(self.output.prompt, self.output.prompt_tokens, index=i + 1)
+            twin = Request(
+                self.number, self.prompt, self.params, self.seed + i + 1, output, self.priority,
+                on_token=self.on_token, read=self.read,
+            )  # fmt: skip
+            assert self.cache is not None
+            twin.constraint = None if self.constraint is None else self.constraint.copy()
+            twin.cache = copy.deepcopy(self.cache)
+            self.family.append(twin)
+            made.append(twin)
+        self.siblings = 0
+        return made
 
     @property
     def finished(self) -> bool:

@@ -63,6 +63,25 @@ class Runner:
             request.reading.close()
         return logits[:, -1].float()
 
+    def prefill_together(self, requests: Sequence[Request]) -> Tensor:
+        """Read some whole prompts side by side, into one cache, which the first of them holds; last logits [n, V].
+
+        Raises CacheBudgetError, and nothing of them is read then.
+        """
+        texts = [request.tokens for request in requests]
+        columns = max(map(len, texts))
+        lead = [columns - len(text) for text in texts]
+        ids = torch.tensor([[0] * n + text for n, text in zip(lead, texts, strict=True)], device=self.device)
+        first = torch.tensor(lead, device=self.device)
+        mask = (torch.arange(columns, device=self.device) >= first[:, None]).long() if any(lead) else None
+        cache = KVCache(self.model)
+        logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits
+        cache.sequences.padded_in_front(lead)
+        requests[0].cache = cache
+        for request, text in zip(requests, texts, strict=True):
+            request.read = len(text)
+        return logits[:, -1].float()  # type: ignore[no-any-return]
+
     def _look_up(self, request: Request, cache: KVCache) -> None:
         """Begin with what the reuse store knows of a request's tokens, where the model has one."""
         store = require_attachment(self.model).reuse
@@ -83,23 +102,26 @@ class Runner:
         if cache.identity() == reading.identity:
             store_in(reading, cache, which, tokens)
 
-    def first(self, request: Request, logits: Tensor) -> Sampled:
-        """The token that follows what a request has read."""
-        slots, position = (torch.tensor([n], device=self.device) for n in (request.slot, request.read))
-        return self.sampler.sample(logits, slots, position, self._allowed([request]))
+    def first(self, requests: Sequence[Request], logits: Tensor) -> Sampled:
+        """The tokens that follow what some requests have read; `logits` [n, V]."""
+        slots = torch.tensor([request.slot for request in requests], device=self.device)
+        position = torch.tensor([request.read for request in requests], device=self.device)
+        return self.sampler.sample(logits, slots, position, self._allowed(requests))
 
-    def join(self, request: Request, token: Tensor) -> None:
-        """Take a request into the running batch; `token` [1] int64 is what it reads next."""
-        assert request.cache is not None
+    def join(self, requests: Sequence[Request], tokens: Tensor) -> None:
+        """Take requests into the running batch, each with a cache of its own or all with that of the first; `tokens`
+        [n] int64 is what they read next."""
         if self._batch is None or not self.running:
             self._batch, self._tokens = KVCache(self.model), None
             if self.drafted:
                 self._batch.activate_past_recording(self.drafted)
-        self._batch.join(request.cache)
-        request.cache = None
-        token = token.view(1, 1)
-        self._tokens = token if self._tokens is None else torch.cat([self._tokens, token])
-        self.running.append(request)
+        for request in requests:
+            if request.cache is not None:
+                self._batch.join(request.cache)
+            request.cache = None
+        tokens = tokens[:, None]
+        self._tokens = tokens if self._tokens is None else torch.cat([self._tokens, tokens])
+        self.running += requests
         self._slots = None
 
     # Steps

@@ -15,15 +15,15 @@ from octavo.engine.request import Request
 class Plan:
     """What one step does."""
 
-    prefill: list[tuple[Request, int]] = field(default_factory=list)  # how many tokens each reads
+    prefill: list[list[tuple[Request, int]]] = field(default_factory=list)  # how many tokens each reads, see `together`
     decode: bool = False  # whether the running batch takes a step
 
 
 class Scheduler:
-    """The requests that are not done. `max_batch`: how many may run at once."""
+    """The requests that are not done. `max_batch`: how many may run at once; `padding`: see `together`."""
 
-    def __init__(self, max_batch: int, step_tokens: int) -> None:
-        self.max_batch, self.step_tokens = max_batch, step_tokens
+    def __init__(self, max_batch: int, step_tokens: int, padding: float = 0.0) -> None:
+        self.max_batch, self.step_tokens, self.padding = max_batch, step_tokens, padding
         self.waiting: list[Request] = []
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -45,14 +45,14 @@ class Scheduler:
         while self.waiting and not self._full and self._places() >= 1 + self.waiting[0].siblings:
             self.prefilling.append(self.waiting.pop(0))
         self.prefilling.sort(key=lambda r: r.order)
-        plan = Plan(decode=bool(self.running))
+        reads: list[tuple[Request, int]] = []
         for request in self.prefilling:
             # At least one token, so that a prompt gets on however many others run.
-            count = min(len(request.tokens) - request.read, max(left, 0 if plan.prefill else 1))
+            count = min(len(request.tokens) - request.read, max(left, 0 if reads else 1))
             if count > 0:
-                plan.prefill.append((request, count))
+                reads.append((request, count))
                 left -= count
-        return plan
+        return Plan(together(reads, self.padding), decode=bool(self.running))
 
     def _places(self) -> int:
         return self.max_batch - len(self.running) - sum(1 + r.siblings for r in self.prefilling)
@@ -92,3 +92,18 @@ class Scheduler:
         self.ended(request)
         self.add(request)
         self._full = bool(self.running or self.prefilling)
+
+
+def together(reads: list[tuple[Request, int]], padding: float) -> list[list[tuple[Request, int]]]:
+    """What is read in one forward each: whole prompts of about one length, which are padded to the longest, and others
+    alone. A forward of several has at most `padding` times as many columns as they have tokens; 0: none has several.
+    """
+    whole = sorted((read for read in reads if read[0].unread and read[1] == len(read[0].tokens)), key=lambda r: -r[1])
+    groups: list[list[tuple[Request, int]]] = []
+    for read in whole:
+        last = groups[-1] if groups else []
+        if last and last[0][1] * (len(last) + 1) <= padding * (sum(count for _, count in last) + read[1]):
+            last.append(read)
+        else:
+            groups.append([read])
+    return groups + [[read] for read in reads if read not in whole]

@@ -1,6 +1,6 @@
 """What a batch of sequences holds: its state, its rows of the tables, and what it counts."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import SupportsInt
 
@@ -65,6 +65,10 @@ class Held:
     def real(self) -> Tensor | None:
         """Which columns seen are no padding, [B, seen] bool; None: all."""
         return self.state.real
+
+    def padded_in_front(self, lead: Sequence[int]) -> None:
+        """Take note that each sequence began with so many columns of padding, and has had no other."""
+        self._holding.state = replace(self.state, lead=tuple(lead), padded=False)
 
     @property
     def boundaries(self) -> Boundaries:

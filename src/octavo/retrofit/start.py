@@ -96,7 +96,8 @@ def first_gates(
     """(gates on the model's device, one per KV layer; the compression that they start at), None where none are trained.
 
     Gates made for the base model may start gates on a transform (`spec`): the first K are taken, the others are fitted
-    before the first step (`regression.fit_gates`). Raises ConfigError where `init` has other settings.
+    before the first step (`regression.fit_gates`). `init` may have another window: what a gate should keep depends on
+    it little. Raises ConfigError where it has other settings otherwise.
     """
     s, shape = settings.gates, shape_of(model.config)
     if s is None:
@@ -113,7 +114,8 @@ def first_gates(
             raise ConfigError(f"gates {init.name} were made on SwiftKV with K={made[0]} and groups of {made[1]}")
     elif spec is not None:
         taken = spec.kv_layers
-    if replace(init.gates.spec, layers=cached) != gates.spec:
+    window = replace(init.gates.spec.eviction, window=s.window)
+    if replace(init.gates.spec, layers=cached, eviction=window) != gates.spec:
         raise ConfigError(f"adapter {init.name} has other gate settings: {init.gates.spec}")
     own = gates.state_dict()
     for name, tensor in init.gates.folded_state().items():

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from octavo.errors import ConfigError
 
 SETTLING = 12  # steps before the timed ones, in which graphs are captured
 SPARE = 8  # tokens that a request may still have when it was timed, so that none ends early
+FIRST = 1000  # number of the first prompt that is read for its first token alone
 STORE = 2**37  # bytes for prompts that are read once and then taken from a store; only what is used is taken
 
 
@@ -52,15 +53,16 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
 
 
-def check_length(model: PreTrainedModel, batch: int, context: int, steps: int) -> None:
-    """Raise ConfigError where requests would end for want of positions before all steps were timed."""
+def check_lengths(model: PreTrainedModel, sizes: Sequence[tuple[int, int]], steps: int) -> None:
+    """Raise ConfigError where requests of some (batch, context) would end for want of positions before all steps."""
     config: Any = model.config
-    most, wanted = config.max_position_embeddings, context + answer_length(batch, steps)
-    if wanted > most:
-        raise ConfigError(
-            f"{batch} x {context:,} with {steps} steps needs {wanted:,} positions, and the model has {most:,}; make "
-            "--sizes or --steps smaller"
-        )
+    for batch, context in sizes:
+        most, wanted = config.max_position_embeddings, context + answer_length(batch, steps)
+        if wanted > most:
+            raise ConfigError(
+                f"{batch} x {context:,} with {steps} steps needs {wanted:,} positions, and the model has {most:,}; "
+                "make --sizes or --steps smaller"
+            )
 
 
 def answer_length(batch: int, steps: int) -> int:
@@ -96,15 +98,12 @@ def engine_step(
     try:
         engine = octavo.LLM(model, max_batch=batch, step_tokens=context + batch).engine  # a prompt is read in one step
         params = octavo.SamplingParams(temperature=0.0, max_tokens=answer_length(batch, steps), ignore_eos=True)
-        requests, prefills = [], []
+        prefill, requests = _first_token(engine, subject, context, device), []
         for i in range(batch):
-            began = now(device)
             requests.append(engine.add(_prompt(subject, i % distinct, context), params))
             while engine.scheduler.waiting or engine.scheduler.prefilling:
                 engine.step()
             requests[-1].reading = None  # what it will have read at its end is not stored
-            if i < min(4, distinct):
-                prefills.append(now(device) - began)
         for _ in range(SETTLING):
             engine.step()
         for request in requests:
@@ -117,9 +116,21 @@ def engine_step(
         assert len(engine.runner.running) == batch, "requests ended before all steps were timed"
         for request in requests:
             engine.cancel(request)
-        return _step(name, model, (batch, context), min(prefills), seconds, kv, bandwidth, used, distinct)
+        return _step(name, model, (batch, context), prefill, seconds, kv, bandwidth, used, distinct)
     finally:
         octavo.detach(model)
+
+
+def _first_token(engine: Any, subject: Subject, context: int, device: torch.device) -> float:
+    """Seconds until a prompt that runs alone has its first token: the best of three, each another prompt."""
+    best, params = float("inf"), octavo.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    for i in range(3):
+        began = now(device)
+        engine.add(_prompt(subject, FIRST + i, context), params)
+        while engine.unfinished:
+            engine.step()
+        best = min(best, now(device) - began)
+    return best
 
 
 @torch.no_grad()

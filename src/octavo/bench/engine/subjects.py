@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import octavo
+from octavo.attachment.adapters import SHIPPED
 from octavo.attachment.supported import fingerprint
 from octavo.errors import ConfigError
 
@@ -27,13 +28,17 @@ SHAPES = ("default", "llama8b")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with gates that fit it, and tokens for its prompts, int64 [n]."""
+    """A model with gates that fit it, and tokens for its prompts, int64 [n].
+
+    `skipping`: SwiftKV weights, and gates made on them.
+    """
 
     name: str
     model: PreTrainedModel
     gates: Any  # octavo.Adapter
     text: torch.Tensor
     random_weights: bool
+    skipping: Sequence[Any] = ()
 
 
 def subject(shape: str, text: str, device: str, dtype: torch.dtype | None = None) -> Subject:
@@ -45,7 +50,8 @@ def subject(shape: str, text: str, device: str, dtype: torch.dtype | None = None
     gates: Any = octavo.load_adapter("dms-8x")
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if shape == "default":
-        return Subject("SmolLM2-135M-Instruct", default, gates, ids, random_weights=False)
+        both = octavo.load_adapter("swiftkv-v2"), octavo.load_adapter(SHIPPED / "swiftkv-v2" / "dms-8x")
+        return Subject("SmolLM2-135M-Instruct", default, gates, ids, random_weights=False, skipping=both)
     kept = kept_by_head(default, gates, ids[:4000])
     del default
     with torch.device(device):
@@ -53,7 +59,25 @@ def subject(shape: str, text: str, device: str, dtype: torch.dtype | None = None
             LlamaConfig(**LLAMA_8B), dtype=dtype or torch.bfloat16
         )
     model: PreTrainedModel = made.eval()
-    return Subject("Llama-3.1-8B's shape", model, made_up_gates(model, gates, kept), ids, random_weights=True)
+    made_up = made_up_gates(model, gates, kept)
+    skipping = half(model, octavo.load_adapter("swiftkv-v2"), made_up)
+    return Subject("Llama-3.1-8B's shape", model, made_up, ids, random_weights=True, skipping=skipping)
+
+
+def half(model: PreTrainedModel, like: Any, gates: Any) -> tuple[Any, Any]:
+    """Random SwiftKV weights, made as `like` is, with which half of the layers are skipped, and these gates on them."""
+    config: Any = model.config
+    spec = replace(
+        like.transform.spec, layers=config.num_hidden_layers, kv_layers=config.num_hidden_layers // 2, group=1,
+        hidden=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )  # fmt: skip
+    with model.device:
+        transform = type(like.transform)(spec).requires_grad_(False)
+        for weights in (transform.q, transform.kv):
+            weights.normal_(0, config.hidden_size**-0.5)
+    swiftkv = octavo.SwiftKVAdapter("half", transform, fingerprint(model))
+    return swiftkv, replace(gates, made_on=transform.fingerprint())
 
 
 @torch.no_grad()
