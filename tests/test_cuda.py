@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo import KVCache, attach
+from octavo import KVCache, ReuseStore, attach
 from octavo.attachment import require_attachment
 from octavo.dms import SoftGates
 from octavo.engine import Engine, SamplingParams
@@ -207,13 +207,16 @@ def test_a_graph_is_captured_anew_where_parameters_have_moved():
     assert torch.equal(got, plain.generate(ids, **options))
 
 
-def test_the_engine_on_the_gpu_answers_as_generate():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_engine_on_the_gpu_answers_as_generate(at_once):
     model = evicting(cuda_graphs=True)
-    engine, requests = Engine(model, max_batch=4, step_tokens=64), []
+    engine, requests = Engine(model, max_batch=4, step_tokens=400 if at_once else 64), []
     for i in range(9):
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=5 + 7 * i)
         requests.append(engine.add(tokens(1, 10 + 13 * i, i)[0].tolist(), params))
-        engine.step()
+        if not at_once:  # else prompts of about one length are read in one forward
+            engine.step()
+    engine.step()
     engine.preempt(requests[1])
     while engine.unfinished:
         engine.step()
@@ -221,3 +224,23 @@ def test_the_engine_on_the_gpu_answers_as_generate():
         ids, count = torch.tensor([request.prompt]).cuda(), request.params.max_tokens
         expected = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
         assert request.output.tokens == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_what_a_store_restores_on_the_gpu_is_what_is_computed(shift, tmp_path):
+    """Boundaries lie within chunks, in memory and on disk."""
+    store = ReuseStore("20MB", tmp_path, shortest=8, back=24)
+    plain, model = evicting(shift, chunk=512), evicting(shift, chunk=512, reuse=store)
+    options = {"do_sample": False, "max_new_tokens": 9, "output_logits": True, "return_dict_in_generate": True}
+    stem = tokens(1, 150)[0]
+    for i, keep in enumerate([150, 150, 90, 90, 140, 30, 150]):
+        ids = torch.cat([stem[:keep], tokens(1, 5 + 9 * i, seed=i)[0]])[None].cuda()
+        expected, got = plain.generate(ids, **options), model.generate(ids, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+        if i == 4:
+            store.flush()
+            store.close()
+            store = ReuseStore("20MB", tmp_path, shortest=8, back=24)
+            require_attachment(model).reuse = store
+    assert store.stats().reused > 0

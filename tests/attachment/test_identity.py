@@ -15,7 +15,18 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from octavo import KVCache, Snapshot, attach, set_swiftkv
 from octavo.attachment import require_attachment
-from octavo.attachment.identity import BLOCK, BLOCKS, Digests, difference, digest, identity, weights
+from octavo.attachment.identity import (
+    BLOCK,
+    BLOCKS,
+    Digests,
+    _in_probes,
+    _probed,
+    _probes,
+    difference,
+    digest,
+    identity,
+    weights,
+)
 from octavo.errors import CacheStateError
 from tiny import SHAPE, tiny_adapter, tiny_model, tokens
 from tiny_swift import model_of, pair
@@ -46,9 +57,31 @@ def merge(weight, rank=4, std=1e-4, seed=1):
     return (weight.detach().float() + b @ a * (std / rank**0.5)).to(weight.dtype)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "whole_probes"),
+    [
+        ((600, 300), torch.bfloat16, True),
+        ((64, 64), torch.float32, True),
+        ((4097,), torch.uint8, False),
+        ((16,), torch.bfloat16, True),
+        ((8192,), torch.int8, True),
+        ((8193,), torch.int8, True),
+        ((3, 5, 7, 32), torch.float16, True),
+        ((), torch.float32, False),
+    ],
+)
+def test_probes_of_another_device_are_what_is_read_here(shape, dtype, whole_probes):
+    tensor = torch.randint(0, 100, (2, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)[1]
+    assert _in_probes(tensor) == whole_probes
+    if whole_probes:
+        assert _probes(tensor).flatten().numpy().tobytes() == _probed(tensor)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("how", ["copied in", "through data", "replaced"])
 @pytest.mark.parametrize("std", [1e-6, 1e-4])
-def test_a_low_rank_change_of_one_matrix_is_seen(how, std):
+def test_a_low_rank_change_of_one_matrix_is_seen(how, std, on_host, monkeypatch):
+    monkeypatch.setattr("octavo.attachment.identity._on_host", lambda tensor: on_host)
     module, digests = large(), Digests()
     before, unmerged = digests.of("weights", module), module.w3.detach().clone()
     merged = merge(module.w3, std=std)

@@ -13,13 +13,19 @@ from octavo.kv import PagedCache, Sequences
 from reuse.plain import SHAPE, Model, held, read, wanted
 from tiny import tiny_adapter, tiny_model, tokens
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not copies.BUILT, reason="built without a C compiler"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 EVICTIONS = [Eviction(5, 0), Eviction(9, 1), Eviction(40, 0), Eviction(30, 1)]
 
 
+@pytest.fixture(params=[True, False], ids=["C", "torch"])
+def in_c(request, monkeypatch):
+    """Slots are copied in C, or as on a GPU by PyTorch."""
+    if request.param and not copies.BUILT:
+        pytest.skip("built without a C compiler")
+    monkeypatch.setattr(copies, "BUILT", request.param)
+
+
+@pytest.mark.usefixtures("in_c")
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_tails_within_chunks_are_those_of_the_rule(eviction):
     dice = random.Random(str(eviction))
@@ -36,6 +42,7 @@ def test_tails_within_chunks_are_those_of_the_rule(eviction):
             assert held(other) == wanted(prompt, p, eviction)
 
 
+@pytest.mark.usefixtures("in_c")
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_model_reads_on_past_its_boundaries(shift, monkeypatch):
     model = tiny_model()
@@ -59,6 +66,7 @@ def test_a_model_reads_on_past_its_boundaries(shift, monkeypatch):
             assert (a.expiry is None and b.expiry is None) or torch.equal(a.expiry, b.expiry)
 
 
+@pytest.mark.skipif(not copies.BUILT, reason="built without a C compiler")
 @pytest.mark.parametrize("eviction", [None, *EVICTIONS], ids=str)
 def test_a_restored_row_is_the_same_without_the_copies_in_c(eviction, monkeypatch):
     prompt, rows = [3 * i % 50 for i in range(70)], []
@@ -78,6 +86,7 @@ def test_a_restored_row_is_the_same_without_the_copies_in_c(eviction, monkeypatc
     assert rows[0][0] == wanted(prompt, 70, eviction)
 
 
+@pytest.mark.usefixtures("in_c")
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_boundaries_hold_where_tokens_are_taken_back_and_others_read(eviction, full):
     """Chunks past boundaries, crops within `undo`, copies that share pages, and restored rows, in any order."""

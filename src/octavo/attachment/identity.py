@@ -180,19 +180,36 @@ def digest(tensors: Iterable[tuple[str, Tensor]], settings: Any = None) -> str:
 def _state(tensors: Mapping[str, Tensor]) -> object:
     """What changes when any of these tensors is replaced or written to."""
     each = [(name, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for name, t in tensors.items()]
-    plain, others = list[Tensor](), list[Tensor]()
+    here, there, others = list[Tensor](), list[Tensor](), list[Tensor]()
     for t in tensors.values():
-        (plain if _readable(t) else others).append(t)
+        (others if not _in_order(t) else here if _on_host(t) else there if _in_probes(t) else others).append(t)
     return (
         each,
-        b"".join(map(_probed, plain)),
+        b"".join(map(_probed, here)),
+        _gathered([_probes(t) for t in there]),
         _gathered([_sampled(_bytes(t.detach()), PROBES, PROBE, PROBED) for t in others]),
     )
 
 
-def _readable(tensor: Tensor) -> bool:
+def _in_order(tensor: Tensor) -> bool:
     """Whether a tensor's bytes lie in order at its address."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.is_cpu
+
+
+def _in_probes(tensor: Tensor) -> bool:
+    """Whether what is read of a tensor are whole probes, so that it takes a few views and no operation of its own."""
+    return tensor.ndim > 0 and not tensor.is_meta and (tensor.nbytes > PROBED or tensor.nbytes % PROBE == 0)
+
+
+def _probes(tensor: Tensor) -> Tensor:
+    """What `_sampled` reads of a tensor on another device, [probes, PROBE] uint8: a view, to be copied with others."""
+    raw, size = tensor.detach().view(torch.uint8), tensor.nbytes
+    count, step = (size // PROBE, PROBE) if size <= PROBED else (PROBES, (size - PROBE) // (PROBES - 1))
+    return raw.as_strided((count, PROBE), (step, 1), raw.storage_offset())
 
 
 def _probed(tensor: Tensor) -> bytes:

@@ -203,12 +203,25 @@ def kept_and_tail(tables: Tables, row: int, first: int, shift: int) -> tuple[Rag
     if copies.suits(pages):
         kept = _copied(tables, row, (NEVER, NEVER), (first, end - shift), None, tail=False)
         return kept, _copied(tables, row, (end, NEVER - 1), (max(0, end - tables.expiring), end), newest, tail=True)
-    there, position, expiry = _read(tables, row)
+    table = tables.table[row]
+    there, position, expiry = _read(pages, table, tables.length[row])
     wanted = expiry.ge(end).logical_and_(expiry < NEVER)
     if newest is not None:
         wanted |= torch.arange(position.shape[-1], device=position.device) == newest[:, None]
     kept = _part(tables, row, there & (expiry == NEVER), position, first, end - shift)
-    return kept, _picked(tables, row, wanted & there, position, tail=True)
+    return kept, _picked(pages, table, wanted & there, position, tail=True)
+
+
+def expiring(tables: Tables, table: Tensor, length: Tensor, end: int) -> Ragged:
+    """The slots of a row's layers, `table` [l, H, M] and `length` [l, H], that a query at position `end` still sees and
+    a later one will not, as a tail."""
+    pages = tables.pool.pages
+    expires, seen = (end, NEVER - 1), (max(0, end - tables.expiring), end)
+    if copies.suits(pages):
+        return copied(pages, table, length, expires, seen, tail=True)
+    there, position, expiry = _read(pages, table, length)
+    wanted = there & (expiry >= end) & (expiry < NEVER) & (position >= seen[0]) & (position < end)
+    return _picked(pages, table, wanted, position, tail=True)
 
 
 def _copied(
@@ -230,30 +243,30 @@ def copied(
 
 def _kept(tables: Tables, row: int) -> tuple[Tensor, Tensor]:
     """(which slots of a row are kept for ever, the positions of all), both [heads of all layers, slots]."""
-    there, position, expiry = _read(tables, row)
+    there, position, expiry = _read(tables.pool.pages, tables.table[row], tables.length[row])
     return there & (expiry == NEVER), position
 
 
-def _read(tables: Tables, row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(whether there is one, position, expiry) of a row's slots, [heads of all layers, slots] each."""
-    pages = tables.pool.pages
-    table = tables.table[row].flatten(0, 1)  # [L * H, M]
-    position, expiry = pages.position[table].flatten(-2), pages.expiry[table].flatten(-2)  # [L * H, W]
+def _read(pages: Pages, table: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(whether there is one, position, expiry) of the slots in a table [l, H, M], [heads of all layers, slots] each."""
+    table = table.flatten(0, 1)  # [l * H, M]
+    position, expiry = pages.position[table].flatten(-2), pages.expiry[table].flatten(-2)  # [l * H, W]
     spots = torch.arange(position.shape[-1], device=position.device)
-    return spots < tables.length[row].flatten()[:, None], position, expiry
+    return spots < length.flatten()[:, None], position, expiry
 
 
 def _part(tables: Tables, row: int, kept: Tensor, position: Tensor, first: int, last: int) -> Ragged:
     """Of the slots that `_kept` has found, those at positions `first` up to, not including, `last`."""
-    return _picked(tables, row, kept & (position >= first) & (position < last), position, tail=False)
+    wanted = kept & (position >= first) & (position < last)
+    return _picked(tables.pool.pages, tables.table[row], wanted, position, tail=False)
 
 
-def _picked(tables: Tables, row: int, wanted: Tensor, position: Tensor, *, tail: bool) -> Ragged:
-    """A row's slots where `wanted`, as parts have them."""
-    pages, S = tables.pool.pages, tables.pool.layout.page_size
+def _picked(pages: Pages, table: Tensor, wanted: Tensor, position: Tensor, *, tail: bool) -> Ragged:
+    """The slots in a table [l, H, M] where `wanted`, as parts have them."""
+    S = pages.position.shape[1]
     head, slot = _ordered(wanted, position)
-    content = slots(pages, tables.table[row].flatten(0, 1)[head, slot // S].long(), slot % S)
-    return _ragged(pages, wanted.sum(-1).view(tables.length.shape[1:]), content, tail=tail)
+    content = slots(pages, table.flatten(0, 1)[head, slot // S].long(), slot % S)
+    return _ragged(pages, wanted.sum(-1).view(table.shape[:2]), content, tail=tail)
 
 
 def trimmed(pages: Pages, tail: Tail | Passed) -> Ragged:

@@ -39,7 +39,8 @@ def host(part: Ragged) -> Ragged:
 
 def heads(part: Ragged) -> Tensor:
     """Each slot's head, counted over all layers, int64 [n]."""
-    return torch.arange(part.counts.numel()).repeat_interleave(part.counts.flatten().long())
+    every = torch.arange(part.counts.numel(), device=part.counts.device)
+    return every.repeat_interleave(part.counts.flatten().long(), output_size=len(part.position))
 
 
 def picked(part: Ragged, index: Tensor, counts: Tensor) -> Ragged:

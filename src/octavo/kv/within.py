@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from octavo.attention.cpu import copies
 from octavo.config import NEVER
-from octavo.kv.capture import Passed, copied
+from octavo.kv.capture import Passed, expiring
 from octavo.kv.ragged import merged, stacked
 from octavo.kv.snapshot import Ragged
 from octavo.kv.step import Batch, New
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def knows_tails(tables: Tables) -> bool:
-    """Whether tails can be taken so: on the host, of slots that hold floats, where gates alone let tokens expire."""
-    return copies.suits(tables.pool.pages) and not tables.pool.layout.quantised and tables.window is not None
+    """Whether tails can be taken so: of slots that hold floats, where gates alone let tokens expire."""
+    return not tables.pool.layout.quantised and tables.window is not None
 
 
 class Within:
@@ -40,17 +39,15 @@ class Within:
 
     def _taken(self, chunk: "Layers", row: int, start: int, ahead: int) -> Ragged:
         tables, end, shift = self.batch.tables, start + ahead, self.batch.shift
-        pages, at = tables.pool.pages, (self.batch.index, chunk.layers)
-        table, length = tables.table[at][row], tables.length[at][row]
-        seen = (max(0, end - tables.expiring), end)
-        old = copied(pages, table, length, (end, NEVER - 1), seen, tail=True)
+        at = self.batch.index, chunk.layers
+        old = expiring(tables, tables.table[at][row], tables.length[at][row], end)
         expiry = chunk.expiry[row, ..., :ahead]
         some = (expiry >= end) & (expiry < NEVER)
         if shift:  # at the boundary the mark of the newest token is open
             expiry = expiry.clone()
             expiry[..., -1], some[..., -1] = NEVER, True
         layer, head, token = some.nonzero().unbind(1)
-        key, value = (t[row][layer, head, token].to(pages.key.dtype) for t in (chunk.key, chunk.value))
+        key, value = (t[row][layer, head, token].to(tables.pool.layout.dtype) for t in (chunk.key, chunk.value))
         position, kept = (start + token).int(), expiry[layer, head, token]
         new = Ragged(some.sum(-1, dtype=torch.int32), position, key, value, expiry=kept)
         return merged([old, new])
