@@ -5,6 +5,8 @@ microseconds, which for few sequences is longer than reading a layer's weights; 
 its tokens. Compiled, a norm is one kernel, and so is a rotary embedding or the activation of an MLP. The model itself
 stays what it is outside of these forwards, and for other threads within their time.
 
+A layer's queries, keys and values are one product in these forwards, see `octavo.attachment.projections`.
+
 Compiled code rounds intermediate results of bfloat16 less often than the original, so logits differ in their last bits.
 """
 
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from octavo.attachment.projections import shared_products
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
 PIECES = ("Norm", "MLP")  # how the classes end whose modules are compiled
@@ -35,19 +39,23 @@ def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool
 
     `lengths_vary`: compile once for all numbers of tokens, rather than first for the one that comes.
     """
-    with _patching:
-        places = list(_places(base, attention))
-        for place, original, bound in places:
-            _enter(place, original, bound, lengths_vary)
+    entered: list[_Place] = []
     before = _inside.set(True)
     try:
+        with _patching:
+            for place, original, bound in list(_places(base, attention)):
+                made = _compiled(original, True if lengths_vary else None)
+                _put(place, functools.partial(_either, original, made, *bound), entered)
+            for module, taken in list(shared_products(attention, _other_forward)):
+                own = functools.partial(type(module).forward, module)
+                _put((module.__dict__, "forward"), functools.partial(_either, own, taken), entered)
         with torch._dynamo.config.patch(recompile_limit=max(COMPILATIONS, torch._dynamo.config.recompile_limit)):
             yield
     finally:
-        _inside.reset(before)
         with _patching:
-            for place, _, _ in places:
-                _leave(place)
+            for place in entered:
+                _take_back(place)
+        _inside.reset(before)
 
 
 def _places(
@@ -80,16 +88,18 @@ def _other_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and (id(module.__dict__), "forward") not in _replaced
 
 
-def _enter(place: _Place, original: Callable[..., Any], bound: tuple[Any, ...], lengths_vary: bool) -> None:
-    """Put the compiled function in its place, where no other block has done so."""
+def _put(place: _Place, new: Any, entered: list[_Place]) -> None:
+    """Put something in a place, where no other block has done so; `entered` gets the place."""
     names, name = place
     used = _replaced.setdefault((id(names), name), [0, names, names.get(name, _NOTHING)])
-    if used[0] == 0:
-        names[name] = functools.partial(_either, original, _compiled(original, True if lengths_vary else None), *bound)
     used[0] += 1
+    entered.append(place)
+    if used[0] == 1:
+        names[name] = new
 
 
-def _leave(place: _Place) -> None:
+def _take_back(place: _Place) -> None:
+    """Put back what was in a place, where no other block needs it any more."""
     names, name = place
     used = _replaced[id(names), name]
     used[0] -= 1

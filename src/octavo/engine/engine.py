@@ -25,10 +25,7 @@ from octavo.engine.text import Detokenizer, cut_at, ends_of
 from octavo.errors import CacheBudgetError, ConfigError, PromptError
 
 STEP_TOKENS = {"cuda": 8192, "cpu": 512}  # by device: what a step spends at most
-PADDING = {
-    "cuda": 1.5,
-    "cpu": 0.0,
-}  # see `scheduler.together`: on a GPU a forward costs its launches, however short it is
+PADDING = {"cuda": 1.5}  # see `scheduler.together`; on a GPU a forward costs its launches, however short it is
 
 
 class Engine:

@@ -1,0 +1,90 @@
+"""Queries, keys and values as one product: their weights lie one behind the other, so that a GPU reads them at once.
+
+A step of few sequences reads each matrix once and computes little, and keys' and values' matrices are small: a kernel
+for each of them takes longer to start and to end than to read it. The weights stay the model's own parameters, each a
+part of one block of memory; nothing is held twice.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAMES = ("q_proj", "k_proj", "v_proj")  # what transformers calls them, in the order in which they are called
+
+
+class _Product:
+    """The three products of one input: the first call makes them, the others take theirs."""
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self.modules = modules
+        self.held: tuple[Tensor, Sequence[Tensor]] | None = None  # an input and its products; replaced as a whole
+
+    def take(self, which: int, x: Tensor) -> Tensor:
+        """What module number `which` makes of x [..., hidden]."""
+        held = (x, self._all(x)) if which == 0 else self.held
+        if held is None or held[0] is not x:  # called alone, in another order, or another thread came between
+            return F.linear(x, self.modules[which].weight, self.modules[which].bias)
+        self.held = None if which == len(self.modules) - 1 else held  # else they would be kept alive
+        return held[1][which]
+
+    def _all(self, x: Tensor) -> Sequence[Tensor]:
+        biases: list[Tensor] = [m.bias for m in self.modules if m.bias is not None]
+        made = F.linear(x, _whole([m.weight for m in self.modules]), torch.cat(biases) if biases else None)
+        return torch.split(made, [len(m.weight) for m in self.modules], -1)
+
+
+def shared_products(
+    attention: Sequence[nn.Module], replaced: Callable[[nn.Module], bool]
+) -> Iterator[tuple[nn.Linear, Callable[..., Any]]]:
+    """(module, what to run in place of its forward) of all projections that can share a product.
+
+    Their weights are laid one behind the other first, where they are not. `replaced`: whether somebody has put another
+    forward into a module.
+    """
+    for module in attention:
+        parts = [getattr(module, name, None) for name in NAMES]
+        modules = [part for part in parts if type(part) is nn.Linear and _plain(part) and not replaced(part)]
+        if len(modules) < len(parts) or not _alike(modules):
+            continue
+        _lay([m.weight for m in modules])
+        product = _Product(modules)
+        for which, each in enumerate(modules):
+            yield each, functools.partial(product.take, which)
+
+
+def _plain(module: nn.Linear) -> bool:
+    """Whether nobody watches a module, and its weight is a matrix in memory."""
+    watched = module._forward_hooks or module._forward_pre_hooks
+    return not watched and type(module.weight) is nn.Parameter and module.weight.is_contiguous()
+
+
+def _alike(modules: Sequence[nn.Linear]) -> bool:
+    """Whether their weights are different ones, of one dtype and device, for one input, all with a bias or none."""
+    weights = [m.weight for m in modules]
+    kinds = {(w.dtype, w.device, w.shape[1], m.bias is None) for w, m in zip(weights, modules, strict=True)}
+    return len(kinds) == 1 and len({id(w) for w in weights}) == len(weights)
+
+
+@torch.no_grad()
+def _lay(weights: Sequence[Tensor]) -> None:
+    """Move weights [n, hidden] into one block of memory, one behind the other, where they are not."""
+    at, together = weights[0].data_ptr(), True
+    storage = weights[0].untyped_storage().data_ptr()
+    for weight in weights:
+        together = together and weight.data_ptr() == at and weight.untyped_storage().data_ptr() == storage
+        at += weight.nbytes
+    if together:
+        return
+    block = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, torch.split(block, [len(w) for w in weights]), strict=True):
+        weight.data = part
+
+
+def _whole(weights: Sequence[Tensor]) -> Tensor:
+    """All of the block in which the weights lie."""
+    first = weights[0]
+    return first.as_strided((sum(len(w) for w in weights), first.shape[1]), (first.shape[1], 1))

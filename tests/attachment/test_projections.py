@@ -1,0 +1,133 @@
+"""Queries, keys and values as one product are what they were, and the model's parameters stay its own."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from octavo.attachment import compiled as compiled_code
+from octavo.attachment.projections import NAMES, shared_products
+from tiny import tiny_model, tokens
+
+
+def nobody(module):
+    return False
+
+
+def attention_of(model):
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def products(model, replaced=nobody):
+    return list(shared_products(attention_of(model), replaced))
+
+
+def blocks(model):
+    """For each layer, in how many blocks of memory its three weights lie."""
+    return [len({getattr(a, n).weight.untyped_storage().data_ptr() for n in NAMES}) for a in attention_of(model)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_three_products_are_one(family, tmp_path):
+    model = tiny_model(family)
+    before, named = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    assert blocks(model) == [3] * len(model.model.layers)
+    found = products(model)
+    assert len(found) == 3 * len(model.model.layers)
+    assert blocks(model) == [1] * len(model.model.layers)
+    x = torch.randn(2, 5, model.config.hidden_size)
+    for module, taken in found:
+        torch.testing.assert_close(taken(x), module(x), atol=1e-6, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        assert parameter is named[name]
+        assert torch.equal(parameter, before[name])
+    addresses = [p.data_ptr() for p in model.parameters()]
+    products(model)  # they lie there already
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in loaded.named_parameters())
+
+
+def test_weights_that_change_in_place_are_seen():
+    model = tiny_model()
+    (query, taken), (_, _), (value, taken_value) = products(model)[:3]
+    x = torch.randn(1, 4, model.config.hidden_size)
+    with torch.no_grad():
+        value.weight.mul_(2.0)
+        taken(x)
+        torch.testing.assert_close(taken_value(x), value(x), atol=1e-6, rtol=1e-5)
+        query.weight.data = torch.zeros_like(query.weight)  # elsewhere now, so the block is another
+    products(model)
+    assert blocks(model)[0] == 1
+    assert not query(x).any()
+
+
+def test_another_order_and_another_input_are_computed_alone():
+    model = tiny_model("qwen2")
+    (_, first), (key, second), (value, third) = products(model)[:3]
+    x, y = torch.randn(2, 1, 3, model.config.hidden_size)
+    for order in ([second, third], [first, third, second], [first, first, second, third]):
+        for taken in order:
+            taken(x)
+    first(x)
+    torch.testing.assert_close(second(y), key(y), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(third(x), value(x), atol=1e-6, rtol=1e-5)
+
+
+class Marked(nn.Linear):
+    """A linear module of another class, as adapters make them."""
+
+
+def test_what_is_no_plain_product_is_left_alone():
+    model = tiny_model()
+    layers = attention_of(model)
+    layers[0].q_proj.register_forward_hook(lambda *args: None)
+    assert len(products(model)) == 3 * (len(layers) - 1)
+    model = tiny_model()
+    layers = attention_of(model)
+    layers[1].k_proj.__class__ = Marked
+    assert len(products(model)) == 3 * (len(layers) - 1)
+    model = tiny_model()
+    layers = attention_of(model)
+    assert len(products(model, lambda module: module is layers[0].v_proj)) == 3 * (len(layers) - 1)
+    layers[1].v_proj.to(torch.bfloat16)
+    assert len(products(model)) == 3 * (len(layers) - 1)
+    layers[0].v_proj.weight = layers[0].k_proj.weight
+    assert len(products(model)) == 3 * (len(layers) - 2)
+    assert list(shared_products([nn.Identity()], nobody)) == []
+
+
+def test_threads_that_share_them_do_not_mix_their_inputs():
+    model = tiny_model()
+    three, wrong = products(model)[:3], []
+    inputs = [torch.randn(1, 7, model.config.hidden_size) for _ in range(4)]
+    expected = [[module(x) for module, _ in three] for x in inputs]
+
+    def run(which):
+        for _ in range(300):
+            for (_, taken), wanted in zip(three, expected[which], strict=True):
+                if not torch.allclose(taken(inputs[which]), wanted, atol=1e-5):
+                    wrong.append(which)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_they_are_used_where_pieces_are_compiled_and_gone_afterwards(monkeypatch):
+    monkeypatch.setattr(compiled_code, "_compiled", lambda function, dynamic: function)
+    model, ids = tiny_model(), tokens(2, 9)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with compiled_code.compiled(model.model, attention_of(model)):
+            assert all("forward" in getattr(a, n).__dict__ for a in attention_of(model) for n in NAMES)
+            got = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert not any("forward" in m.__dict__ for m in model.modules())
