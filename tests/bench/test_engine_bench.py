@@ -1,14 +1,18 @@
 """`octavo bench engine` on tiny models: what it times is what it says, and nothing measured is lost."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 import octavo
 from octavo.attachment.supported import fingerprint
-from octavo.bench.engine import mixed, steps, subjects
+from octavo.bench import energy
+from octavo.bench.engine import mixed, plot, steps, subjects
 from octavo.bench.source import surroundings
 from octavo.cli import bench as command
 from octavo.dms import Adapter
@@ -60,6 +64,7 @@ def test_the_record_says_all_that_the_table_shows(tmp_path):
     assert len({run["tokens"] for run in found["mixed"]}) == 1
     assert (found["gpu"], found["subject"], found["copy_GB_per_s"], len(found["peers"])) == (None, "tiny", 1.0, 2)
     assert json.loads(lines[-1]) == {"subject": "tiny", "steps": 6, "mixed": 3}
+    assert (tmp_path / "engine.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 1), (2, 700), (6, 30)])
@@ -86,6 +91,13 @@ def test_unattached_steps_read_all_keys_and_values(tiny):
     assert found.kv_bytes == 2 * 2 * 3 * 2 * 16 * 4 * (30 + steps.SETTLING + 3)
     table = tiny.model.get_input_embeddings().weight
     assert found.weight_bytes == sum(p.nbytes for p in tiny.model.parameters()) - table.nbytes
+
+
+def test_prompts_of_a_batch_may_come_from_a_store(tiny):
+    whole = steps.engine_step("x", tiny, 4, 200, 3, 1e9, adapter=None)
+    stored = steps.engine_step("x", tiny, 4, 200, 3, 1e9, distinct=1, adapter=None)
+    assert (whole.distinct, stored.distinct) == (4, 1)
+    assert stored.kv_bytes == whole.kv_bytes  # each has pages of its own
 
 
 @pytest.mark.parametrize("stops", [KeyboardInterrupt, CacheBudgetError("no room"), torch.OutOfMemoryError("full")])
@@ -157,6 +169,55 @@ def test_peers_that_stop_are_not_waited_for(tiny):
 
     with pytest.raises(ConfigError, match="generate_batch"):
         mixed._served(Stopped(), mixed.Load([[1, 2]], [3]), 1.0)
+
+
+def test_a_plot_shows_each_size_with_its_peers_and_cuts_what_is_much_slower():
+    found = {
+        "steps": [
+            {"name": name, "batch": batch, "context": 20, "decode_ms": ms, "of_floor": 0.5}
+            for batch, name, ms in ((1, "slow", 80.0), (1, "ours", 2.0), (2, "ours", 3.0))
+        ],
+        "peers": [
+            {"engine": "peer", "kv": "fp8", "B": 1, "T": 20, "decode_ms": 4.0},
+            {"engine": "peer", "B": 1, "T": 20, "prefill_ms": 4.0},
+        ],
+    }
+    rows = plot._rows(found, (1, 20))
+    assert rows == [("peer, KV fp8", 4.0, 0.0), ("slow", 80.0, 0.5), ("ours", 2.0, 0.5)]
+    assert plot._rows(found, (2, 20)) == [("ours", 3.0, 0.5)]
+    axes = Figure().subplots()
+    plot._bars(axes, rows)
+    assert [text.get_text() for text in axes.texts] == ["4.00", "80.00 (cut)", "2.00"]
+    assert axes.get_xlim()[1] < 6
+
+
+@pytest.mark.parametrize(("before", "after", "seconds", "found"), [
+    (None, 5.0, 9.0, None), (5.0, None, 9.0, None), (5.0, 25.0, 0.5, None), (5.0, 25.0, 2.0, 0.2),
+])  # fmt: skip
+def test_joules_are_told_where_they_were_counted_for_long_enough(before, after, seconds, found):
+    assert energy.per_token(before, after, seconds, 100) == found
+
+
+@pytest.mark.parametrize("fails", [None, "nvmlInit", "nvmlDeviceGetTotalEnergyConsumption"])
+def test_joules_are_the_drivers(monkeypatch, fails):
+    class Driver(types.ModuleType):
+        NVMLError = type("NVMLError", (Exception,), {})
+
+        def __getattr__(self, name):
+            def call(*args):
+                if name == fails:
+                    raise self.NVMLError
+                return {"nvmlDeviceGetHandleByUUID": args, "nvmlDeviceGetTotalEnergyConsumption": 1500}.get(name)
+
+            return call
+
+    assert energy.joules(CPU) is None
+    monkeypatch.setitem(sys.modules, "pynvml", Driver("pynvml"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="some"))
+    energy._counter.cache_clear()
+    assert energy.joules(torch.device("cuda", 0)) == (1.5 if fails is None else None)
+    energy._counter.cache_clear()
 
 
 def test_the_commit_is_that_of_the_source_or_none(monkeypatch, tmp_path):

@@ -46,9 +46,8 @@ def attach(
     as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype.
     `cuda_graphs`: on CUDA, steps of one token per sequence run from CUDA graphs, which spares the host nearly all of
     their work; the model's modules must not change then (see `octavo.attachment.graphs`). Steps of models with windows
-    run without. `compile`: norms, MLPs and rotary embeddings in these graphs and in prompts are those of
-    `torch.compile`, which takes a minute at first and rounds bfloat16 less often (see `octavo.attachment.compiled`);
-    the weights of a layer's queries, keys and values move into one block of memory, as the parameters that they were.
+    run without. `compile`: these steps and prompts run with pieces of `torch.compile`, which takes a minute at first
+    and rounds bfloat16 less often, and weights move into blocks of memory (see `octavo.attachment.compiled`).
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
     `octavo.attachment.reuse`. `undo`: how many of its newest tokens a cache can always take back (`crop`), whatever has
     expired meanwhile; a marked token keeps its slot so many tokens longer. None: none, and 32 where `generate` is to

@@ -49,10 +49,10 @@ def engine(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     peer: Annotated[list[Path] | None, typer.Option(help="JSON lines of a peer's run, to be shown beside.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text that prompts are made of; the demo's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file with everything that was measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file with all figures; a plot lies beside.")] = None,
 ) -> None:
     """Measure the engine: steps against the bytes that they must read, and many mixed requests at once."""
-    from octavo.bench.engine import report
+    from octavo.bench.engine import plot, report
     from octavo.bench.engine.mixed import load_of
     from octavo.bench.engine.steps import check_lengths, copy_bandwidth
     from octavo.bench.engine.subjects import subject
@@ -86,7 +86,7 @@ def engine(
     console.print(f"{measured.name} on {where['gpu'] or 'the CPU'}, copies {bandwidth / 1e9:,.0f} GB/s")
     report.show(found, runs, peers, console)
     if out is not None:
-        console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {out} and {plot.plot(out)}", markup=False, highlight=False, soft_wrap=True)
     print(json.dumps({"subject": measured.name, "steps": len(found), "mixed": len(runs)}))
 
 
