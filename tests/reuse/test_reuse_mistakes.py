@@ -16,7 +16,7 @@ import octavo
 from octavo.config import Eviction
 from octavo.errors import ConfigError, PromptError
 from octavo.kv.snapshot import SnapshotLayout
-from octavo.reuse import ReuseStore, files
+from octavo.reuse import ReuseStore, files, forks
 from octavo.reuse.costs import MOST, Costs
 from octavo.reuse.files import encoded, read_entry
 from octavo.reuse.index import Index
@@ -400,3 +400,13 @@ def test_a_process_is_forked_while_another_thread_is_in_the_store():
     thread.join()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_store_that_is_gone_keeps_no_lock():
+    gc.collect()
+    before = len(forks._locks)
+    store = ReuseStore()
+    assert len(forks._locks) == before + 1
+    del store
+    gc.collect()
+    assert len(forks._locks) == before

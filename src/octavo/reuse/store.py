@@ -7,7 +7,6 @@ be gone on from is `octavo.reuse.cover`'s to say; files and what lies on a serve
 
 import functools
 import math
-import os
 import threading
 import time
 import warnings
@@ -27,6 +26,7 @@ from octavo.reuse.answers import AnswerSettings, kept
 from octavo.reuse.costs import Costs
 from octavo.reuse.cover import NOTHING, Plan
 from octavo.reuse.flights import Flight, Flights
+from octavo.reuse.forks import free_in_forks
 from octavo.reuse.index import Index
 from octavo.reuse.planning import planned
 from octavo.reuse.reading import Reading
@@ -89,10 +89,7 @@ class ReuseStore:
         on_disk = Rules(None if disk_budget is None else at_least_one(disk_budget, "disk_budget"), policy, bounds)
         self.clock = clock
         self.lock = threading.RLock()
-        # A process that is forked while another thread has the lock would wait for it for ever.
-        os.register_at_fork(
-            before=self.lock.acquire, after_in_parent=self.lock.release, after_in_child=self.lock.release
-        )
+        free_in_forks(self.lock)
         self.index = Index(in_memory, on_disk)
         self.counts: Counter[str] = Counter()
         self.costs = Costs()
