@@ -51,7 +51,7 @@ def test_the_record_says_all_that_the_table_shows(tmp_path):
     peer = tmp_path / "peer.jsonl"
     peer.write_text('{"engine": "peer", "what": "decode", "B": 1, "T": 20, "decode_ms": 1}\n{"what": "nothing"}\n\n3\n')
     load = ["--mixed", "3", "--prompts", "5,30", "--answers", "1,4", "--no-plain", "--peer", str(peer)]
-    lines = invoke("--sizes", "1x20,3x40", "--kv", "model,int8", "--out", str(out), *load)
+    lines = invoke("--sizes", "1x20,3x40", "--kv", "dense,model,int8", "--out", str(out), *load)
     found = json.loads(out.read_text())
     names = ["octavo, nothing evicted", "octavo, tiny", "octavo, tiny, int8"]
     assert [(s["batch"], s["context"], s["name"]) for s in found["steps"]] == [
@@ -111,7 +111,7 @@ def test_what_was_measured_stays_where_a_later_size_fails(tmp_path, monkeypatch,
 
     monkeypatch.setattr(steps, "engine_step", engine_step)
     result = CliRunner().invoke(
-        command.app, [*TINY.split(), "--sizes", "1x20,2x20,1x30", "--kv", "", "--no-plain", "--out", str(out)]
+        command.app, [*TINY.split(), "--sizes", "1x20,2x20,1x30", "--kv", "dense", "--no-plain", "--out", str(out)]
     )
     interrupted = stops is KeyboardInterrupt
     assert (result.exit_code != 0) == interrupted

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 console = Console(width=None if sys.stdout.isatty() else 140)
 progress = Console(stderr=True)
 
+CODES = ("int8", "fp8")  # pages that hold codes
+
 Found = TypeVar("Found", "Step", "Run")
 Ways = dict[str, dict[str, Any]]  # settings of `octavo.attach`, by the name in the table
 
@@ -33,7 +35,7 @@ def engine(
     sizes: Annotated[
         str, typer.Option(help="Batch x context of steps, such as 1x8000,8x2000, or nothing.")
     ] = "1x500,8x500",
-    kv: Annotated[str, typer.Option(help="Page types with gates: model, int8, fp8.")] = "model,int8",
+    kv: Annotated[str, typer.Option(help="Gates with model, int8, fp8 pages; dense: none.")] = "dense,model,int8",
     swiftkv: Annotated[bool, typer.Option("--swiftkv", help="Measure SwiftKV with gates too.")] = False,
     steps: Annotated[int, typer.Option(min=3, help="Steps that are timed.")] = 48,
     distinct: Annotated[
@@ -91,12 +93,16 @@ def engine(
 
 
 def _ways(measured: "Subject", pages: list[str], swiftkv: bool, on_gpu: bool, compile: bool) -> Ways:
-    """What is measured: nothing evicted, then the gates with each page type, then both with SwiftKV."""
+    """What is measured: nothing evicted, the gates with each page type, and both with SwiftKV."""
     common: dict[str, Any] = {"cuda_graphs": on_gpu, "compile": compile and on_gpu}
-    ways: Ways = {"octavo, nothing evicted": {"adapter": None, **common}}
+    ways: Ways = {}
     for name in pages:
-        settings = {"adapter": measured.gates, "kv_dtype": None if name == "model" else name, **common}
-        ways[f"octavo, {measured.gates.name}{'' if name == 'model' else f', {name}'}"] = settings
+        pages_of = {"kv_dtype": name if name in CODES else None, **common}
+        suffix = f", {name}" if name in CODES else ""
+        if name == "dense":
+            ways["octavo, nothing evicted"] = {"adapter": None, **pages_of}
+        else:
+            ways[f"octavo, {measured.gates.name}{suffix}"] = {"adapter": measured.gates, **pages_of}
     if swiftkv:
         ways["octavo, " + " + ".join(a.name for a in measured.skipping)] = {"adapter": [*measured.skipping], **common}
     return ways
@@ -165,8 +171,8 @@ def _place(device: str | None) -> "torch.device":
 def _page_types(kv: str) -> list[str]:
     names = [name for name in kv.split(",") if name]
     for name in names:
-        if name not in ("model", "int8", "fp8"):
-            raise ConfigError(f"--kv takes model, int8 and fp8, not {name!r}")
+        if name not in ("dense", "model", *CODES):
+            raise ConfigError(f"--kv takes dense, model, int8 and fp8, not {name!r}")
     return names
 
 
