@@ -602,6 +602,10 @@ static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS
 #define VDB_ONCE static __attribute__((noinline, unused))
 #define VDB_LIGHT static __attribute__((noinline, unused)) VDB_EFFORT("O1")
 #define VDB_RARE static __attribute__((cold, noinline, unused)) VDB_EFFORT("O0")
+/* Between kernels and scans, and after the graph, all is compiled with less effort but where speed or size was not asked for. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#define VDB_CALM
+#endif
 #define VDB_ALIGNMENT 64u /* of every array of rows; as many readable bytes follow each */
 
 VDB_INLINE size_t vdb_min(size_t a, size_t b) { return a < b ? a : b; }
@@ -2349,6 +2353,10 @@ static inline const vdb_kernel_set *vdb_active(void) {
   return set;
 }
 
+#ifdef VDB_CALM
+#pragma GCC push_options
+#pragma GCC optimize("O1")
+#endif
 /* ------------------------------------------------------------------------------------------------------------------
  * 5 Threads
  *
@@ -2830,7 +2838,7 @@ typedef struct {
   size_t vectors, codes, norms, scales, residuals, links, total; /* where each array begins, in bytes */
 } vdb_block_layout;
 
-static inline int vdb_has_codes(vdb_storage storage) {
+VDB_INLINE int vdb_has_codes(vdb_storage storage) {
   return storage == VDB_STORAGE_I8 || storage == VDB_STORAGE_F32_I8;
 }
 
@@ -4871,6 +4879,10 @@ VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *co
   *out = passing;
   return error;
 }
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
+
 /* ------------------------------------------------------------------------------------------------------------------
  * 7 Exact search
  *
@@ -6929,6 +6941,10 @@ VDB_ONCE vdb_error vdb_graph_search(const vdb_database *db, const vdb_question *
   return vdb_scan_one(db, question, options, out, found);
 }
 
+#ifdef VDB_CALM
+#pragma GCC push_options
+#pragma GCC optimize("O1")
+#endif
 /* ------------------------------------------------------------------------------------------------------------------
  * 9 Files
  *
@@ -10238,5 +10254,9 @@ VDB_API vdb_error vdb_verify(const char *path, char *message, size_t message_siz
   vdb_release(db);
   return error;
 }
+
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
 
 #endif /* VDB_IMPLEMENTED */

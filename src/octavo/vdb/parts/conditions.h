@@ -639,3 +639,7 @@ VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *co
   *out = passing;
   return error;
 }
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
+

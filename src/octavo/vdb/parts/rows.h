@@ -208,7 +208,7 @@ typedef struct {
   size_t vectors, codes, norms, scales, residuals, links, total; /* where each array begins, in bytes */
 } vdb_block_layout;
 
-static inline int vdb_has_codes(vdb_storage storage) {
+VDB_INLINE int vdb_has_codes(vdb_storage storage) {
   return storage == VDB_STORAGE_I8 || storage == VDB_STORAGE_F32_I8;
 }
 

@@ -475,4 +475,8 @@ VDB_API vdb_error vdb_verify(const char *path, char *message, size_t message_siz
   return error;
 }
 
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
+
 #endif /* VDB_IMPLEMENTED */
