@@ -602,7 +602,8 @@ static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS
 #define VDB_ONCE static __attribute__((noinline, unused))
 #define VDB_LIGHT static __attribute__((noinline, unused)) VDB_EFFORT("O1")
 #define VDB_RARE static __attribute__((cold, noinline, unused)) VDB_EFFORT("O0")
-/* Between kernels and scans, and after the graph, all is compiled with less effort but where speed or size was not asked for. */
+/* gcc compiles what is neither kernel nor scan nor graph, but for what stores vectors, with less effort; not where nothing was
+ * asked of it, or a small size. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
 #define VDB_CALM
 #endif
@@ -2353,10 +2354,6 @@ static inline const vdb_kernel_set *vdb_active(void) {
   return set;
 }
 
-#ifdef VDB_CALM
-#pragma GCC push_options
-#pragma GCC optimize("O1")
-#endif
 /* ------------------------------------------------------------------------------------------------------------------
  * 5 Threads
  *
@@ -3199,6 +3196,10 @@ VDB_RARE void vdb_page_within(vdb_database *db, size_t bytes) {
   paging->touched = paging->limit; /* what came in before counts too: the next read gives it back */
 }
 
+#ifdef VDB_CALM
+#pragma GCC push_options
+#pragma GCC optimize("O1")
+#endif
 /* --- what has changed since the file was read or written --- */
 VDB_INLINE void vdb_mark_all(vdb_database *db) { __atomic_store_n(&db->changes.unknown, 1, __ATOMIC_RELAXED); }
 
@@ -5010,7 +5011,7 @@ static inline float vdb_finish_distance(vdb_metric metric, const double sums[2],
 }
 
 /* The distance as answered. `decoded` is room for a vector, used unless rows are f32. */
-static inline float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
+VDB_ONCE float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
                                        float *decoded) {
   double sums[2];
   const float *vector = (const float *)vdb_vector_at(db, row);
@@ -5126,7 +5127,7 @@ static inline void vdb_keep_found(vdb_shortlist *list, vdb_found found) {
 }
 
 /* A key that no row at this distance or nearer falls below, slack included. */
-static inline float vdb_key_of(const vdb_scan *scan, float distance) {
+VDB_ONCE float vdb_key_of(const vdb_scan *scan, float distance) {
   double d = distance, square = scan->question->square, key;
   if (!vdb_is_finite(distance)) return -INFINITY;
   switch (scan->form) {
@@ -5444,7 +5445,7 @@ VDB_ONCE void vdb_few_gather(const vdb_scan *scan, vdb_few *few) {
 }
 
 /* Finds where up to 32 rows lie, and asks for what will be read of them. */
-static inline void vdb_few_fetch(const vdb_database *db, const uint32_t *rows, size_t count, vdb_row_place *places) {
+VDB_ONCE void vdb_few_fetch(const vdb_database *db, const uint32_t *rows, size_t count, vdb_row_place *places) {
   static const float one = 1.0f, none = 0.0f;
   size_t bytes = vdb_scanned_bytes(db), fetched = vdb_min(bytes, 1024);
   for (size_t i = 0; i < count; i++) {
@@ -5497,7 +5498,7 @@ VDB_ONCE void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float
 }
 
 /* Rows that were copied, from `begin` on. */
-static inline void vdb_scan_packed(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+VDB_ONCE void vdb_scan_packed(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
   size_t stride = vdb_scanned_bytes(scan->db);
   const vdb_block *block = &scan->packed->rows;
   const unsigned char *base = vdb_scanned_rows(scan->db, block);
@@ -6130,7 +6131,7 @@ VDB_ONCE vdb_aim vdb_aim_at_row(const vdb_database *db, uint32_t row, int codes,
 }
 
 /* The key in double, for rows that a float's range does not bear. Slow, and rare. */
-static inline float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uint32_t row, vdb_walker *walker) {
+VDB_ONCE float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uint32_t row, vdb_walker *walker) {
   double dot = 0.0, squares = 0.0, query_square = 0.0, row_square = 0.0, key;
   if (!aim->values) vdb_decode_row(db, aim->row, walker->values);
   vdb_decode_row(db, row, walker->decoded);
@@ -6152,7 +6153,7 @@ static inline float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uin
 }
 
 /* keys[i] of rows[i]; all rows are below db->slots, and count is at most the walker's gather. */
-static inline void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
+VDB_ONCE void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
                                  vdb_walker *walker, float *keys) {
   const vdb_kernel_set *kernels = vdb_active();
   vdb_element element = vdb_element_of(db->options.storage);

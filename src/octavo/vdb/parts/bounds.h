@@ -125,7 +125,7 @@ static inline float vdb_finish_distance(vdb_metric metric, const double sums[2],
 }
 
 /* The distance as answered. `decoded` is room for a vector, used unless rows are f32. */
-static inline float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
+VDB_ONCE float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
                                        float *decoded) {
   double sums[2];
   const float *vector = (const float *)vdb_vector_at(db, row);
@@ -241,7 +241,7 @@ static inline void vdb_keep_found(vdb_shortlist *list, vdb_found found) {
 }
 
 /* A key that no row at this distance or nearer falls below, slack included. */
-static inline float vdb_key_of(const vdb_scan *scan, float distance) {
+VDB_ONCE float vdb_key_of(const vdb_scan *scan, float distance) {
   double d = distance, square = scan->question->square, key;
   if (!vdb_is_finite(distance)) return -INFINITY;
   switch (scan->form) {

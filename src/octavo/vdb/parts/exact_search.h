@@ -136,7 +136,7 @@ VDB_ONCE void vdb_few_gather(const vdb_scan *scan, vdb_few *few) {
 }
 
 /* Finds where up to 32 rows lie, and asks for what will be read of them. */
-static inline void vdb_few_fetch(const vdb_database *db, const uint32_t *rows, size_t count, vdb_row_place *places) {
+VDB_ONCE void vdb_few_fetch(const vdb_database *db, const uint32_t *rows, size_t count, vdb_row_place *places) {
   static const float one = 1.0f, none = 0.0f;
   size_t bytes = vdb_scanned_bytes(db), fetched = vdb_min(bytes, 1024);
   for (size_t i = 0; i < count; i++) {
@@ -189,7 +189,7 @@ VDB_ONCE void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float
 }
 
 /* Rows that were copied, from `begin` on. */
-static inline void vdb_scan_packed(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+VDB_ONCE void vdb_scan_packed(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
   size_t stride = vdb_scanned_bytes(scan->db);
   const vdb_block *block = &scan->packed->rows;
   const unsigned char *base = vdb_scanned_rows(scan->db, block);
