@@ -28,6 +28,7 @@ PARTS = (  # in the order of the header
     "marks",
     "values",
     "records",
+    "passing",
     "columns",
     "database",
     "conditions",

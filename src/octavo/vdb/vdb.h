@@ -267,6 +267,7 @@ typedef struct {
   int with_ids;           /* not 0: fill `ids` */
   int with_metadata;      /* not 0: fill `metadata`, `metadata_sizes` and `has_values` */
   const vdb_condition *where; /* by values; NULL for none. The first search that asks for a name reads it from all rows */
+  const struct vdb_passing *passing; /* the library's own: NULL */
 } vdb_query_options;
 
 /* The answer to `queries` questions: arrays [queries][k], nearest first, where k is what was asked for, or the number
@@ -601,6 +602,11 @@ static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS
 #define VDB_ONCE static __attribute__((noinline, unused))
 #define VDB_LIGHT static __attribute__((noinline, unused)) VDB_EFFORT("O1")
 #define VDB_RARE static __attribute__((cold, noinline, unused)) VDB_EFFORT("O0")
+/* gcc compiles what is neither kernel nor scan nor graph, but for what stores vectors, with less effort; not where nothing was
+ * asked of it, or a small size. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#define VDB_CALM
+#endif
 #define VDB_ALIGNMENT 64u /* of every array of rows; as many readable bytes follow each */
 
 VDB_INLINE size_t vdb_min(size_t a, size_t b) { return a < b ? a : b; }
@@ -2742,12 +2748,12 @@ typedef struct {
 
 #define VDB_KEPT_FILTERS 8
 
-/* The bitset of a condition that was asked for, until a record changes. */
+/* What a condition that was asked for was made into, until a record changes. */
 typedef struct {
   unsigned char *key; /* [key_size] the condition, written out; NULL for none */
   size_t key_size;
-  uint64_t *bits; /* [words] */
-  size_t words;
+  struct vdb_passing *passing; /* NULL if rows were asked one by one */
+  size_t words;                /* of its bitset */
   uint64_t asked; /* when last */
 } vdb_kept_filter;
 
@@ -2772,6 +2778,7 @@ struct vdb_database {
   vdb_options options;
   size_t threads;       /* options.threads, or the number of cores */
   size_t slots;         /* rows that were ever placed: every index is below */
+  size_t state;         /* grows whenever rows come, go, or may have other vectors; atomically */
   size_t capacity;      /* rows that blocks and the arrays per row have room for */
   unsigned block_shift; /* block_rows = 1 << block_shift */
   vdb_block *blocks;
@@ -2828,7 +2835,7 @@ typedef struct {
   size_t vectors, codes, norms, scales, residuals, links, total; /* where each array begins, in bytes */
 } vdb_block_layout;
 
-static inline int vdb_has_codes(vdb_storage storage) {
+VDB_INLINE int vdb_has_codes(vdb_storage storage) {
   return storage == VDB_STORAGE_I8 || storage == VDB_STORAGE_F32_I8;
 }
 
@@ -2966,8 +2973,14 @@ VDB_ONCE void vdb_parallel(const vdb_database *db, size_t tasks, vdb_task run, v
   for (size_t task = 0; task < tasks; task++) run(context, task);
 }
 
+/* What was copied of rows is not what they are any more. */
+static inline void vdb_rows_change(const vdb_database *db) {
+  (void)__atomic_add_fetch(&((vdb_database *)(uintptr_t)db)->state, (size_t)1, __ATOMIC_RELAXED);
+}
+
 /* Rows that are stored and described can be found from here on. */
 static inline void vdb_make_live(vdb_database *db, const uint32_t *rows, size_t count) {
+  vdb_rows_change(db);
   for (size_t i = 0; i < count; i++) db->live[rows[i] >> 6] |= (uint64_t)1 << (rows[i] & 63);
   db->count += count;
 }
@@ -3183,6 +3196,10 @@ VDB_RARE void vdb_page_within(vdb_database *db, size_t bytes) {
   paging->touched = paging->limit; /* what came in before counts too: the next read gives it back */
 }
 
+#ifdef VDB_CALM
+#pragma GCC push_options
+#pragma GCC optimize("O1")
+#endif
 /* --- what has changed since the file was read or written --- */
 VDB_INLINE void vdb_mark_all(vdb_database *db) { __atomic_store_n(&db->changes.unknown, 1, __ATOMIC_RELAXED); }
 
@@ -3683,6 +3700,91 @@ VDB_LIGHT void vdb_drop_record(vdb_database *db, size_t row) {
   vdb_discard_record(db, record);
 }
 
+/* --- rows that pass a condition ---
+ *
+ * What a condition was made into: a bitset, how many live rows that is, and, where they are few and it is asked for
+ * again, a copy of all that a scan reads of them, in one piece: their own places are so far apart that a scan of 1% of the
+ * rows waits for memory five times a row. It never changes; those who search by it and the columns that keep it count
+ * themselves as its users.
+ */
+#define VDB_PACKED_SHARE 16u /* kept copies have at most one row in so many of all, together */
+
+typedef struct vdb_passing {
+  size_t users;     /* counted atomically */
+  size_t words;
+  size_t count;     /* live rows that pass, of the state of the rows below; before a copy was thought of, at most so many */
+  size_t state;     /* db->state when they were counted and copied */
+  int tried;        /* whether there was a reason to copy them */
+  uint32_t *packed; /* [count] ascending; NULL for no copy */
+  vdb_block rows;   /* the copy: what scans read, and norms, scales and residuals; one allocation with `packed` */
+  uint64_t *bits;   /* [words] behind this; those of rows that are gone mean nothing */
+} vdb_passing;
+
+/* Room for a bitset, with one user; NULL for want of memory. */
+VDB_RARE vdb_passing *vdb_passing_make(size_t words) {
+  vdb_passing *passing = (vdb_passing *)VDB_MALLOC(sizeof *passing + (words + 1) * sizeof(uint64_t));
+  if (!passing) return NULL;
+  memset(passing, 0, sizeof *passing);
+  passing->users = 1;
+  passing->words = words;
+  passing->state = SIZE_MAX;
+  passing->bits = (uint64_t *)(void *)(passing + 1);
+  return passing;
+}
+
+static inline void vdb_passing_enter(vdb_passing *passing) { (void)__atomic_add_fetch(&passing->users, (size_t)1, __ATOMIC_RELAXED); }
+
+static inline void vdb_passing_leave(vdb_passing *passing) {
+  if (!passing || __atomic_sub_fetch(&passing->users, (size_t)1, __ATOMIC_ACQ_REL)) return;
+  vdb_aligned_free(passing->rows.memory);
+  VDB_FREE(passing);
+}
+
+/* Whether rows are as they were when those that pass were counted and copied. */
+static inline int vdb_passing_holds(const vdb_database *db, const vdb_passing *passing) {
+  return passing && passing->state == __atomic_load_n(&db->state, __ATOMIC_RELAXED);
+}
+
+/* Counts those that are there, unless it is known what they are `at_most`. */
+VDB_ONCE void vdb_passing_count(const vdb_database *db, vdb_passing *passing, size_t at_most) {
+  passing->state = __atomic_load_n(&db->state, __ATOMIC_RELAXED);
+  passing->count = at_most < SIZE_MAX ? at_most : vdb_active()->count(passing->bits, db->live, passing->words);
+}
+
+VDB_RARE size_t vdb_passing_bytes(const vdb_passing *passing) {
+  return passing ? sizeof *passing + passing->words * sizeof(uint64_t) + passing->rows.bytes : 0;
+}
+
+/* Copies what scans read of the rows that pass, which have been counted. Without memory there is no copy. */
+VDB_ONCE void vdb_passing_pack(const vdb_database *db, vdb_passing *passing) {
+  int codes = vdb_has_codes(db->options.storage), both = db->options.storage == VDB_STORAGE_F32_I8;
+  size_t count = passing->count, stride = db->dimensions * (codes ? 1 : vdb_element_size(db->options.storage));
+  size_t numbers = vdb_round_up(count * sizeof(float), VDB_ALIGNMENT), place = 0;
+  size_t bytes = vdb_round_up(count * stride + VDB_ALIGNMENT, VDB_ALIGNMENT) + (size_t)(2 + codes + both) * numbers;
+  unsigned char *memory = (unsigned char *)vdb_aligned_alloc(bytes);
+  if (!memory) return;
+  vdb_block *rows = &passing->rows;
+  rows->memory = memory;
+  rows->bytes = bytes;
+  rows->vectors = memory;
+  rows->codes = codes ? (int8_t *)memory : NULL;
+  passing->packed = (uint32_t *)(void *)(memory + bytes - numbers);
+  rows->norms = (float *)(void *)(memory + bytes - 2 * numbers);
+  rows->scales = codes ? (float *)(void *)(memory + bytes - 3 * numbers) : NULL;
+  rows->residuals = both ? (float *)(void *)(memory + bytes - 4 * numbers) : NULL;
+  for (size_t word = 0; word < passing->words; word++) {
+    for (uint64_t bits = passing->bits[word] & db->live[word]; bits; bits &= bits - 1, place++) {
+      size_t row = (word << 6) + (size_t)__builtin_ctzll(bits), at = vdb_row_in_block(db, row);
+      const vdb_block *block = vdb_block_of(db, row);
+      memcpy(memory + place * stride, (codes ? (const unsigned char *)block->codes : block->vectors) + at * stride, stride);
+      passing->packed[place] = (uint32_t)row;
+      rows->norms[place] = block->norms[at];
+      if (codes) rows->scales[place] = block->scales[at];
+      if (both) rows->residuals[place] = block->residuals[at];
+    }
+  }
+  memset(memory + count * stride, 0, VDB_ALIGNMENT); /* scans read past the last row */
+}
 /* --- columns ---
  *
  * What searches have asked for by name, read from the records of all rows and kept: chunks of 1024 rows with a tag and a
@@ -3783,7 +3885,7 @@ VDB_RARE void vdb_column_release(vdb_column *column) {
 VDB_RARE void vdb_kept_release(vdb_columns *columns) {
   for (int i = 0; i < VDB_KEPT_FILTERS; i++) {
     VDB_FREE(columns->kept[i].key);
-    VDB_FREE(columns->kept[i].bits);
+    vdb_passing_leave(columns->kept[i].passing);
   }
   memset(columns->kept, 0, sizeof columns->kept);
 }
@@ -3811,7 +3913,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
     for (size_t c = 0; c < column->chunk_capacity; c++) bytes += column->chunks[c] ? sizeof(vdb_chunk) : 0;
     for (size_t w = 0; w < column->word_count; w++) bytes += column->words[w].size + 1;
   }
-  for (int i = 0; i < VDB_KEPT_FILTERS; i++) bytes += columns->kept[i].key_size + columns->kept[i].words * sizeof(uint64_t);
+  for (int i = 0; i < VDB_KEPT_FILTERS; i++) bytes += columns->kept[i].key_size + vdb_passing_bytes(columns->kept[i].passing);
   vdb_columns_leave(columns);
   return bytes;
 }
@@ -4168,7 +4270,7 @@ typedef struct {
   size_t count, capacity;
   uint64_t *out; /* [words] */
   size_t words;
-  size_t passing; /* rows that pass, by a sample, where they are asked one by one */
+  size_t passing; /* rows that pass, by a sample, where they are asked one by one; of a range, at most */
 } vdb_filtering;
 
 /* How many nodes a condition makes; SIZE_MAX for what is no condition. */
@@ -4457,7 +4559,7 @@ static int vdb_filter_asks(uint64_t index, void *context) {
 }
 
 #define VDB_SORTED_AFTER 8u  /* conditions on a column whose rows have not changed: then it is sorted by value */
-#define VDB_SORTED_SHARE 32u /* a bitset is made of a sorted column where at most one row in so many is in the range */
+#define VDB_SORTED_SHARE 8u  /* a bitset is made of a sorted column where at most one row in so many is in the range */
 
 /* Whether a node asks for a range of the numbers that its column is sorted by. */
 VDB_RARE int vdb_node_is_range(const vdb_node *node) {
@@ -4516,13 +4618,22 @@ static inline int vdb_others_say(const vdb_filtering *filtering, const vdb_node 
   return all;
 }
 
+#define VDB_PICKED_MOST 64u /* rows of a chunk that are asked one by one: all of it takes as long as so many */
+
 /* Takes from the bitset, which has the rows that pass one node, those that do not pass the others that must: by row, since
  * memory cannot foresee the order of the column's values, and not by row where the chunk says enough. */
 VDB_ONCE void vdb_filter_picked(const vdb_filtering *filtering, const vdb_node *known) {
   for (size_t first = 0; first < filtering->words; first += VDB_COLUMN_WORDS) {
     int says = vdb_others_say(filtering, known, first / VDB_COLUMN_WORDS);
+    size_t words = vdb_min(VDB_COLUMN_WORDS, filtering->words - first);
+    uint64_t *out = filtering->out + first, passes[VDB_COLUMN_WORDS];
     if (says == 1) continue;
-    for (size_t word = first; word < vdb_min(first + VDB_COLUMN_WORDS, filtering->words); word++) {
+    if (says == 2 && vdb_active()->count(out, out, words) > VDB_PICKED_MOST) {
+      vdb_filter_chunk(filtering, filtering->nodes, first / VDB_COLUMN_WORDS, passes);
+      for (size_t word = 0; word < words; word++) out[word] &= passes[word];
+      continue;
+    }
+    for (size_t word = first; word < first + words; word++) {
       if (!says) filtering->out[word] = 0;
       for (uint64_t rest = filtering->out[word]; rest; rest &= rest - 1)
         if (!vdb_filter_others(filtering, known, 64 * word + (size_t)__builtin_ctzll(rest)))
@@ -4551,6 +4662,7 @@ VDB_ONCE int vdb_filter_from_order(vdb_filtering *filtering) {
     most = count;
   }
   if (!best) return 0;
+  filtering->passing = most;
   memset(filtering->out, 0, filtering->words * sizeof(uint64_t));
   for (size_t i = from; i < from + most; i++) {
     uint32_t row = best->column.order[i];
@@ -4565,6 +4677,12 @@ VDB_ONCE int vdb_filter_from_order(vdb_filtering *filtering) {
 
 #define VDB_FILTER_WALK 1024.0 /* the graph's least effort times VDB_WALK_COST: with fewer it leaves this to a scan */
 
+/* Whether so few rows pass that no walk will be made, whatever is asked for. */
+VDB_RARE int vdb_surely_scanned(const vdb_database *db, size_t passing) {
+  size_t linked = db->slots - vdb_min(db->free_count, db->slots);
+  return (double)passing * (double)passing / (double)vdb_max(1, linked) <= VDB_FILTER_WALK;
+}
+
 /* Asks some rows of all. Whether enough pass, of all and for a walk. */
 VDB_LIGHT int vdb_filter_sample(vdb_filtering *filtering) {
   const vdb_database *db = filtering->db;
@@ -4576,8 +4694,7 @@ VDB_LIGHT int vdb_filter_sample(vdb_filtering *filtering) {
     passed += (size_t)vdb_filter_row(db, filtering->nodes, row);
   }
   if (asked) filtering->passing = (size_t)((double)linked * (double)passed / (double)asked);
-  double walked = (double)filtering->passing * (double)filtering->passing / (double)vdb_max(1, linked);
-  return passed >= VDB_FILTER_LEAST && walked > VDB_FILTER_WALK;
+  return passed >= VDB_FILTER_LEAST && !vdb_surely_scanned(db, filtering->passing);
 }
 
 #define VDB_FILTER_CHUNKS 16u /* of one task */
@@ -4651,7 +4768,7 @@ VDB_RARE size_t vdb_condition_key(const vdb_condition *condition, unsigned char 
   return size;
 }
 
-/* The bitset that was made for the same condition, if no record has changed since; or the place for a new one. */
+/* Where what was made for the same condition is kept, if no record has changed since; or the place for a new one. */
 VDB_RARE vdb_kept_filter *vdb_kept_find(vdb_columns *columns, const unsigned char *key, size_t size, size_t words) {
   vdb_kept_filter *oldest = &columns->kept[0];
   for (int i = 0; i < VDB_KEPT_FILTERS; i++) {
@@ -4662,15 +4779,17 @@ VDB_RARE vdb_kept_filter *vdb_kept_find(vdb_columns *columns, const unsigned cha
   return oldest;
 }
 
-/* Makes a bitset, from columns that are made if need be. If there is `by_row` and enough rows pass to ask them one by
- * one, that becomes what knows of them, to be given back by vdb_filtering_return, and there is no bitset. */
-VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *condition, size_t nodes, uint64_t *out,
-                                   size_t words, vdb_filtering *by_row) {
+/* Makes a bitset, from columns that are made if need be, and counts what passes. If there is `by_row` and enough rows pass
+ * to ask them one by one, that becomes what knows of them, to be given back by vdb_filtering_return, and there is no
+ * bitset. */
+VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *condition, size_t nodes,
+                                   vdb_passing *passing, vdb_filtering *by_row) {
+  size_t words = passing->words;
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   vdb_filtering filtering;
   memset(&filtering, 0, sizeof filtering);
   filtering.db = db;
-  filtering.out = out;
+  filtering.out = passing->bits;
   filtering.words = words;
   filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
   vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
@@ -4683,61 +4802,87 @@ VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *
   }
   size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
   if (!error && !made) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
+  if (!error) vdb_passing_count(db, passing, made && vdb_surely_scanned(db, filtering.passing) ? filtering.passing : SIZE_MAX);
   vdb_filtering_end(&filtering);
   return error;
 }
 
-/* Keeps a copy of a bitset for whoever asks again; `key` is taken over. For want of memory nothing is kept. */
-VDB_RARE void vdb_kept_enter(vdb_kept_filter *kept, unsigned char *key, size_t key_size, const uint64_t *bits,
-                             size_t words) {
-  VDB_FREE(kept->key);
-  VDB_FREE(kept->bits);
-  memset(kept, 0, sizeof *kept);
-  kept->bits = (uint64_t *)VDB_MALLOC((words + 1) * sizeof(uint64_t));
-  if (!kept->bits) {
-    VDB_FREE(key);
-    return;
-  }
-  memcpy(kept->bits, bits, words * sizeof(uint64_t));
-  kept->key = key;
-  kept->key_size = key_size;
-  kept->words = words;
+/* Whether rows that pass are few enough, with all that are kept, to be copied. Pages of a file are not: they may be more
+ * than there is memory. */
+VDB_RARE int vdb_worth_packing(const vdb_database *db, const vdb_passing *passing) {
+  size_t packed = passing->count;
+  for (int i = 0; i < VDB_KEPT_FILTERS; i++)
+    if (db->columns.kept[i].passing && db->columns.kept[i].passing->packed) packed += db->columns.kept[i].passing->count;
+  return passing->count && packed <= db->slots / VDB_PACKED_SHARE && !db->paging.limit && !db->paging.on_disk;
 }
 
-/* The bitset [slots / 64, rounded up] of a condition, to be freed; bits of rows that are gone mean nothing. Under a
- * reader's lock: searches that filter by value make their bitsets one after the other, each on all threads. With `by_row`,
- * zeroed, there may be none: then that has nodes (see vdb_filter_make). */
+/* What is kept, asked for again: counted anew if rows have changed, and copied, if that is worth while, once they have not
+ * between two searches. What others may be reading is not changed but replaced. */
+VDB_RARE void vdb_kept_renew(const vdb_database *db, vdb_kept_filter *kept) {
+  int steady = vdb_passing_holds(db, kept->passing);
+  if (steady && kept->passing->tried) return;
+  vdb_passing *renewed = vdb_passing_make(kept->passing->words);
+  if (!renewed) return;
+  memcpy(renewed->bits, kept->passing->bits, renewed->words * sizeof(uint64_t));
+  vdb_passing_leave(kept->passing);
+  kept->passing = renewed;
+  vdb_passing_count(db, renewed, SIZE_MAX);
+  renewed->tried = steady;
+  if (steady && vdb_worth_packing(db, renewed)) vdb_passing_pack(db, renewed);
+}
+
+/* Keeps what a condition was made into for whoever asks again, or, without `passing`, that it was asked; `key` is taken
+ * over. */
+VDB_RARE void vdb_kept_enter(vdb_kept_filter *kept, unsigned char *key, size_t key_size, size_t words,
+                             vdb_passing *passing) {
+  if (kept->key != key) VDB_FREE(kept->key);
+  vdb_passing_leave(kept->passing);
+  if (passing) vdb_passing_enter(passing);
+  kept->passing = passing;
+  kept->words = words;
+  kept->key = key;
+  kept->key_size = key_size;
+}
+
+/* The rows that pass a condition, to be left by vdb_passing_leave. Under a reader's lock: searches that filter by value
+ * make their bitsets one after the other, each on all threads. With `by_row`, zeroed, there may be none: then that has
+ * nodes (see vdb_filter_make). */
 VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *condition, vdb_filtering *by_row,
-                                 uint64_t **out) {
+                                 vdb_passing **out) {
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   size_t nodes = vdb_condition_nodes(condition, 0), words = (db->slots + 63) / 64;
   *out = NULL;
   if (nodes == SIZE_MAX || nodes > SIZE_MAX / sizeof(vdb_node)) return VDB_ERROR_INVALID_ARGUMENT;
   size_t size = vdb_condition_key(condition, NULL);
   unsigned char *key = (unsigned char *)VDB_MALLOC(size);
-  uint64_t *bits = (uint64_t *)VDB_MALLOC((words + 1) * sizeof(uint64_t));
-  if (!key || !bits) {
-    VDB_FREE(key);
-    VDB_FREE(bits);
-    return VDB_ERROR_OUT_OF_MEMORY;
-  }
+  if (!key) return VDB_ERROR_OUT_OF_MEMORY;
   (void)vdb_condition_key(condition, key);
   vdb_columns_enter(columns);
   if (columns->count > VDB_COLUMNS_MOST && !columns->lent) vdb_columns_release(columns);
   vdb_error error = vdb_columns_refresh(db, columns);
   vdb_kept_filter *kept = vdb_kept_find(columns, key, size, words);
-  int known = !error && kept->key && kept->words == words && kept->key_size == size && memcmp(kept->key, key, size) == 0;
-  if (known) memcpy(bits, kept->bits, words * sizeof(uint64_t));
-  else if (!error) error = vdb_filter_make(db, condition, nodes, bits, words, by_row);
-  int made = !error && !known && !(by_row && by_row->nodes);
-  if (made) vdb_kept_enter(kept, key, size, bits, words);
-  if (known || made) kept->asked = ++columns->searches;
+  int again = !error && kept->key && kept->words == words && kept->key_size == size && memcmp(kept->key, key, size) == 0;
+  vdb_passing *passing = NULL;
+  if (again && kept->passing) {
+    vdb_kept_renew(db, kept);
+    passing = kept->passing;
+    vdb_passing_enter(passing);
+  } else if (!error) {
+    passing = vdb_passing_make(words);
+    error = !passing ? VDB_ERROR_OUT_OF_MEMORY
+                     : vdb_filter_make(db, condition, nodes, passing, again ? NULL : by_row);
+    if (error || (by_row && by_row->nodes)) vdb_passing_leave(passing), passing = NULL;
+    if (!error) vdb_kept_enter(kept, key, size, words, passing), key = NULL;
+  }
+  if (!error) kept->asked = ++columns->searches;
   vdb_columns_leave(columns);
-  if (!made) VDB_FREE(key);
-  if (!made && !known) VDB_FREE(bits);
-  else *out = bits;
+  VDB_FREE(key);
+  *out = passing;
   return error;
 }
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 7 Exact search
@@ -4866,7 +5011,7 @@ static inline float vdb_finish_distance(vdb_metric metric, const double sums[2],
 }
 
 /* The distance as answered. `decoded` is room for a vector, used unless rows are f32. */
-static inline float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
+VDB_ONCE float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
                                        float *decoded) {
   double sums[2];
   const float *vector = (const float *)vdb_vector_at(db, row);
@@ -4916,7 +5061,8 @@ typedef struct {
   float highest;      /* keys count no more than this: below VDB_UNBOUNDED; where dot products leave float, and tie */
   float lowest;       /* keys below this count as -infinity: there dot products leave float, and tie, on the other side */
   float *decoded;
-  int few;            /* a bitset leaves few rows */
+  int few;            /* a bitset leaves few rows, */
+  const vdb_passing *packed; /* which are copied; NULL if they are not */
 } vdb_scan;
 
 static inline size_t vdb_shortlist_room(size_t k) { return 2 * k + 256; }
@@ -4981,7 +5127,7 @@ static inline void vdb_keep_found(vdb_shortlist *list, vdb_found found) {
 }
 
 /* A key that no row at this distance or nearer falls below, slack included. */
-static inline float vdb_key_of(const vdb_scan *scan, float distance) {
+VDB_ONCE float vdb_key_of(const vdb_scan *scan, float distance) {
   double d = distance, square = scan->question->square, key;
   if (!vdb_is_finite(distance)) return -INFINITY;
   switch (scan->form) {
@@ -5070,6 +5216,7 @@ VDB_ONCE vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question *ques
   scan.lowest = -INFINITY;
   scan.decoded = decoded;
   scan.few = 0;
+  scan.packed = NULL;
   if (form == VDB_FORM_SQUARES) scan.gamma = relative + VDB_SLACK;
   if (form == VDB_FORM_EXPANDED) scan.constant = (float)(question->square * VDB_SLACK) + 8.0f * VDB_LEAST;
   if (form == VDB_FORM_DOT) {
@@ -5131,15 +5278,20 @@ VDB_ONCE void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t fir
   vdb_terms_from(scan, norms, scales, residuals, count, out);
 }
 
+/* Where what is read of a row lies; numbers that rows do not have are elsewhere. */
+typedef struct {
+  const void *row;
+  const float *norm, *scale, *residual;
+} vdb_row_place;
+
 /* The terms of rows that lie anywhere. */
-VDB_ONCE void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
+VDB_ONCE void vdb_terms_of_rows(const vdb_scan *scan, const vdb_row_place *places, size_t count, vdb_row_terms *out) {
   float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
-    const vdb_block *block = vdb_block_of(scan->db, rows[vdb_min(i, count - 1)]);
-    size_t place = vdb_row_in_block(scan->db, rows[vdb_min(i, count - 1)]);
-    norms[i] = block->norms[place];
-    scales[i] = block->scales ? block->scales[place] : 1.0f;
-    residuals[i] = block->residuals ? block->residuals[place] : 0.0f;
+    const vdb_row_place *place = &places[vdb_min(i, count - 1)];
+    norms[i] = *place->norm;
+    scales[i] = *place->scale;
+    residuals[i] = *place->residual;
   }
   vdb_terms_from(scan, norms, scales, residuals, count, out);
 }
@@ -5159,6 +5311,7 @@ static inline float vdb_lower_of(const vdb_scan *scan, const vdb_row_terms *term
 
 /* Live rows that the bitset lets pass; or about so many as a condition does. */
 VDB_ONCE size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
+  if (vdb_passing_holds(db, options->passing)) return options->passing->count;
   if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
   if (!options->bitset) return db->count;
   return vdb_active()->count(options->bitset, db->live, vdb_min((db->slots + 63) / 64, options->bitset_words));
@@ -5239,19 +5392,6 @@ VDB_ONCE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, fl
   return vdb_group_passes(scan, threshold, group);
 }
 
-/* The same of the group's rows, which may lie anywhere. */
-VDB_ONCE int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
-  const vdb_database *db = scan->db;
-  const void *rows[VDB_SCAN_ROWS];
-  for (size_t i = 0; i < group->count; i++) {
-    size_t place = vdb_row_in_block(db, group->rows[i]);
-    rows[i] = vdb_scanned_rows(db, vdb_block_of(db, group->rows[i])) + place * vdb_scanned_bytes(db);
-  }
-  vdb_score_rows(scan, rows, group);
-  vdb_terms_of_rows(scan, group->rows, group->count, &group->terms);
-  return vdb_group_passes(scan, threshold, group);
-}
-
 /* Adds the rows of a group that may be in the answer to the list. */
 VDB_ONCE void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
   for (size_t i = 0; i < group->count; i++) {
@@ -5263,41 +5403,116 @@ VDB_ONCE void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_s
   }
 }
 
-static inline void vdb_prefetch_scanned(const vdb_database *db, size_t row) {
-  const vdb_block *block = vdb_block_of(db, row);
-  size_t place = vdb_row_in_block(db, row), bytes = vdb_scanned_bytes(db);
-  const unsigned char *start = vdb_scanned_rows(db, block) + place * bytes;
-  for (size_t at = 0; at < vdb_min(bytes, 1024); at += 64) __builtin_prefetch(start + at);
-  __builtin_prefetch(&block->norms[place]);
-  if (block->scales) __builtin_prefetch(&block->scales[place]);
-  if (block->residuals) __builtin_prefetch(&block->residuals[place]);
+#define VDB_FEW_ROWS 512u /* gathered at a time, at least */
+#define VDB_FEW_WORDS 128u
+
+/* Rows that a bitset leaves, on the way to be scored: where what is read of 32 of them and of the next 32 lies. */
+typedef struct {
+  size_t word, last; /* words of the bitset that are not yet looked at */
+  size_t begin, end; /* rows */
+  size_t count;
+  uint32_t rows[VDB_FEW_ROWS + 64 * VDB_FEW_WORDS + 2];
+  vdb_row_place places[2][VDB_SCAN_ROWS];
+} vdb_few;
+
+/* The numbers of more rows. Whether a word has a bit, or a second one, cannot be foreseen where 1% pass, and a wrong guess
+ * costs as much as a row: so words with a bit are found, and their first two bits written, without a branch. */
+VDB_ONCE void vdb_few_gather(const vdb_scan *scan, vdb_few *few) {
+  const uint64_t *live = scan->db->live, *bitset = scan->options->bitset;
+  size_t count = few->count;
+  while (count < VDB_FEW_ROWS && few->word < few->last) {
+    uint64_t words[VDB_FEW_WORDS + 1];
+    uint32_t firsts[VDB_FEW_WORDS + 1];
+    size_t found = 0, last = vdb_min(few->word + VDB_FEW_WORDS, few->last);
+    for (size_t word = few->word; word < last; word++) {
+      words[found] = live[word] & bitset[word];
+      firsts[found] = (uint32_t)(word << 6);
+      found += words[found] != 0;
+    }
+    if (found && firsts[0] < few->begin) words[0] &= ~(uint64_t)0 << (few->begin & 63);
+    if (found && few->end - firsts[found - 1] < 64) words[found - 1] &= ((uint64_t)1 << (few->end & 63)) - 1;
+    for (size_t i = 0; i < found; i++) {
+      uint64_t bits = words[i], rest = bits & (bits - 1);
+      few->rows[count] = firsts[i] + (uint32_t)__builtin_ctzll(bits | (uint64_t)1 << 63);
+      count += bits != 0;
+      few->rows[count] = firsts[i] + (uint32_t)__builtin_ctzll(rest | (uint64_t)1 << 63);
+      count += rest != 0;
+      for (rest &= rest - 1; rest; rest &= rest - 1) few->rows[count++] = firsts[i] + (uint32_t)__builtin_ctzll(rest);
+    }
+    few->word = last;
+  }
+  few->count = count;
+}
+
+/* Finds where up to 32 rows lie, and asks for what will be read of them. */
+VDB_ONCE void vdb_few_fetch(const vdb_database *db, const uint32_t *rows, size_t count, vdb_row_place *places) {
+  static const float one = 1.0f, none = 0.0f;
+  size_t bytes = vdb_scanned_bytes(db), fetched = vdb_min(bytes, 1024);
+  for (size_t i = 0; i < count; i++) {
+    const vdb_block *block = vdb_block_of(db, rows[i]);
+    size_t place = vdb_row_in_block(db, rows[i]);
+    const unsigned char *row = vdb_scanned_rows(db, block) + place * bytes;
+    places[i].row = row;
+    places[i].norm = &block->norms[place];
+    places[i].scale = block->scales ? &block->scales[place] : &one;
+    places[i].residual = block->residuals ? &block->residuals[place] : &none;
+    for (size_t at = 0; at < fetched; at += 64) __builtin_prefetch(row + at);
+    __builtin_prefetch(places[i].norm);
+    __builtin_prefetch(places[i].scale);
+    __builtin_prefetch(places[i].residual);
+  }
 }
 
 /* Where a bitset leaves few rows: they are gathered, so that as many are scored side by side as where all pass, and the
  * memory has the next ones on their way meanwhile. */
-static inline void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+VDB_ONCE void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
   const vdb_database *db = scan->db;
-  vdb_group groups[2];
+  vdb_few few;
+  vdb_group group;
+  const void *rows[VDB_SCAN_ROWS];
   unsigned now = 0;
-  groups[0].count = groups[1].count = 0;
-  for (size_t word = begin >> 6; word << 6 < end && word < scan->options->bitset_words; word++) {
-    uint64_t bits = db->live[word] & scan->options->bitset[word];
-    if (word << 6 < begin) bits &= ~(uint64_t)0 << (begin & 63);
-    if (end - (word << 6) < 64) bits &= ((uint64_t)1 << (end & 63)) - 1;
-    for (; bits; bits &= bits - 1) {
-      vdb_group *group = &groups[now];
-      uint32_t row = (uint32_t)((word << 6) + (size_t)__builtin_ctzll(bits));
-      group->rows[group->count++] = row;
-      vdb_prefetch_scanned(db, row);
-      if (group->count < VDB_SCAN_ROWS) continue;
-      group = &groups[now ^= 1]; /* the one before it, whose rows are there by now */
-      list->threshold = vdb_share_threshold(shared, list->threshold);
-      if (group->count && vdb_score_gathered(scan, list->threshold, group)) vdb_keep_group(scan, group, list);
-      group->count = 0;
+  few.begin = begin, few.end = end, few.count = 0;
+  few.word = begin >> 6, few.last = vdb_min((end + 63) / 64, scan->options->bitset_words);
+  vdb_few_gather(scan, &few);
+  vdb_few_fetch(db, few.rows, vdb_min(few.count, VDB_SCAN_ROWS), few.places[0]);
+  for (size_t done = 0; few.count > done; done += group.count, now ^= 1) {
+    if (few.count - done < 2 * VDB_SCAN_ROWS) {
+      memmove(few.rows, few.rows + done, (few.count - done) * sizeof(uint32_t));
+      few.count -= done;
+      done = 0;
+      size_t before = few.count;
+      vdb_few_gather(scan, &few);
+      if (before < VDB_SCAN_ROWS) /* the group was not full when it was fetched */
+        vdb_few_fetch(db, few.rows, vdb_min(few.count, VDB_SCAN_ROWS), few.places[now]);
     }
+    group.count = vdb_min(few.count - done, VDB_SCAN_ROWS);
+    size_t next = vdb_min(few.count - done - group.count, VDB_SCAN_ROWS);
+    vdb_few_fetch(db, few.rows + done + group.count, next, few.places[now ^ 1]);
+    for (size_t i = 0; i < group.count; i++) rows[i] = few.places[now][i].row;
+    memcpy(group.rows, few.rows + done, group.count * sizeof(uint32_t));
+    list->threshold = vdb_share_threshold(shared, list->threshold);
+    vdb_score_rows(scan, rows, &group);
+    vdb_terms_of_rows(scan, few.places[now], group.count, &group.terms);
+    if (vdb_group_passes(scan, list->threshold, &group)) vdb_keep_group(scan, &group, list);
   }
-  for (int i = 0; i < 2; i++)
-    if (groups[i].count && vdb_score_gathered(scan, list->threshold, &groups[i])) vdb_keep_group(scan, &groups[i], list);
+}
+
+/* Rows that were copied, from `begin` on. */
+VDB_ONCE void vdb_scan_packed(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+  size_t stride = vdb_scanned_bytes(scan->db);
+  const vdb_block *block = &scan->packed->rows;
+  const unsigned char *base = vdb_scanned_rows(scan->db, block);
+  const void *rows[VDB_SCAN_ROWS];
+  vdb_group group;
+  for (size_t place = begin; place < end; place += VDB_SCAN_ROWS) {
+    group.count = vdb_min(end - place, VDB_SCAN_ROWS);
+    for (size_t i = 0; i < group.count; i++) rows[i] = base + (place + i) * stride;
+    memcpy(group.rows, scan->packed->packed + place, group.count * sizeof(uint32_t));
+    list->threshold = vdb_share_threshold(shared, list->threshold);
+    vdb_score_rows(scan, rows, &group);
+    vdb_terms(scan, block, place, NULL, group.count, &group.terms);
+    if (vdb_group_passes(scan, list->threshold, &group)) vdb_keep_group(scan, &group, list);
+  }
 }
 
 static inline void vdb_scan_task(void *context, size_t task) {
@@ -5306,7 +5521,11 @@ static inline void vdb_scan_task(void *context, size_t task) {
   vdb_scan scan = *job->scan;
   scan.decoded += task * vdb_padded(db->dimensions);
   vdb_shortlist *list = &job->lists[task];
-  size_t row = task * job->rows_per_task, end = vdb_min(row + job->rows_per_task, db->slots);
+  size_t row = task * job->rows_per_task, end = vdb_min(row + job->rows_per_task, scan.packed ? scan.packed->count : db->slots);
+  if (scan.packed) {
+    vdb_scan_packed(&scan, row, end, &job->shared, list);
+    return;
+  }
   if (scan.few) {
     vdb_scan_few(&scan, row, end, &job->shared, list);
     return;
@@ -5322,12 +5541,12 @@ static inline void vdb_scan_task(void *context, size_t task) {
   }
 }
 
-/* How many tasks a pass over the rows is cut into, and how many rows each has (whole groups). */
-VDB_ONCE size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *rows_per_task) {
-  size_t threads = vdb_thread_count(db), groups = (db->slots + VDB_SCAN_ROWS - 1) / VDB_SCAN_ROWS;
+/* How many tasks a pass over so many rows is cut into, and how many rows each has (whole groups). */
+VDB_ONCE size_t vdb_cut_rows(const vdb_database *db, size_t rows, size_t work, size_t *rows_per_task) {
+  size_t threads = vdb_thread_count(db), groups = (rows + VDB_SCAN_ROWS - 1) / VDB_SCAN_ROWS;
   size_t tasks = threads == 1 || work < VDB_PARALLEL_BYTES ? 1 : vdb_min(4 * threads, groups);
   *rows_per_task = vdb_max(1, (groups + tasks - 1) / tasks) * VDB_SCAN_ROWS;
-  return vdb_max(1, (db->slots + *rows_per_task - 1) / *rows_per_task);
+  return vdb_max(1, (rows + *rows_per_task - 1) / *rows_per_task);
 }
 
 /* The nearest rows, sorted: the heap gives the farthest first. */
@@ -5360,7 +5579,9 @@ VDB_ONCE vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *ques
     *found = vdb_scan_zero(db, options, k, out);
     return VDB_OK;
   }
-  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots * vdb_scanned_bytes(db), &rows_per_task);
+  const vdb_passing *passing = options->passing, *packed = vdb_passing_holds(db, passing) && passing->packed ? passing : NULL;
+  size_t rows = packed ? packed->count : db->slots, rows_per_task;
+  size_t tasks = vdb_cut_rows(db, rows, rows * vdb_scanned_bytes(db), &rows_per_task);
   size_t list_bytes = vdb_shortlist_bytes(k), decoded = vdb_padded(db->dimensions) * sizeof(float);
   size_t lists_bytes = vdb_round_up(tasks * sizeof(vdb_shortlist), 64);
   unsigned char *memory = (unsigned char *)vdb_aligned_alloc(lists_bytes + tasks * (list_bytes + decoded));
@@ -5370,7 +5591,8 @@ VDB_ONCE vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *ques
   vdb_form form = vdb_form_of(db, 0);
   vdb_scan scan = vdb_scan_make(db, question, options, form, vdb_rounding(db->dimensions), question->missing,
                                 (float *)(void *)(memory + lists_bytes + tasks * list_bytes));
-  scan.few = options->bitset && vdb_few_pass(db, options);
+  scan.packed = packed;
+  scan.few = !packed && vdb_few_pass(db, options);
   vdb_scan_job job = {&scan, rows_per_task, lists, -INFINITY};
   vdb_parallel(db, tasks, vdb_scan_task, &job);
   for (size_t i = 1; i < tasks; i++) vdb_shortlist_merge(&scan, &lists[0], &lists[i]);
@@ -5498,7 +5720,7 @@ VDB_ONCE vdb_error vdb_scan_panel(const vdb_database *db, const vdb_question *qu
   memset(&job, 0, sizeof job);
   job.db = db, job.options = options, job.questions = questions, job.out = out, job.counts = counts;
   job.panel.queries = count, job.panel.width = width;
-  job.tasks = vdb_cut_rows(db, db->slots * db->dimensions * count, &job.rows_per_task);
+  job.tasks = vdb_cut_rows(db, db->slots, db->slots * db->dimensions * count, &job.rows_per_task);
   job.scratch_bytes = vdb_tile_space_bytes(db->dimensions, width);
   size_t data = place, decoded = place += vdb_round_up(vdb_active()->panel_bytes(element, width, db->dimensions), 64);
   size_t scans = place += count * vdb_padded(db->dimensions) * sizeof(float);
@@ -5595,7 +5817,7 @@ VDB_ONCE vdb_error vdb_range_one(const vdb_database *db, const vdb_question *que
     vdb_range_zero(db, options, radius, out);
     return out->failed ? VDB_ERROR_OUT_OF_MEMORY : VDB_OK;
   }
-  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots * vdb_scanned_bytes(db), &rows_per_task);
+  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots, db->slots * vdb_scanned_bytes(db), &rows_per_task);
   size_t decoded = vdb_padded(db->dimensions) * sizeof(float), balls = vdb_round_up(tasks * sizeof(vdb_ball), 64);
   unsigned char *memory = (unsigned char *)vdb_aligned_alloc(balls + tasks * decoded);
   if (!memory) return VDB_ERROR_OUT_OF_MEMORY;
@@ -5909,7 +6131,7 @@ VDB_ONCE vdb_aim vdb_aim_at_row(const vdb_database *db, uint32_t row, int codes,
 }
 
 /* The key in double, for rows that a float's range does not bear. Slow, and rare. */
-static inline float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uint32_t row, vdb_walker *walker) {
+VDB_ONCE float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uint32_t row, vdb_walker *walker) {
   double dot = 0.0, squares = 0.0, query_square = 0.0, row_square = 0.0, key;
   if (!aim->values) vdb_decode_row(db, aim->row, walker->values);
   vdb_decode_row(db, row, walker->decoded);
@@ -5931,7 +6153,7 @@ static inline float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uin
 }
 
 /* keys[i] of rows[i]; all rows are below db->slots, and count is at most the walker's gather. */
-static inline void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
+VDB_ONCE void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
                                  vdb_walker *walker, float *keys) {
   const vdb_kernel_set *kernels = vdb_active();
   vdb_element element = vdb_element_of(db->options.storage);
@@ -6584,6 +6806,97 @@ VDB_ONCE size_t vdb_rank(const vdb_database *db, const vdb_question *question, c
   return passed;
 }
 
+/* Rows that pass among the neighbours of a row, and among the neighbours of those neighbours that do not: at most `most`
+ * that the walk has not met, into walker->fresh. `seen` and `passed` count rows that were looked at. */
+static inline size_t vdb_gather_passing(const vdb_database *db, const vdb_aim *aim, const vdb_query_options *options,
+                                        uint32_t row, size_t most, size_t *seen, size_t *passed, vdb_walker *walker) {
+  const uint32_t *links = vdb_links_at(db, row);
+  uint32_t bridges[2 * 128];
+  size_t count = vdb_link_count(db, links, 0), kept = 0, bridge_count = 0;
+  for (size_t i = 1; i <= count; i++) {
+    uint32_t other = links[i];
+    if (other >= db->slots || walker->visited[other] == walker->epoch) continue;
+    int passes = vdb_passes(db, options, other);
+    ++*seen;
+    *passed += (size_t)passes;
+    walker->visited[other] = walker->epoch;
+    if (passes) {
+      walker->fresh[kept++] = other;
+      vdb_prefetch_near(db, aim, other);
+      continue;
+    }
+    bridges[bridge_count++] = other;
+    const char *list = (const char *)vdb_links_at(db, other);
+    for (size_t at = 0; at < vdb_link_stride(db) * sizeof(uint32_t); at += 64) __builtin_prefetch(list + at);
+  }
+  for (size_t b = 0; b < bridge_count && kept < most; b++) {
+    links = vdb_links_at(db, bridges[b]);
+    count = vdb_link_count(db, links, 0);
+    for (size_t i = 1; i <= count && kept < most; i++) {
+      uint32_t other = links[i];
+      if (other >= db->slots) continue;
+      ++*seen;
+      if (!vdb_passes(db, options, other)) continue;
+      ++*passed;
+      if (walker->visited[other] == walker->epoch) continue;
+      walker->visited[other] = walker->epoch;
+      walker->fresh[kept++] = other;
+      vdb_prefetch_near(db, aim, other);
+    }
+  }
+  return kept;
+}
+
+#define VDB_BRIDGED_SHARE 0.25 /* walks are bridged where fewer rows pass */
+#define VDB_BRIDGED_SEEN 16.0 /* rows that should pass among those seen before it is judged whether enough do */
+
+/* As vdb_walk on the lowest level, but of rows that pass a bitset, and over those that do not: the pool holds, but for the
+ * start, rows that pass only. 0 where those near the query are far fewer than `share`: they may all be elsewhere, and this
+ * might not find the way. */
+VDB_ONCE size_t vdb_walk_passing(const vdb_database *db, const vdb_aim *aim, const vdb_query_options *options,
+                                 vdb_near start, double share, size_t effort, vdb_walker *walker) {
+  vdb_near *pool = walker->pool;
+  size_t count = 1, place = 0, seen = 0, passed = 0, most = vdb_most_links(db, 0);
+  int judged = 0;
+  vdb_start_walk(walker);
+  walker->visited[start.row] = walker->epoch;
+  pool[0] = start;
+  pool[0].expanded = 0;
+  while (place < count) {
+    if (pool[place].expanded) {
+      place++;
+      continue;
+    }
+    pool[place].expanded = 1;
+    size_t fresh = vdb_gather_passing(db, aim, options, pool[place].row, most, &seen, &passed, walker), nearest = effort;
+    if (!judged && (double)seen * share > VDB_BRIDGED_SEEN) {
+      if ((double)passed < 0.5 * share * (double)seen) return 0;
+      judged = 1;
+    }
+    size_t next = place + 1;
+    while (next < count && pool[next].expanded) next++;
+    if (next < count) __builtin_prefetch(vdb_links_at(db, pool[next].row));
+    vdb_find_keys(db, aim, walker->fresh, fresh, walker, walker->keys);
+    for (size_t i = 0; i < fresh; i++) {
+      if (count == effort && !(walker->keys[i] < pool[count - 1].key)) continue;
+      nearest = vdb_min(nearest, vdb_pool_enter(pool, &count, effort, walker->keys[i], walker->fresh[i]));
+    }
+    place = nearest <= place ? nearest : place + 1;
+  }
+  return count;
+}
+
+/* Walks from the entry over the lowest level: over rows that pass, if a bitset knows which, or else with a pool so large
+ * that enough of it pass. */
+VDB_ONCE size_t vdb_walk_filtered(const vdb_database *db, const vdb_aim *aim, const vdb_query_options *options, double share,
+                                  size_t effort, size_t widened, vdb_walker *walker) {
+  vdb_near start = vdb_approach(db, aim, 0, walker);
+  size_t count = 0;
+  if (options->bitset && !options->filter && share < VDB_BRIDGED_SHARE)
+    count = vdb_walk_passing(db, aim, options, start, share, effort + 1, walker);
+  return count > effort ? count : vdb_walk(db, aim, start, 0, widened, walker);
+}
+
 /* Walks, with more effort the fewer rows pass. Gives up, and answers *found < k, when a scan is less work. */
 VDB_ONCE vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *question,
                                          const vdb_query_options *options, size_t passing, size_t k, vdb_found *out,
@@ -6597,11 +6910,12 @@ VDB_ONCE vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *
   while (widened * VDB_WALK_COST < (double)passing) {
     vdb_walker *walker = vdb_take_walker(db, (size_t)widened + 1);
     if (!walker) return VDB_ERROR_OUT_OF_MEMORY;
-    size_t count = vdb_walk(db, &aim, vdb_approach(db, &aim, 0, walker), 0, (size_t)widened, walker);
+    double passed_of = (double)passing / (double)linked;
+    size_t count = vdb_walk_filtered(db, &aim, options, passed_of, effort, (size_t)widened, walker);
     if (aim.codes && db->options.storage == VDB_STORAGE_F32_I8 &&
         vdb_codes_blur(db, &plain, walker->pool, count, walker)) {
       aim.codes = 0;
-      count = vdb_walk(db, &aim, vdb_approach(db, &aim, 0, walker), 0, (size_t)widened, walker);
+      count = vdb_walk_filtered(db, &aim, options, passed_of, effort, (size_t)widened, walker);
     }
     size_t passed = vdb_rank(db, question, options, walker, count, most, k, out, found);
     vdb_give_walker(db, walker);
@@ -6628,6 +6942,10 @@ VDB_ONCE vdb_error vdb_graph_search(const vdb_database *db, const vdb_question *
   return vdb_scan_one(db, question, options, out, found);
 }
 
+#ifdef VDB_CALM
+#pragma GCC push_options
+#pragma GCC optimize("O1")
+#endif
 /* ------------------------------------------------------------------------------------------------------------------
  * 9 Files
  *
@@ -8952,6 +9270,7 @@ static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, c
 
 /* A row leaves: it is not found any more, its id neither. */
 VDB_LIGHT void vdb_drop_row(vdb_database *db, size_t row) {
+  vdb_rows_change(db);
   vdb_mark_part(db, row);
   vdb_drop_record(db, row);
   db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
@@ -9275,6 +9594,7 @@ static inline float *vdb_lend_vector(const vdb_database *db, size_t row) {
   float unknown = -1.0f;
   if (vdb_element_of(db->options.storage) != VDB_F32) return NULL;
   if (!db->read_only) __atomic_store_n(&((vdb_database *)(uintptr_t)db)->changes.lent, 1, __ATOMIC_RELAXED);
+  if (!db->mapping.base) vdb_rows_change(db);
   if (!db->mapping.base)
     __atomic_store(&vdb_block_of(db, row)->norms[vdb_row_in_block(db, row)], &unknown, __ATOMIC_RELAXED);
   return (float *)(uintptr_t)vdb_vector_at(db, row);
@@ -9286,7 +9606,7 @@ VDB_API vdb_error vdb_refresh_vector(vdb_database *db, size_t index) {
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   if (!error && vdb_element_of(db->options.storage) == VDB_F32) {
-    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL), vdb_mark_whole(db, index);
+    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL), vdb_mark_whole(db, index), vdb_rows_change(db);
     else error = VDB_ERROR_NOT_FINITE;
   }
   vdb_leave_write(&db->lock);
@@ -9618,11 +9938,10 @@ VDB_ONCE char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, size_
   return text;
 }
 
-/* Puts the rows that pass by their values into the options' bitset. `*made` is to be freed. With `by_row` it may become
+/* Puts the rows that pass by their values into the options' bitset. `*made` is to be left. With `by_row` it may become
  * the options' filter function instead. */
 VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *options, vdb_filtering *by_row,
-                                   uint64_t **made) {
-  size_t words = (db->slots + 63) / 64;
+                                   vdb_passing **made) {
   vdb_error error = vdb_filter_by(db, options->where, by_row, made);
   if (error) return error;
   if (!*made) {
@@ -9630,10 +9949,17 @@ VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *op
     options->filter_context = by_row;
     return VDB_OK;
   }
-  for (size_t i = 0; i < words && options->bitset; i++)
-    (*made)[i] &= i < options->bitset_words ? options->bitset[i] : 0;
-  options->bitset = *made;
-  options->bitset_words = words;
+  if (options->bitset) { /* both: its own, which nobody else has */
+    vdb_passing *both = vdb_passing_make((*made)->words), *one = *made;
+    for (size_t i = 0; both && i < both->words; i++)
+      both->bits[i] = one->bits[i] & (i < options->bitset_words ? options->bitset[i] : 0);
+    vdb_passing_leave(one);
+    *made = both;
+    if (!both) return VDB_ERROR_OUT_OF_MEMORY;
+  }
+  options->bitset = (*made)->bits;
+  options->bitset_words = (*made)->words;
+  options->passing = *made;
   return VDB_OK;
 }
 
@@ -9654,7 +9980,7 @@ VDB_ONCE vdb_error vdb_answer_from(const vdb_database *db, const vdb_found *foun
 VDB_ONCE vdb_error vdb_query_locked(const vdb_database *db, const float *queries, size_t count,
                                          const vdb_query_options *asked, vdb_answer **out) {
   if (asked->where) {
-    uint64_t *made = NULL;
+    vdb_passing *made = NULL;
     vdb_query_options filtered = *asked;
     vdb_filtering by_row;
     memset(&by_row, 0, sizeof by_row);
@@ -9663,7 +9989,7 @@ VDB_ONCE vdb_error vdb_query_locked(const vdb_database *db, const float *queries
     filtered.where = NULL;
     if (!error) error = vdb_query_locked(db, queries, count, &filtered, out);
     if (by_row.nodes) vdb_filtering_return(db, &by_row);
-    VDB_FREE(made);
+    vdb_passing_leave(made);
     return error;
   }
   vdb_query_options options = *asked;
@@ -9728,7 +10054,7 @@ static inline vdb_error vdb_answer_balls(const vdb_database *db, const vdb_ball 
 VDB_LIGHT vdb_error vdb_range_locked(const vdb_database *db, const float *queries, size_t count, float radius,
                                          const vdb_query_options *asked, vdb_answer **out) {
   vdb_query_options options = *asked;
-  uint64_t *made = NULL;
+  vdb_passing *made = NULL;
   vdb_error error = asked->where ? vdb_apply_where(db, &options, NULL, &made) : VDB_OK;
   if (error) return error;
   vdb_ball *balls = (vdb_ball *)VDB_MALLOC((count + 1) * sizeof(vdb_ball));
@@ -9744,7 +10070,7 @@ VDB_LIGHT vdb_error vdb_range_locked(const vdb_database *db, const float *querie
   while (done) VDB_FREE(balls[--done].rows);
   VDB_FREE(balls);
   vdb_aligned_free(memory);
-  VDB_FREE(made);
+  vdb_passing_leave(made);
   return error;
 }
 
@@ -9841,12 +10167,12 @@ VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *op
   if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!options->bitset && !options->filter && !options->where) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_query_options passing = *options;
-  uint64_t *made = NULL;
+  vdb_passing *made = NULL;
   vdb_enter_write(&db->lock);
   vdb_error error = options->where ? vdb_apply_where(db, &passing, NULL, &made) : VDB_OK;
   size_t count = error ? 0 : vdb_drop_passing(db, &passing);
   vdb_leave_write(&db->lock);
-  VDB_FREE(made);
+  vdb_passing_leave(made);
   if (removed) *removed = count;
   return error;
 }
@@ -9929,5 +10255,9 @@ VDB_API vdb_error vdb_verify(const char *path, char *message, size_t message_siz
   vdb_release(db);
   return error;
 }
+
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
 
 #endif /* VDB_IMPLEMENTED */

@@ -238,6 +238,61 @@ static void test_filters(void) {
   free(rows);
 }
 
+/* A walk over rows that pass finds most of the nearest; where they all are far from the query it says so. */
+static void test_bridged(void) {
+  const size_t d = 32, effort = 80, k = 10;
+  float *rows = random_rows(ROWS + QUERIES, d, 15);
+  vdb_database *db = filled(rows, ROWS, d, VDB_METRIC_EUCLIDEAN, VDB_STORAGE_F32_I8, 1);
+  vdb_query_options options = vdb_default_query_options(k), exactly = options;
+  vdb_walker *walker = vdb_take_walker(db, effort + 1);
+  unsigned char *memory = (unsigned char *)vdb_aligned_alloc(vdb_question_bytes(db) + VDB_ALIGNMENT);
+  uint64_t bits[ROWS / 64 + 1];
+  options.bitset = exactly.bitset = bits;
+  options.bitset_words = exactly.bitset_words = ROWS / 64 + 1;
+  exactly.exact = 1;
+  for (size_t step = 3; step <= 10; step += 7) {
+    size_t hits = 0, given_up = 0;
+    memset(bits, 0, sizeof bits);
+    for (size_t i = 0; i < ROWS; i += step) bits[i / 64] |= (uint64_t)1 << i % 64;
+    for (size_t q = 0; q < QUERIES; q++) {
+      const float *query = rows + (ROWS + q) * d;
+      vdb_question question;
+      vdb_answer *exact;
+      vdb_ask(db, query, memory, &question);
+      vdb_aim aim = vdb_aim_at_question(db, &question, 1);
+      vdb_near start = vdb_approach(db, &aim, 0, walker);
+      size_t count = vdb_walk_passing(db, &aim, &options, start, 1.0 / (double)step, effort, walker);
+      given_up += count == 0;
+      CHECK(vdb_query(db, query, 1, &exactly, &exact) == VDB_OK);
+      for (size_t i = 0; i < count; i++) {
+        uint32_t row = walker->pool[i].row;
+        CHECK(row == start.row || row % step == 0);
+        for (size_t j = 0; j < exact->counts[0]; j++) hits += exact->indices[j] == row;
+      }
+      vdb_free_answer(exact);
+    }
+    printf("bridged, one row in %zu: %.3f\n", step, (double)hits / (double)(QUERIES * k));
+    CHECK((double)hits > 0.93 * (double)((QUERIES - given_up) * k) && given_up < QUERIES / 10);
+  }
+  vdb_give_walker(db, walker);
+  vdb_destroy(db);
+  for (size_t i = 0; i < ROWS; i++) rows[i * d] += 100.0f * (float)(i * 8 / ROWS);
+  db = filled(rows, ROWS, d, VDB_METRIC_EUCLIDEAN, VDB_STORAGE_F32_I8, 1);
+  walker = vdb_take_walker(db, effort + 1);
+  memset(bits, 0, sizeof bits);
+  for (size_t i = ROWS / 8 * 7 + 8; i < ROWS; i++) bits[i / 64] |= (uint64_t)1 << i % 64;
+  vdb_question question;
+  vdb_ask(db, rows, memory, &question);
+  vdb_aim aim = vdb_aim_at_question(db, &question, 1);
+  CHECK(vdb_walk_passing(db, &aim, &options, vdb_approach(db, &aim, 0, walker), 0.125, effort, walker) < effort);
+  options.effort = 4; /* few enough for a walk among so few rows */
+  CHECK(recall(db, rows, d, options) == 1.0);
+  vdb_give_walker(db, walker);
+  vdb_aligned_free(memory);
+  vdb_destroy(db);
+  free(rows);
+}
+
 static void test_degenerate(void) {
   const size_t d = 8;
   float *rows = (float *)calloc(ROWS * d, sizeof(float)), query[8] = {1, 2, 3, 4, 5, 6, 7, 8};
@@ -413,6 +468,7 @@ int main(int count, char **names) {
   test_removal();
   test_cluster_removed();
   test_filters();
+  test_bridged();
   test_degenerate();
   test_single();
   test_stopped();

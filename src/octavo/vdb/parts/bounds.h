@@ -125,7 +125,7 @@ static inline float vdb_finish_distance(vdb_metric metric, const double sums[2],
 }
 
 /* The distance as answered. `decoded` is room for a vector, used unless rows are f32. */
-static inline float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
+VDB_ONCE float vdb_exact_distance(const vdb_database *db, const vdb_question *question, size_t row,
                                        float *decoded) {
   double sums[2];
   const float *vector = (const float *)vdb_vector_at(db, row);
@@ -175,7 +175,8 @@ typedef struct {
   float highest;      /* keys count no more than this: below VDB_UNBOUNDED; where dot products leave float, and tie */
   float lowest;       /* keys below this count as -infinity: there dot products leave float, and tie, on the other side */
   float *decoded;
-  int few;            /* a bitset leaves few rows */
+  int few;            /* a bitset leaves few rows, */
+  const vdb_passing *packed; /* which are copied; NULL if they are not */
 } vdb_scan;
 
 static inline size_t vdb_shortlist_room(size_t k) { return 2 * k + 256; }
@@ -240,7 +241,7 @@ static inline void vdb_keep_found(vdb_shortlist *list, vdb_found found) {
 }
 
 /* A key that no row at this distance or nearer falls below, slack included. */
-static inline float vdb_key_of(const vdb_scan *scan, float distance) {
+VDB_ONCE float vdb_key_of(const vdb_scan *scan, float distance) {
   double d = distance, square = scan->question->square, key;
   if (!vdb_is_finite(distance)) return -INFINITY;
   switch (scan->form) {
@@ -329,6 +330,7 @@ VDB_ONCE vdb_scan vdb_scan_make(const vdb_database *db, const vdb_question *ques
   scan.lowest = -INFINITY;
   scan.decoded = decoded;
   scan.few = 0;
+  scan.packed = NULL;
   if (form == VDB_FORM_SQUARES) scan.gamma = relative + VDB_SLACK;
   if (form == VDB_FORM_EXPANDED) scan.constant = (float)(question->square * VDB_SLACK) + 8.0f * VDB_LEAST;
   if (form == VDB_FORM_DOT) {
@@ -390,15 +392,20 @@ VDB_ONCE void vdb_terms(const vdb_scan *scan, const vdb_block *block, size_t fir
   vdb_terms_from(scan, norms, scales, residuals, count, out);
 }
 
+/* Where what is read of a row lies; numbers that rows do not have are elsewhere. */
+typedef struct {
+  const void *row;
+  const float *norm, *scale, *residual;
+} vdb_row_place;
+
 /* The terms of rows that lie anywhere. */
-VDB_ONCE void vdb_terms_of_rows(const vdb_scan *scan, const uint32_t *rows, size_t count, vdb_row_terms *out) {
+VDB_ONCE void vdb_terms_of_rows(const vdb_scan *scan, const vdb_row_place *places, size_t count, vdb_row_terms *out) {
   float norms[VDB_TILE_ROWS], scales[VDB_TILE_ROWS], residuals[VDB_TILE_ROWS];
   for (size_t i = 0; i < VDB_TILE_ROWS; i++) {
-    const vdb_block *block = vdb_block_of(scan->db, rows[vdb_min(i, count - 1)]);
-    size_t place = vdb_row_in_block(scan->db, rows[vdb_min(i, count - 1)]);
-    norms[i] = block->norms[place];
-    scales[i] = block->scales ? block->scales[place] : 1.0f;
-    residuals[i] = block->residuals ? block->residuals[place] : 0.0f;
+    const vdb_row_place *place = &places[vdb_min(i, count - 1)];
+    norms[i] = *place->norm;
+    scales[i] = *place->scale;
+    residuals[i] = *place->residual;
   }
   vdb_terms_from(scan, norms, scales, residuals, count, out);
 }

@@ -34,6 +34,7 @@ static inline vdb_error vdb_store_rows(vdb_database *db, const float *vectors, c
 
 /* A row leaves: it is not found any more, its id neither. */
 VDB_LIGHT void vdb_drop_row(vdb_database *db, size_t row) {
+  vdb_rows_change(db);
   vdb_mark_part(db, row);
   vdb_drop_record(db, row);
   db->live[row >> 6] &= ~((uint64_t)1 << (row & 63));
@@ -357,6 +358,7 @@ static inline float *vdb_lend_vector(const vdb_database *db, size_t row) {
   float unknown = -1.0f;
   if (vdb_element_of(db->options.storage) != VDB_F32) return NULL;
   if (!db->read_only) __atomic_store_n(&((vdb_database *)(uintptr_t)db)->changes.lent, 1, __ATOMIC_RELAXED);
+  if (!db->mapping.base) vdb_rows_change(db);
   if (!db->mapping.base)
     __atomic_store(&vdb_block_of(db, row)->norms[vdb_row_in_block(db, row)], &unknown, __ATOMIC_RELAXED);
   return (float *)(uintptr_t)vdb_vector_at(db, row);
@@ -368,7 +370,7 @@ VDB_API vdb_error vdb_refresh_vector(vdb_database *db, size_t index) {
   vdb_enter_write(&db->lock);
   vdb_error error = vdb_is_row(db, index) ? VDB_OK : VDB_ERROR_INVALID_INDEX;
   if (!error && vdb_element_of(db->options.storage) == VDB_F32) {
-    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL), vdb_mark_whole(db, index);
+    if (vdb_all_finite((const float *)vdb_vector_at(db, index), db->dimensions)) vdb_describe_row(db, index, NULL), vdb_mark_whole(db, index), vdb_rows_change(db);
     else error = VDB_ERROR_NOT_FINITE;
   }
   vdb_leave_write(&db->lock);

@@ -98,7 +98,7 @@ VDB_RARE void vdb_column_release(vdb_column *column) {
 VDB_RARE void vdb_kept_release(vdb_columns *columns) {
   for (int i = 0; i < VDB_KEPT_FILTERS; i++) {
     VDB_FREE(columns->kept[i].key);
-    VDB_FREE(columns->kept[i].bits);
+    vdb_passing_leave(columns->kept[i].passing);
   }
   memset(columns->kept, 0, sizeof columns->kept);
 }
@@ -126,7 +126,7 @@ VDB_RARE size_t vdb_columns_bytes(vdb_columns *columns) {
     for (size_t c = 0; c < column->chunk_capacity; c++) bytes += column->chunks[c] ? sizeof(vdb_chunk) : 0;
     for (size_t w = 0; w < column->word_count; w++) bytes += column->words[w].size + 1;
   }
-  for (int i = 0; i < VDB_KEPT_FILTERS; i++) bytes += columns->kept[i].key_size + columns->kept[i].words * sizeof(uint64_t);
+  for (int i = 0; i < VDB_KEPT_FILTERS; i++) bytes += columns->kept[i].key_size + vdb_passing_bytes(columns->kept[i].passing);
   vdb_columns_leave(columns);
   return bytes;
 }

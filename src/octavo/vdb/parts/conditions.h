@@ -29,7 +29,7 @@ typedef struct {
   size_t count, capacity;
   uint64_t *out; /* [words] */
   size_t words;
-  size_t passing; /* rows that pass, by a sample, where they are asked one by one */
+  size_t passing; /* rows that pass, by a sample, where they are asked one by one; of a range, at most */
 } vdb_filtering;
 
 /* How many nodes a condition makes; SIZE_MAX for what is no condition. */
@@ -318,7 +318,7 @@ static int vdb_filter_asks(uint64_t index, void *context) {
 }
 
 #define VDB_SORTED_AFTER 8u  /* conditions on a column whose rows have not changed: then it is sorted by value */
-#define VDB_SORTED_SHARE 32u /* a bitset is made of a sorted column where at most one row in so many is in the range */
+#define VDB_SORTED_SHARE 8u  /* a bitset is made of a sorted column where at most one row in so many is in the range */
 
 /* Whether a node asks for a range of the numbers that its column is sorted by. */
 VDB_RARE int vdb_node_is_range(const vdb_node *node) {
@@ -377,13 +377,22 @@ static inline int vdb_others_say(const vdb_filtering *filtering, const vdb_node 
   return all;
 }
 
+#define VDB_PICKED_MOST 64u /* rows of a chunk that are asked one by one: all of it takes as long as so many */
+
 /* Takes from the bitset, which has the rows that pass one node, those that do not pass the others that must: by row, since
  * memory cannot foresee the order of the column's values, and not by row where the chunk says enough. */
 VDB_ONCE void vdb_filter_picked(const vdb_filtering *filtering, const vdb_node *known) {
   for (size_t first = 0; first < filtering->words; first += VDB_COLUMN_WORDS) {
     int says = vdb_others_say(filtering, known, first / VDB_COLUMN_WORDS);
+    size_t words = vdb_min(VDB_COLUMN_WORDS, filtering->words - first);
+    uint64_t *out = filtering->out + first, passes[VDB_COLUMN_WORDS];
     if (says == 1) continue;
-    for (size_t word = first; word < vdb_min(first + VDB_COLUMN_WORDS, filtering->words); word++) {
+    if (says == 2 && vdb_active()->count(out, out, words) > VDB_PICKED_MOST) {
+      vdb_filter_chunk(filtering, filtering->nodes, first / VDB_COLUMN_WORDS, passes);
+      for (size_t word = 0; word < words; word++) out[word] &= passes[word];
+      continue;
+    }
+    for (size_t word = first; word < first + words; word++) {
       if (!says) filtering->out[word] = 0;
       for (uint64_t rest = filtering->out[word]; rest; rest &= rest - 1)
         if (!vdb_filter_others(filtering, known, 64 * word + (size_t)__builtin_ctzll(rest)))
@@ -412,6 +421,7 @@ VDB_ONCE int vdb_filter_from_order(vdb_filtering *filtering) {
     most = count;
   }
   if (!best) return 0;
+  filtering->passing = most;
   memset(filtering->out, 0, filtering->words * sizeof(uint64_t));
   for (size_t i = from; i < from + most; i++) {
     uint32_t row = best->column.order[i];
@@ -426,6 +436,12 @@ VDB_ONCE int vdb_filter_from_order(vdb_filtering *filtering) {
 
 #define VDB_FILTER_WALK 1024.0 /* the graph's least effort times VDB_WALK_COST: with fewer it leaves this to a scan */
 
+/* Whether so few rows pass that no walk will be made, whatever is asked for. */
+VDB_RARE int vdb_surely_scanned(const vdb_database *db, size_t passing) {
+  size_t linked = db->slots - vdb_min(db->free_count, db->slots);
+  return (double)passing * (double)passing / (double)vdb_max(1, linked) <= VDB_FILTER_WALK;
+}
+
 /* Asks some rows of all. Whether enough pass, of all and for a walk. */
 VDB_LIGHT int vdb_filter_sample(vdb_filtering *filtering) {
   const vdb_database *db = filtering->db;
@@ -437,8 +453,7 @@ VDB_LIGHT int vdb_filter_sample(vdb_filtering *filtering) {
     passed += (size_t)vdb_filter_row(db, filtering->nodes, row);
   }
   if (asked) filtering->passing = (size_t)((double)linked * (double)passed / (double)asked);
-  double walked = (double)filtering->passing * (double)filtering->passing / (double)vdb_max(1, linked);
-  return passed >= VDB_FILTER_LEAST && walked > VDB_FILTER_WALK;
+  return passed >= VDB_FILTER_LEAST && !vdb_surely_scanned(db, filtering->passing);
 }
 
 #define VDB_FILTER_CHUNKS 16u /* of one task */
@@ -512,7 +527,7 @@ VDB_RARE size_t vdb_condition_key(const vdb_condition *condition, unsigned char 
   return size;
 }
 
-/* The bitset that was made for the same condition, if no record has changed since; or the place for a new one. */
+/* Where what was made for the same condition is kept, if no record has changed since; or the place for a new one. */
 VDB_RARE vdb_kept_filter *vdb_kept_find(vdb_columns *columns, const unsigned char *key, size_t size, size_t words) {
   vdb_kept_filter *oldest = &columns->kept[0];
   for (int i = 0; i < VDB_KEPT_FILTERS; i++) {
@@ -523,15 +538,17 @@ VDB_RARE vdb_kept_filter *vdb_kept_find(vdb_columns *columns, const unsigned cha
   return oldest;
 }
 
-/* Makes a bitset, from columns that are made if need be. If there is `by_row` and enough rows pass to ask them one by
- * one, that becomes what knows of them, to be given back by vdb_filtering_return, and there is no bitset. */
-VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *condition, size_t nodes, uint64_t *out,
-                                   size_t words, vdb_filtering *by_row) {
+/* Makes a bitset, from columns that are made if need be, and counts what passes. If there is `by_row` and enough rows pass
+ * to ask them one by one, that becomes what knows of them, to be given back by vdb_filtering_return, and there is no
+ * bitset. */
+VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *condition, size_t nodes,
+                                   vdb_passing *passing, vdb_filtering *by_row) {
+  size_t words = passing->words;
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   vdb_filtering filtering;
   memset(&filtering, 0, sizeof filtering);
   filtering.db = db;
-  filtering.out = out;
+  filtering.out = passing->bits;
   filtering.words = words;
   filtering.nodes = (vdb_node *)VDB_MALLOC(nodes * sizeof(vdb_node));
   vdb_error error = filtering.nodes ? vdb_condition_columns(db, columns, condition) : VDB_ERROR_OUT_OF_MEMORY;
@@ -544,59 +561,85 @@ VDB_RARE vdb_error vdb_filter_make(const vdb_database *db, const vdb_condition *
   }
   size_t chunks = (words + VDB_COLUMN_WORDS - 1) / VDB_COLUMN_WORDS;
   if (!error && !made) vdb_parallel(db, (chunks + VDB_FILTER_CHUNKS - 1) / VDB_FILTER_CHUNKS, vdb_filter_task, &filtering);
+  if (!error) vdb_passing_count(db, passing, made && vdb_surely_scanned(db, filtering.passing) ? filtering.passing : SIZE_MAX);
   vdb_filtering_end(&filtering);
   return error;
 }
 
-/* Keeps a copy of a bitset for whoever asks again; `key` is taken over. For want of memory nothing is kept. */
-VDB_RARE void vdb_kept_enter(vdb_kept_filter *kept, unsigned char *key, size_t key_size, const uint64_t *bits,
-                             size_t words) {
-  VDB_FREE(kept->key);
-  VDB_FREE(kept->bits);
-  memset(kept, 0, sizeof *kept);
-  kept->bits = (uint64_t *)VDB_MALLOC((words + 1) * sizeof(uint64_t));
-  if (!kept->bits) {
-    VDB_FREE(key);
-    return;
-  }
-  memcpy(kept->bits, bits, words * sizeof(uint64_t));
-  kept->key = key;
-  kept->key_size = key_size;
-  kept->words = words;
+/* Whether rows that pass are few enough, with all that are kept, to be copied. Pages of a file are not: they may be more
+ * than there is memory. */
+VDB_RARE int vdb_worth_packing(const vdb_database *db, const vdb_passing *passing) {
+  size_t packed = passing->count;
+  for (int i = 0; i < VDB_KEPT_FILTERS; i++)
+    if (db->columns.kept[i].passing && db->columns.kept[i].passing->packed) packed += db->columns.kept[i].passing->count;
+  return passing->count && packed <= db->slots / VDB_PACKED_SHARE && !db->paging.limit && !db->paging.on_disk;
 }
 
-/* The bitset [slots / 64, rounded up] of a condition, to be freed; bits of rows that are gone mean nothing. Under a
- * reader's lock: searches that filter by value make their bitsets one after the other, each on all threads. With `by_row`,
- * zeroed, there may be none: then that has nodes (see vdb_filter_make). */
+/* What is kept, asked for again: counted anew if rows have changed, and copied, if that is worth while, once they have not
+ * between two searches. What others may be reading is not changed but replaced. */
+VDB_RARE void vdb_kept_renew(const vdb_database *db, vdb_kept_filter *kept) {
+  int steady = vdb_passing_holds(db, kept->passing);
+  if (steady && kept->passing->tried) return;
+  vdb_passing *renewed = vdb_passing_make(kept->passing->words);
+  if (!renewed) return;
+  memcpy(renewed->bits, kept->passing->bits, renewed->words * sizeof(uint64_t));
+  vdb_passing_leave(kept->passing);
+  kept->passing = renewed;
+  vdb_passing_count(db, renewed, SIZE_MAX);
+  renewed->tried = steady;
+  if (steady && vdb_worth_packing(db, renewed)) vdb_passing_pack(db, renewed);
+}
+
+/* Keeps what a condition was made into for whoever asks again, or, without `passing`, that it was asked; `key` is taken
+ * over. */
+VDB_RARE void vdb_kept_enter(vdb_kept_filter *kept, unsigned char *key, size_t key_size, size_t words,
+                             vdb_passing *passing) {
+  if (kept->key != key) VDB_FREE(kept->key);
+  vdb_passing_leave(kept->passing);
+  if (passing) vdb_passing_enter(passing);
+  kept->passing = passing;
+  kept->words = words;
+  kept->key = key;
+  kept->key_size = key_size;
+}
+
+/* The rows that pass a condition, to be left by vdb_passing_leave. Under a reader's lock: searches that filter by value
+ * make their bitsets one after the other, each on all threads. With `by_row`, zeroed, there may be none: then that has
+ * nodes (see vdb_filter_make). */
 VDB_RARE vdb_error vdb_filter_by(const vdb_database *db, const vdb_condition *condition, vdb_filtering *by_row,
-                                 uint64_t **out) {
+                                 vdb_passing **out) {
   vdb_columns *columns = &((vdb_database *)(uintptr_t)db)->columns;
   size_t nodes = vdb_condition_nodes(condition, 0), words = (db->slots + 63) / 64;
   *out = NULL;
   if (nodes == SIZE_MAX || nodes > SIZE_MAX / sizeof(vdb_node)) return VDB_ERROR_INVALID_ARGUMENT;
   size_t size = vdb_condition_key(condition, NULL);
   unsigned char *key = (unsigned char *)VDB_MALLOC(size);
-  uint64_t *bits = (uint64_t *)VDB_MALLOC((words + 1) * sizeof(uint64_t));
-  if (!key || !bits) {
-    VDB_FREE(key);
-    VDB_FREE(bits);
-    return VDB_ERROR_OUT_OF_MEMORY;
-  }
+  if (!key) return VDB_ERROR_OUT_OF_MEMORY;
   (void)vdb_condition_key(condition, key);
   vdb_columns_enter(columns);
   if (columns->count > VDB_COLUMNS_MOST && !columns->lent) vdb_columns_release(columns);
   vdb_error error = vdb_columns_refresh(db, columns);
   vdb_kept_filter *kept = vdb_kept_find(columns, key, size, words);
-  int known = !error && kept->key && kept->words == words && kept->key_size == size && memcmp(kept->key, key, size) == 0;
-  if (known) memcpy(bits, kept->bits, words * sizeof(uint64_t));
-  else if (!error) error = vdb_filter_make(db, condition, nodes, bits, words, by_row);
-  int made = !error && !known && !(by_row && by_row->nodes);
-  if (made) vdb_kept_enter(kept, key, size, bits, words);
-  if (known || made) kept->asked = ++columns->searches;
+  int again = !error && kept->key && kept->words == words && kept->key_size == size && memcmp(kept->key, key, size) == 0;
+  vdb_passing *passing = NULL;
+  if (again && kept->passing) {
+    vdb_kept_renew(db, kept);
+    passing = kept->passing;
+    vdb_passing_enter(passing);
+  } else if (!error) {
+    passing = vdb_passing_make(words);
+    error = !passing ? VDB_ERROR_OUT_OF_MEMORY
+                     : vdb_filter_make(db, condition, nodes, passing, again ? NULL : by_row);
+    if (error || (by_row && by_row->nodes)) vdb_passing_leave(passing), passing = NULL;
+    if (!error) vdb_kept_enter(kept, key, size, words, passing), key = NULL;
+  }
+  if (!error) kept->asked = ++columns->searches;
   vdb_columns_leave(columns);
-  if (!made) VDB_FREE(key);
-  if (!made && !known) VDB_FREE(bits);
-  else *out = bits;
+  VDB_FREE(key);
+  *out = passing;
   return error;
 }
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
 

@@ -139,6 +139,7 @@ typedef struct {
   int with_ids;           /* not 0: fill `ids` */
   int with_metadata;      /* not 0: fill `metadata`, `metadata_sizes` and `has_values` */
   const vdb_condition *where; /* by values; NULL for none. The first search that asks for a name reads it from all rows */
+  const struct vdb_passing *passing; /* the library's own: NULL */
 } vdb_query_options;
 
 /* The answer to `queries` questions: arrays [queries][k], nearest first, where k is what was asked for, or the number

@@ -2,6 +2,7 @@
 
 /* Live rows that the bitset lets pass; or about so many as a condition does. */
 VDB_ONCE size_t vdb_count_passing(const vdb_database *db, const vdb_query_options *options) {
+  if (vdb_passing_holds(db, options->passing)) return options->passing->count;
   if (options->filter == vdb_filter_asks) return ((const vdb_filtering *)options->filter_context)->passing;
   if (!options->bitset) return db->count;
   return vdb_active()->count(options->bitset, db->live, vdb_min((db->slots + 63) / 64, options->bitset_words));
@@ -82,19 +83,6 @@ VDB_ONCE int vdb_score_group(const vdb_scan *scan, size_t row, uint32_t mask, fl
   return vdb_group_passes(scan, threshold, group);
 }
 
-/* The same of the group's rows, which may lie anywhere. */
-VDB_ONCE int vdb_score_gathered(const vdb_scan *scan, float threshold, vdb_group *group) {
-  const vdb_database *db = scan->db;
-  const void *rows[VDB_SCAN_ROWS];
-  for (size_t i = 0; i < group->count; i++) {
-    size_t place = vdb_row_in_block(db, group->rows[i]);
-    rows[i] = vdb_scanned_rows(db, vdb_block_of(db, group->rows[i])) + place * vdb_scanned_bytes(db);
-  }
-  vdb_score_rows(scan, rows, group);
-  vdb_terms_of_rows(scan, group->rows, group->count, &group->terms);
-  return vdb_group_passes(scan, threshold, group);
-}
-
 /* Adds the rows of a group that may be in the answer to the list. */
 VDB_ONCE void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_shortlist *list) {
   for (size_t i = 0; i < group->count; i++) {
@@ -106,41 +94,116 @@ VDB_ONCE void vdb_keep_group(const vdb_scan *scan, const vdb_group *group, vdb_s
   }
 }
 
-static inline void vdb_prefetch_scanned(const vdb_database *db, size_t row) {
-  const vdb_block *block = vdb_block_of(db, row);
-  size_t place = vdb_row_in_block(db, row), bytes = vdb_scanned_bytes(db);
-  const unsigned char *start = vdb_scanned_rows(db, block) + place * bytes;
-  for (size_t at = 0; at < vdb_min(bytes, 1024); at += 64) __builtin_prefetch(start + at);
-  __builtin_prefetch(&block->norms[place]);
-  if (block->scales) __builtin_prefetch(&block->scales[place]);
-  if (block->residuals) __builtin_prefetch(&block->residuals[place]);
+#define VDB_FEW_ROWS 512u /* gathered at a time, at least */
+#define VDB_FEW_WORDS 128u
+
+/* Rows that a bitset leaves, on the way to be scored: where what is read of 32 of them and of the next 32 lies. */
+typedef struct {
+  size_t word, last; /* words of the bitset that are not yet looked at */
+  size_t begin, end; /* rows */
+  size_t count;
+  uint32_t rows[VDB_FEW_ROWS + 64 * VDB_FEW_WORDS + 2];
+  vdb_row_place places[2][VDB_SCAN_ROWS];
+} vdb_few;
+
+/* The numbers of more rows. Whether a word has a bit, or a second one, cannot be foreseen where 1% pass, and a wrong guess
+ * costs as much as a row: so words with a bit are found, and their first two bits written, without a branch. */
+VDB_ONCE void vdb_few_gather(const vdb_scan *scan, vdb_few *few) {
+  const uint64_t *live = scan->db->live, *bitset = scan->options->bitset;
+  size_t count = few->count;
+  while (count < VDB_FEW_ROWS && few->word < few->last) {
+    uint64_t words[VDB_FEW_WORDS + 1];
+    uint32_t firsts[VDB_FEW_WORDS + 1];
+    size_t found = 0, last = vdb_min(few->word + VDB_FEW_WORDS, few->last);
+    for (size_t word = few->word; word < last; word++) {
+      words[found] = live[word] & bitset[word];
+      firsts[found] = (uint32_t)(word << 6);
+      found += words[found] != 0;
+    }
+    if (found && firsts[0] < few->begin) words[0] &= ~(uint64_t)0 << (few->begin & 63);
+    if (found && few->end - firsts[found - 1] < 64) words[found - 1] &= ((uint64_t)1 << (few->end & 63)) - 1;
+    for (size_t i = 0; i < found; i++) {
+      uint64_t bits = words[i], rest = bits & (bits - 1);
+      few->rows[count] = firsts[i] + (uint32_t)__builtin_ctzll(bits | (uint64_t)1 << 63);
+      count += bits != 0;
+      few->rows[count] = firsts[i] + (uint32_t)__builtin_ctzll(rest | (uint64_t)1 << 63);
+      count += rest != 0;
+      for (rest &= rest - 1; rest; rest &= rest - 1) few->rows[count++] = firsts[i] + (uint32_t)__builtin_ctzll(rest);
+    }
+    few->word = last;
+  }
+  few->count = count;
+}
+
+/* Finds where up to 32 rows lie, and asks for what will be read of them. */
+VDB_ONCE void vdb_few_fetch(const vdb_database *db, const uint32_t *rows, size_t count, vdb_row_place *places) {
+  static const float one = 1.0f, none = 0.0f;
+  size_t bytes = vdb_scanned_bytes(db), fetched = vdb_min(bytes, 1024);
+  for (size_t i = 0; i < count; i++) {
+    const vdb_block *block = vdb_block_of(db, rows[i]);
+    size_t place = vdb_row_in_block(db, rows[i]);
+    const unsigned char *row = vdb_scanned_rows(db, block) + place * bytes;
+    places[i].row = row;
+    places[i].norm = &block->norms[place];
+    places[i].scale = block->scales ? &block->scales[place] : &one;
+    places[i].residual = block->residuals ? &block->residuals[place] : &none;
+    for (size_t at = 0; at < fetched; at += 64) __builtin_prefetch(row + at);
+    __builtin_prefetch(places[i].norm);
+    __builtin_prefetch(places[i].scale);
+    __builtin_prefetch(places[i].residual);
+  }
 }
 
 /* Where a bitset leaves few rows: they are gathered, so that as many are scored side by side as where all pass, and the
  * memory has the next ones on their way meanwhile. */
-static inline void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+VDB_ONCE void vdb_scan_few(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
   const vdb_database *db = scan->db;
-  vdb_group groups[2];
+  vdb_few few;
+  vdb_group group;
+  const void *rows[VDB_SCAN_ROWS];
   unsigned now = 0;
-  groups[0].count = groups[1].count = 0;
-  for (size_t word = begin >> 6; word << 6 < end && word < scan->options->bitset_words; word++) {
-    uint64_t bits = db->live[word] & scan->options->bitset[word];
-    if (word << 6 < begin) bits &= ~(uint64_t)0 << (begin & 63);
-    if (end - (word << 6) < 64) bits &= ((uint64_t)1 << (end & 63)) - 1;
-    for (; bits; bits &= bits - 1) {
-      vdb_group *group = &groups[now];
-      uint32_t row = (uint32_t)((word << 6) + (size_t)__builtin_ctzll(bits));
-      group->rows[group->count++] = row;
-      vdb_prefetch_scanned(db, row);
-      if (group->count < VDB_SCAN_ROWS) continue;
-      group = &groups[now ^= 1]; /* the one before it, whose rows are there by now */
-      list->threshold = vdb_share_threshold(shared, list->threshold);
-      if (group->count && vdb_score_gathered(scan, list->threshold, group)) vdb_keep_group(scan, group, list);
-      group->count = 0;
+  few.begin = begin, few.end = end, few.count = 0;
+  few.word = begin >> 6, few.last = vdb_min((end + 63) / 64, scan->options->bitset_words);
+  vdb_few_gather(scan, &few);
+  vdb_few_fetch(db, few.rows, vdb_min(few.count, VDB_SCAN_ROWS), few.places[0]);
+  for (size_t done = 0; few.count > done; done += group.count, now ^= 1) {
+    if (few.count - done < 2 * VDB_SCAN_ROWS) {
+      memmove(few.rows, few.rows + done, (few.count - done) * sizeof(uint32_t));
+      few.count -= done;
+      done = 0;
+      size_t before = few.count;
+      vdb_few_gather(scan, &few);
+      if (before < VDB_SCAN_ROWS) /* the group was not full when it was fetched */
+        vdb_few_fetch(db, few.rows, vdb_min(few.count, VDB_SCAN_ROWS), few.places[now]);
     }
+    group.count = vdb_min(few.count - done, VDB_SCAN_ROWS);
+    size_t next = vdb_min(few.count - done - group.count, VDB_SCAN_ROWS);
+    vdb_few_fetch(db, few.rows + done + group.count, next, few.places[now ^ 1]);
+    for (size_t i = 0; i < group.count; i++) rows[i] = few.places[now][i].row;
+    memcpy(group.rows, few.rows + done, group.count * sizeof(uint32_t));
+    list->threshold = vdb_share_threshold(shared, list->threshold);
+    vdb_score_rows(scan, rows, &group);
+    vdb_terms_of_rows(scan, few.places[now], group.count, &group.terms);
+    if (vdb_group_passes(scan, list->threshold, &group)) vdb_keep_group(scan, &group, list);
   }
-  for (int i = 0; i < 2; i++)
-    if (groups[i].count && vdb_score_gathered(scan, list->threshold, &groups[i])) vdb_keep_group(scan, &groups[i], list);
+}
+
+/* Rows that were copied, from `begin` on. */
+VDB_ONCE void vdb_scan_packed(const vdb_scan *scan, size_t begin, size_t end, float *shared, vdb_shortlist *list) {
+  size_t stride = vdb_scanned_bytes(scan->db);
+  const vdb_block *block = &scan->packed->rows;
+  const unsigned char *base = vdb_scanned_rows(scan->db, block);
+  const void *rows[VDB_SCAN_ROWS];
+  vdb_group group;
+  for (size_t place = begin; place < end; place += VDB_SCAN_ROWS) {
+    group.count = vdb_min(end - place, VDB_SCAN_ROWS);
+    for (size_t i = 0; i < group.count; i++) rows[i] = base + (place + i) * stride;
+    memcpy(group.rows, scan->packed->packed + place, group.count * sizeof(uint32_t));
+    list->threshold = vdb_share_threshold(shared, list->threshold);
+    vdb_score_rows(scan, rows, &group);
+    vdb_terms(scan, block, place, NULL, group.count, &group.terms);
+    if (vdb_group_passes(scan, list->threshold, &group)) vdb_keep_group(scan, &group, list);
+  }
 }
 
 static inline void vdb_scan_task(void *context, size_t task) {
@@ -149,7 +212,11 @@ static inline void vdb_scan_task(void *context, size_t task) {
   vdb_scan scan = *job->scan;
   scan.decoded += task * vdb_padded(db->dimensions);
   vdb_shortlist *list = &job->lists[task];
-  size_t row = task * job->rows_per_task, end = vdb_min(row + job->rows_per_task, db->slots);
+  size_t row = task * job->rows_per_task, end = vdb_min(row + job->rows_per_task, scan.packed ? scan.packed->count : db->slots);
+  if (scan.packed) {
+    vdb_scan_packed(&scan, row, end, &job->shared, list);
+    return;
+  }
   if (scan.few) {
     vdb_scan_few(&scan, row, end, &job->shared, list);
     return;
@@ -165,12 +232,12 @@ static inline void vdb_scan_task(void *context, size_t task) {
   }
 }
 
-/* How many tasks a pass over the rows is cut into, and how many rows each has (whole groups). */
-VDB_ONCE size_t vdb_cut_rows(const vdb_database *db, size_t work, size_t *rows_per_task) {
-  size_t threads = vdb_thread_count(db), groups = (db->slots + VDB_SCAN_ROWS - 1) / VDB_SCAN_ROWS;
+/* How many tasks a pass over so many rows is cut into, and how many rows each has (whole groups). */
+VDB_ONCE size_t vdb_cut_rows(const vdb_database *db, size_t rows, size_t work, size_t *rows_per_task) {
+  size_t threads = vdb_thread_count(db), groups = (rows + VDB_SCAN_ROWS - 1) / VDB_SCAN_ROWS;
   size_t tasks = threads == 1 || work < VDB_PARALLEL_BYTES ? 1 : vdb_min(4 * threads, groups);
   *rows_per_task = vdb_max(1, (groups + tasks - 1) / tasks) * VDB_SCAN_ROWS;
-  return vdb_max(1, (db->slots + *rows_per_task - 1) / *rows_per_task);
+  return vdb_max(1, (rows + *rows_per_task - 1) / *rows_per_task);
 }
 
 /* The nearest rows, sorted: the heap gives the farthest first. */
@@ -203,7 +270,9 @@ VDB_ONCE vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *ques
     *found = vdb_scan_zero(db, options, k, out);
     return VDB_OK;
   }
-  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots * vdb_scanned_bytes(db), &rows_per_task);
+  const vdb_passing *passing = options->passing, *packed = vdb_passing_holds(db, passing) && passing->packed ? passing : NULL;
+  size_t rows = packed ? packed->count : db->slots, rows_per_task;
+  size_t tasks = vdb_cut_rows(db, rows, rows * vdb_scanned_bytes(db), &rows_per_task);
   size_t list_bytes = vdb_shortlist_bytes(k), decoded = vdb_padded(db->dimensions) * sizeof(float);
   size_t lists_bytes = vdb_round_up(tasks * sizeof(vdb_shortlist), 64);
   unsigned char *memory = (unsigned char *)vdb_aligned_alloc(lists_bytes + tasks * (list_bytes + decoded));
@@ -213,7 +282,8 @@ VDB_ONCE vdb_error vdb_scan_one(const vdb_database *db, const vdb_question *ques
   vdb_form form = vdb_form_of(db, 0);
   vdb_scan scan = vdb_scan_make(db, question, options, form, vdb_rounding(db->dimensions), question->missing,
                                 (float *)(void *)(memory + lists_bytes + tasks * list_bytes));
-  scan.few = options->bitset && vdb_few_pass(db, options);
+  scan.packed = packed;
+  scan.few = !packed && vdb_few_pass(db, options);
   vdb_scan_job job = {&scan, rows_per_task, lists, -INFINITY};
   vdb_parallel(db, tasks, vdb_scan_task, &job);
   for (size_t i = 1; i < tasks; i++) vdb_shortlist_merge(&scan, &lists[0], &lists[i]);
@@ -341,7 +411,7 @@ VDB_ONCE vdb_error vdb_scan_panel(const vdb_database *db, const vdb_question *qu
   memset(&job, 0, sizeof job);
   job.db = db, job.options = options, job.questions = questions, job.out = out, job.counts = counts;
   job.panel.queries = count, job.panel.width = width;
-  job.tasks = vdb_cut_rows(db, db->slots * db->dimensions * count, &job.rows_per_task);
+  job.tasks = vdb_cut_rows(db, db->slots, db->slots * db->dimensions * count, &job.rows_per_task);
   job.scratch_bytes = vdb_tile_space_bytes(db->dimensions, width);
   size_t data = place, decoded = place += vdb_round_up(vdb_active()->panel_bytes(element, width, db->dimensions), 64);
   size_t scans = place += count * vdb_padded(db->dimensions) * sizeof(float);
@@ -438,7 +508,7 @@ VDB_ONCE vdb_error vdb_range_one(const vdb_database *db, const vdb_question *que
     vdb_range_zero(db, options, radius, out);
     return out->failed ? VDB_ERROR_OUT_OF_MEMORY : VDB_OK;
   }
-  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots * vdb_scanned_bytes(db), &rows_per_task);
+  size_t rows_per_task, tasks = vdb_cut_rows(db, db->slots, db->slots * vdb_scanned_bytes(db), &rows_per_task);
   size_t decoded = vdb_padded(db->dimensions) * sizeof(float), balls = vdb_round_up(tasks * sizeof(vdb_ball), 64);
   unsigned char *memory = (unsigned char *)vdb_aligned_alloc(balls + tasks * decoded);
   if (!memory) return VDB_ERROR_OUT_OF_MEMORY;

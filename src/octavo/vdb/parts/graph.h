@@ -292,7 +292,7 @@ VDB_ONCE vdb_aim vdb_aim_at_row(const vdb_database *db, uint32_t row, int codes,
 }
 
 /* The key in double, for rows that a float's range does not bear. Slow, and rare. */
-static inline float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uint32_t row, vdb_walker *walker) {
+VDB_ONCE float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uint32_t row, vdb_walker *walker) {
   double dot = 0.0, squares = 0.0, query_square = 0.0, row_square = 0.0, key;
   if (!aim->values) vdb_decode_row(db, aim->row, walker->values);
   vdb_decode_row(db, row, walker->decoded);
@@ -314,7 +314,7 @@ static inline float vdb_wild_key(const vdb_database *db, const vdb_aim *aim, uin
 }
 
 /* keys[i] of rows[i]; all rows are below db->slots, and count is at most the walker's gather. */
-static inline void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
+VDB_ONCE void vdb_find_keys(const vdb_database *db, const vdb_aim *aim, const uint32_t *rows, size_t count,
                                  vdb_walker *walker, float *keys) {
   const vdb_kernel_set *kernels = vdb_active();
   vdb_element element = vdb_element_of(db->options.storage);

@@ -500,6 +500,97 @@ VDB_ONCE size_t vdb_rank(const vdb_database *db, const vdb_question *question, c
   return passed;
 }
 
+/* Rows that pass among the neighbours of a row, and among the neighbours of those neighbours that do not: at most `most`
+ * that the walk has not met, into walker->fresh. `seen` and `passed` count rows that were looked at. */
+static inline size_t vdb_gather_passing(const vdb_database *db, const vdb_aim *aim, const vdb_query_options *options,
+                                        uint32_t row, size_t most, size_t *seen, size_t *passed, vdb_walker *walker) {
+  const uint32_t *links = vdb_links_at(db, row);
+  uint32_t bridges[2 * 128];
+  size_t count = vdb_link_count(db, links, 0), kept = 0, bridge_count = 0;
+  for (size_t i = 1; i <= count; i++) {
+    uint32_t other = links[i];
+    if (other >= db->slots || walker->visited[other] == walker->epoch) continue;
+    int passes = vdb_passes(db, options, other);
+    ++*seen;
+    *passed += (size_t)passes;
+    walker->visited[other] = walker->epoch;
+    if (passes) {
+      walker->fresh[kept++] = other;
+      vdb_prefetch_near(db, aim, other);
+      continue;
+    }
+    bridges[bridge_count++] = other;
+    const char *list = (const char *)vdb_links_at(db, other);
+    for (size_t at = 0; at < vdb_link_stride(db) * sizeof(uint32_t); at += 64) __builtin_prefetch(list + at);
+  }
+  for (size_t b = 0; b < bridge_count && kept < most; b++) {
+    links = vdb_links_at(db, bridges[b]);
+    count = vdb_link_count(db, links, 0);
+    for (size_t i = 1; i <= count && kept < most; i++) {
+      uint32_t other = links[i];
+      if (other >= db->slots) continue;
+      ++*seen;
+      if (!vdb_passes(db, options, other)) continue;
+      ++*passed;
+      if (walker->visited[other] == walker->epoch) continue;
+      walker->visited[other] = walker->epoch;
+      walker->fresh[kept++] = other;
+      vdb_prefetch_near(db, aim, other);
+    }
+  }
+  return kept;
+}
+
+#define VDB_BRIDGED_SHARE 0.25 /* walks are bridged where fewer rows pass */
+#define VDB_BRIDGED_SEEN 16.0 /* rows that should pass among those seen before it is judged whether enough do */
+
+/* As vdb_walk on the lowest level, but of rows that pass a bitset, and over those that do not: the pool holds, but for the
+ * start, rows that pass only. 0 where those near the query are far fewer than `share`: they may all be elsewhere, and this
+ * might not find the way. */
+VDB_ONCE size_t vdb_walk_passing(const vdb_database *db, const vdb_aim *aim, const vdb_query_options *options,
+                                 vdb_near start, double share, size_t effort, vdb_walker *walker) {
+  vdb_near *pool = walker->pool;
+  size_t count = 1, place = 0, seen = 0, passed = 0, most = vdb_most_links(db, 0);
+  int judged = 0;
+  vdb_start_walk(walker);
+  walker->visited[start.row] = walker->epoch;
+  pool[0] = start;
+  pool[0].expanded = 0;
+  while (place < count) {
+    if (pool[place].expanded) {
+      place++;
+      continue;
+    }
+    pool[place].expanded = 1;
+    size_t fresh = vdb_gather_passing(db, aim, options, pool[place].row, most, &seen, &passed, walker), nearest = effort;
+    if (!judged && (double)seen * share > VDB_BRIDGED_SEEN) {
+      if ((double)passed < 0.5 * share * (double)seen) return 0;
+      judged = 1;
+    }
+    size_t next = place + 1;
+    while (next < count && pool[next].expanded) next++;
+    if (next < count) __builtin_prefetch(vdb_links_at(db, pool[next].row));
+    vdb_find_keys(db, aim, walker->fresh, fresh, walker, walker->keys);
+    for (size_t i = 0; i < fresh; i++) {
+      if (count == effort && !(walker->keys[i] < pool[count - 1].key)) continue;
+      nearest = vdb_min(nearest, vdb_pool_enter(pool, &count, effort, walker->keys[i], walker->fresh[i]));
+    }
+    place = nearest <= place ? nearest : place + 1;
+  }
+  return count;
+}
+
+/* Walks from the entry over the lowest level: over rows that pass, if a bitset knows which, or else with a pool so large
+ * that enough of it pass. */
+VDB_ONCE size_t vdb_walk_filtered(const vdb_database *db, const vdb_aim *aim, const vdb_query_options *options, double share,
+                                  size_t effort, size_t widened, vdb_walker *walker) {
+  vdb_near start = vdb_approach(db, aim, 0, walker);
+  size_t count = 0;
+  if (options->bitset && !options->filter && share < VDB_BRIDGED_SHARE)
+    count = vdb_walk_passing(db, aim, options, start, share, effort + 1, walker);
+  return count > effort ? count : vdb_walk(db, aim, start, 0, widened, walker);
+}
+
 /* Walks, with more effort the fewer rows pass. Gives up, and answers *found < k, when a scan is less work. */
 VDB_ONCE vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *question,
                                          const vdb_query_options *options, size_t passing, size_t k, vdb_found *out,
@@ -513,11 +604,12 @@ VDB_ONCE vdb_error vdb_search_graph(const vdb_database *db, const vdb_question *
   while (widened * VDB_WALK_COST < (double)passing) {
     vdb_walker *walker = vdb_take_walker(db, (size_t)widened + 1);
     if (!walker) return VDB_ERROR_OUT_OF_MEMORY;
-    size_t count = vdb_walk(db, &aim, vdb_approach(db, &aim, 0, walker), 0, (size_t)widened, walker);
+    double passed_of = (double)passing / (double)linked;
+    size_t count = vdb_walk_filtered(db, &aim, options, passed_of, effort, (size_t)widened, walker);
     if (aim.codes && db->options.storage == VDB_STORAGE_F32_I8 &&
         vdb_codes_blur(db, &plain, walker->pool, count, walker)) {
       aim.codes = 0;
-      count = vdb_walk(db, &aim, vdb_approach(db, &aim, 0, walker), 0, (size_t)widened, walker);
+      count = vdb_walk_filtered(db, &aim, options, passed_of, effort, (size_t)widened, walker);
     }
     size_t passed = vdb_rank(db, question, options, walker, count, most, k, out, found);
     vdb_give_walker(db, walker);

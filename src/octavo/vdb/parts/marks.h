@@ -1,3 +1,7 @@
+#ifdef VDB_CALM
+#pragma GCC push_options
+#pragma GCC optimize("O1")
+#endif
 /* --- what has changed since the file was read or written --- */
 VDB_INLINE void vdb_mark_all(vdb_database *db) { __atomic_store_n(&db->changes.unknown, 1, __ATOMIC_RELAXED); }
 

@@ -157,6 +157,11 @@ static inline int vdb_sys_get_nprocs(void) { return (int)sysconf(_SC_NPROCESSORS
 #define VDB_ONCE static __attribute__((noinline, unused))
 #define VDB_LIGHT static __attribute__((noinline, unused)) VDB_EFFORT("O1")
 #define VDB_RARE static __attribute__((cold, noinline, unused)) VDB_EFFORT("O0")
+/* gcc compiles what is neither kernel nor scan nor graph, but for what stores vectors, with less effort; not where nothing was
+ * asked of it, or a small size. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#define VDB_CALM
+#endif
 #define VDB_ALIGNMENT 64u /* of every array of rows; as many readable bytes follow each */
 
 VDB_INLINE size_t vdb_min(size_t a, size_t b) { return a < b ? a : b; }

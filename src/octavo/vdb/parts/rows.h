@@ -121,12 +121,12 @@ typedef struct {
 
 #define VDB_KEPT_FILTERS 8
 
-/* The bitset of a condition that was asked for, until a record changes. */
+/* What a condition that was asked for was made into, until a record changes. */
 typedef struct {
   unsigned char *key; /* [key_size] the condition, written out; NULL for none */
   size_t key_size;
-  uint64_t *bits; /* [words] */
-  size_t words;
+  struct vdb_passing *passing; /* NULL if rows were asked one by one */
+  size_t words;                /* of its bitset */
   uint64_t asked; /* when last */
 } vdb_kept_filter;
 
@@ -151,6 +151,7 @@ struct vdb_database {
   vdb_options options;
   size_t threads;       /* options.threads, or the number of cores */
   size_t slots;         /* rows that were ever placed: every index is below */
+  size_t state;         /* grows whenever rows come, go, or may have other vectors; atomically */
   size_t capacity;      /* rows that blocks and the arrays per row have room for */
   unsigned block_shift; /* block_rows = 1 << block_shift */
   vdb_block *blocks;
@@ -207,7 +208,7 @@ typedef struct {
   size_t vectors, codes, norms, scales, residuals, links, total; /* where each array begins, in bytes */
 } vdb_block_layout;
 
-static inline int vdb_has_codes(vdb_storage storage) {
+VDB_INLINE int vdb_has_codes(vdb_storage storage) {
   return storage == VDB_STORAGE_I8 || storage == VDB_STORAGE_F32_I8;
 }
 
@@ -345,8 +346,14 @@ VDB_ONCE void vdb_parallel(const vdb_database *db, size_t tasks, vdb_task run, v
   for (size_t task = 0; task < tasks; task++) run(context, task);
 }
 
+/* What was copied of rows is not what they are any more. */
+static inline void vdb_rows_change(const vdb_database *db) {
+  (void)__atomic_add_fetch(&((vdb_database *)(uintptr_t)db)->state, (size_t)1, __ATOMIC_RELAXED);
+}
+
 /* Rows that are stored and described can be found from here on. */
 static inline void vdb_make_live(vdb_database *db, const uint32_t *rows, size_t count) {
+  vdb_rows_change(db);
   for (size_t i = 0; i < count; i++) db->live[rows[i] >> 6] |= (uint64_t)1 << (rows[i] & 63);
   db->count += count;
 }

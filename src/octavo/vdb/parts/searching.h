@@ -157,11 +157,10 @@ VDB_ONCE char *vdb_answer_fill(const vdb_database *db, vdb_answer *answer, size_
   return text;
 }
 
-/* Puts the rows that pass by their values into the options' bitset. `*made` is to be freed. With `by_row` it may become
+/* Puts the rows that pass by their values into the options' bitset. `*made` is to be left. With `by_row` it may become
  * the options' filter function instead. */
 VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *options, vdb_filtering *by_row,
-                                   uint64_t **made) {
-  size_t words = (db->slots + 63) / 64;
+                                   vdb_passing **made) {
   vdb_error error = vdb_filter_by(db, options->where, by_row, made);
   if (error) return error;
   if (!*made) {
@@ -169,10 +168,17 @@ VDB_RARE vdb_error vdb_apply_where(const vdb_database *db, vdb_query_options *op
     options->filter_context = by_row;
     return VDB_OK;
   }
-  for (size_t i = 0; i < words && options->bitset; i++)
-    (*made)[i] &= i < options->bitset_words ? options->bitset[i] : 0;
-  options->bitset = *made;
-  options->bitset_words = words;
+  if (options->bitset) { /* both: its own, which nobody else has */
+    vdb_passing *both = vdb_passing_make((*made)->words), *one = *made;
+    for (size_t i = 0; both && i < both->words; i++)
+      both->bits[i] = one->bits[i] & (i < options->bitset_words ? options->bitset[i] : 0);
+    vdb_passing_leave(one);
+    *made = both;
+    if (!both) return VDB_ERROR_OUT_OF_MEMORY;
+  }
+  options->bitset = (*made)->bits;
+  options->bitset_words = (*made)->words;
+  options->passing = *made;
   return VDB_OK;
 }
 
@@ -193,7 +199,7 @@ VDB_ONCE vdb_error vdb_answer_from(const vdb_database *db, const vdb_found *foun
 VDB_ONCE vdb_error vdb_query_locked(const vdb_database *db, const float *queries, size_t count,
                                          const vdb_query_options *asked, vdb_answer **out) {
   if (asked->where) {
-    uint64_t *made = NULL;
+    vdb_passing *made = NULL;
     vdb_query_options filtered = *asked;
     vdb_filtering by_row;
     memset(&by_row, 0, sizeof by_row);
@@ -202,7 +208,7 @@ VDB_ONCE vdb_error vdb_query_locked(const vdb_database *db, const float *queries
     filtered.where = NULL;
     if (!error) error = vdb_query_locked(db, queries, count, &filtered, out);
     if (by_row.nodes) vdb_filtering_return(db, &by_row);
-    VDB_FREE(made);
+    vdb_passing_leave(made);
     return error;
   }
   vdb_query_options options = *asked;
@@ -267,7 +273,7 @@ static inline vdb_error vdb_answer_balls(const vdb_database *db, const vdb_ball 
 VDB_LIGHT vdb_error vdb_range_locked(const vdb_database *db, const float *queries, size_t count, float radius,
                                          const vdb_query_options *asked, vdb_answer **out) {
   vdb_query_options options = *asked;
-  uint64_t *made = NULL;
+  vdb_passing *made = NULL;
   vdb_error error = asked->where ? vdb_apply_where(db, &options, NULL, &made) : VDB_OK;
   if (error) return error;
   vdb_ball *balls = (vdb_ball *)VDB_MALLOC((count + 1) * sizeof(vdb_ball));
@@ -283,7 +289,7 @@ VDB_LIGHT vdb_error vdb_range_locked(const vdb_database *db, const float *querie
   while (done) VDB_FREE(balls[--done].rows);
   VDB_FREE(balls);
   vdb_aligned_free(memory);
-  VDB_FREE(made);
+  vdb_passing_leave(made);
   return error;
 }
 
@@ -380,12 +386,12 @@ VDB_API vdb_error vdb_remove_where(vdb_database *db, const vdb_query_options *op
   if (db->read_only) return VDB_ERROR_READ_ONLY;
   if (!options->bitset && !options->filter && !options->where) return VDB_ERROR_INVALID_ARGUMENT;
   vdb_query_options passing = *options;
-  uint64_t *made = NULL;
+  vdb_passing *made = NULL;
   vdb_enter_write(&db->lock);
   vdb_error error = options->where ? vdb_apply_where(db, &passing, NULL, &made) : VDB_OK;
   size_t count = error ? 0 : vdb_drop_passing(db, &passing);
   vdb_leave_write(&db->lock);
-  VDB_FREE(made);
+  vdb_passing_leave(made);
   if (removed) *removed = count;
   return error;
 }
@@ -468,5 +474,9 @@ VDB_API vdb_error vdb_verify(const char *path, char *message, size_t message_siz
   vdb_release(db);
   return error;
 }
+
+#ifdef VDB_CALM
+#pragma GCC pop_options
+#endif
 
 #endif /* VDB_IMPLEMENTED */
