@@ -139,6 +139,25 @@ def test_a_request_that_names_no_token_of_the_model_is_refused_before_others_wai
     assert len(engine._free) == 4
 
 
+@pytest.mark.parametrize("padding", [0.0, 1.5])
+def test_longer_prompts_do_not_go_before_those_that_came_first(padding):
+    model = attached(evict=False, budget=12 * 65536)
+    engine = Engine(model, max_batch=8, step_tokens=2000)
+    engine.scheduler.padding = padding
+    order, preempted = [], []
+    alone, preempt = engine.runner.prefill, engine.runner.preempt
+    engine.runner.prefill = lambda request, count: (order.append(request.number), alone(request, count))[1]
+    engine.runner.preempt = lambda request: (preempted.append(request.number), preempt(request))
+    first = engine.add(tokens(1, 60, 1)[0].tolist(), SamplingParams(max_tokens=4, **GREEDY))
+    later = engine.add(tokens(1, 700, 2)[0].tolist(), SamplingParams(max_tokens=4, **GREEDY))
+    urgent = engine.add(tokens(1, 8, 3)[0].tolist(), SamplingParams(max_tokens=4, **GREEDY), priority=-1)
+    finish(engine)
+    assert order[:3] == [urgent.number, first.number, later.number]
+    assert preempted == []
+    for request in (first, later, urgent):
+        assert request.output.tokens == expected(model, request.prompt, 4)
+
+
 def test_which_prompts_are_read_together():
     def request(length, **has):
         made = Request(0, [1] * length, SamplingParams(), 0, None)
