@@ -78,6 +78,34 @@ def test_another_order_and_another_input_are_computed_alone():
     torch.testing.assert_close(third(x), value(x), atol=1e-6, rtol=1e-5)
 
 
+def test_models_can_be_trained_after_an_answer_in_inference_mode():
+    model = tiny_model()
+    with torch.inference_mode():
+        assert len(products(model)) == 3 * len(model.model.layers)
+    model(tokens(1, 9), use_cache=False).logits.sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad)
+    with torch.inference_mode():
+        model = tiny_model()
+        assert products(model) == []
+
+
+@pytest.mark.parametrize("where", ["flat buffer", "shared by processes"])
+def test_weights_in_memory_of_others_stay_there(where):
+    model = tiny_model("qwen2")  # whose biases lie between
+    if where == "flat buffer":
+        flat, at = torch.cat([p.detach().flatten() for p in model.parameters()]), 0
+        for parameter in model.parameters():
+            parameter.data = flat[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+    else:
+        model.share_memory()
+    addresses = [p.data_ptr() for p in model.parameters()]
+    assert products(model) == []
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
 class Marked(nn.Linear):
     """A linear module of another class, as adapters make them."""
 
