@@ -77,6 +77,18 @@ def test_probes_of_another_device_are_what_is_read_here(shape, dtype, whole_prob
         assert _probes(tensor).flatten().numpy().tobytes() == _probed(tensor)
 
 
+def test_a_column_that_was_a_row_is_probed_on_another_device(monkeypatch):
+    monkeypatch.setattr("octavo.attachment.identity._on_host", lambda tensor: False)
+    module, digests = torch.nn.Module(), Digests()
+    module.weight = torch.nn.Parameter(torch.arange(4096.0)[None].t())
+    assert module.weight.is_contiguous()
+    assert module.weight.stride() == (1, 4096)
+    before = digests.of("weights", module)
+    assert digests.of("weights", module) == before
+    module.weight.data[0] = 7.0
+    assert digests.of("weights", module) != before
+
+
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("how", ["copied in", "through data", "replaced"])
 @pytest.mark.parametrize("std", [1e-6, 1e-4])

@@ -1,12 +1,14 @@
 """Queries, keys and values as one product are what they were, and the model's parameters stay its own."""
 
 import copy
+import sys
 import threading
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from octavo.attachment import compiled as compiled_code
 from octavo.attachment.projections import NAMES, shared_products
@@ -78,6 +80,34 @@ def test_another_order_and_another_input_are_computed_alone():
     torch.testing.assert_close(third(x), value(x), atol=1e-6, rtol=1e-5)
 
 
+def test_models_can_be_trained_after_an_answer_in_inference_mode():
+    model = tiny_model()
+    with torch.inference_mode():
+        assert len(products(model)) == 3 * len(model.model.layers)
+    model(tokens(1, 9), use_cache=False).logits.sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad)
+    with torch.inference_mode():
+        model = tiny_model()
+        assert products(model) == []
+
+
+@pytest.mark.parametrize("where", ["flat buffer", "shared by processes"])
+def test_weights_in_memory_of_others_stay_there(where):
+    model = tiny_model("qwen2")  # whose biases lie between
+    if where == "flat buffer":
+        flat, at = torch.cat([p.detach().flatten() for p in model.parameters()]), 0
+        for parameter in model.parameters():
+            parameter.data = flat[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+    else:
+        model.share_memory()
+    addresses = [p.data_ptr() for p in model.parameters()]
+    assert products(model) == []
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
 class Marked(nn.Linear):
     """A linear module of another class, as adapters make them."""
 
@@ -131,3 +161,46 @@ def test_they_are_used_where_pieces_are_compiled_and_gone_afterwards(monkeypatch
             got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_an_interrupt_of_any_call_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(compiled_code, "_compiled", lambda function, dynamic: function)
+    model, rotary = tiny_model(num_hidden_layers=1), modeling_llama.apply_rotary_pos_emb
+    left, lines = [], 0
+
+    def interrupted(at):
+        """Whether a block was interrupted before call or line number `at`."""
+        seen = 0
+
+        def trace(frame, event, arg):
+            nonlocal seen
+            if frame.f_code.co_filename != compiled_code.__file__:
+                return None
+            name = frame.f_code.co_name  # a lock's own two lines are left out: nothing can come between them
+            if (event == "call" and name != "compiled") or (event == "line" and name == "_put"):
+                seen += 1
+                if seen == at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with compiled_code.compiled(model.model, attention_of(model)):
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    while interrupted(lines + 1):
+        lines += 1
+        inside, replaced = compiled_code._inside.get(), dict(compiled_code._replaced)
+        patched = [name for name, m in model.named_modules() if "forward" in m.__dict__]
+        if inside or replaced or patched or modeling_llama.apply_rotary_pos_emb is not rotary:
+            left.append((lines, inside, patched))
+            break
+    assert lines > 50 or left
+    assert left == []

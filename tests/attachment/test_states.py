@@ -45,6 +45,15 @@ def test_copies_choices_and_turns_go_on_from_their_own_states(hybrid):
     assert cache.nbytes > cache.states.nbytes > 0
 
 
+def test_a_model_that_counts_each_input_from_its_beginning_is_told_where_a_text_goes_on():
+    model, ids = tiny_decoder("bamba"), tokens(1, 40)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    attach(model, chunk=16)
+    got, _ = feed(model, ids, 37)
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
 def test_sequences_join_and_leave_with_their_states(hybrid):
     model, ids, expected = hybrid
     _, one = feed(model, ids[:1, :20], 20)

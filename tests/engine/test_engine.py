@@ -125,6 +125,39 @@ def test_prompts_that_cannot_be_read_together_are_read_alone():
     assert memory_of(model).pool.held() == 0
 
 
+@pytest.mark.parametrize("padding", [0.0, 1.5])
+def test_a_request_that_names_no_token_of_the_model_is_refused_before_others_wait_for_it(padding):
+    model = attached()
+    engine = Engine(model, max_batch=4, step_tokens=400)
+    engine.scheduler.padding = padding
+    good = engine.add(tokens(1, 20, 1)[0].tolist(), SamplingParams(max_tokens=5, **GREEDY))
+    for params in (SamplingParams(logit_bias={5000: 1.0}), SamplingParams(stop_token_ids=[97], min_tokens=2)):
+        with pytest.raises(ConfigError, match="the model has tokens 0 to 96"):
+            engine.add(tokens(1, 20, 2)[0].tolist(), params)
+    finish(engine)
+    assert good.output.tokens == expected(model, good.prompt, 5)
+    assert len(engine._free) == 4
+
+
+@pytest.mark.parametrize("padding", [0.0, 1.5])
+def test_longer_prompts_do_not_go_before_those_that_came_first(padding):
+    model = attached(evict=False, budget=12 * 65536)
+    engine = Engine(model, max_batch=8, step_tokens=2000)
+    engine.scheduler.padding = padding
+    order, preempted = [], []
+    alone, preempt = engine.runner.prefill, engine.runner.preempt
+    engine.runner.prefill = lambda request, count: (order.append(request.number), alone(request, count))[1]
+    engine.runner.preempt = lambda request: (preempted.append(request.number), preempt(request))
+    first = engine.add(tokens(1, 60, 1)[0].tolist(), SamplingParams(max_tokens=4, **GREEDY))
+    later = engine.add(tokens(1, 700, 2)[0].tolist(), SamplingParams(max_tokens=4, **GREEDY))
+    urgent = engine.add(tokens(1, 8, 3)[0].tolist(), SamplingParams(max_tokens=4, **GREEDY), priority=-1)
+    finish(engine)
+    assert order[:3] == [urgent.number, first.number, later.number]
+    assert preempted == []
+    for request in (first, later, urgent):
+        assert request.output.tokens == expected(model, request.prompt, 4)
+
+
 def test_which_prompts_are_read_together():
     def request(length, **has):
         made = Request(0, [1] * length, SamplingParams(), 0, None)

@@ -29,7 +29,7 @@ COMPILATIONS = 64  # of one function, for sizes and dtypes; PyTorch gives up aft
 _Place = tuple[dict[str, Any], str]  # where a function is looked up: a module's own names, or a Python module's
 _inside: ContextVar[bool] = ContextVar("octavo_compiled", default=False)  # whether this thread runs compiled pieces
 _patching = threading.Lock()  # for the few moments in which functions are replaced
-_replaced: dict[tuple[int, str], list[Any]] = {}  # by place: how many blocks use it, the place, what was there before
+_replaced: dict[tuple[int, str], tuple[set[int], dict[str, Any], Any]] = {}  # by place: which blocks, names, original
 _NOTHING = object()
 
 
@@ -40,8 +40,9 @@ def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool
     `lengths_vary`: compile once for all numbers of tokens, rather than first for the one that comes.
     """
     entered: list[_Place] = []
-    before = _inside.set(True)
+    before = _inside.get()
     try:
+        _inside.set(True)
         with _patching:
             for place, original, bound in list(_places(base, attention)):
                 made = _compiled(original, True if lengths_vary else None)
@@ -52,10 +53,13 @@ def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool
         with torch._dynamo.config.patch(recompile_limit=max(COMPILATIONS, torch._dynamo.config.recompile_limit)):
             yield
     finally:
-        with _patching:
-            for place in entered:
-                _take_back(place)
-        _inside.reset(before)
+        try:
+            _take_back(entered)
+        except BaseException:  # an interrupt now must not leave the rest where it is
+            _take_back(entered)
+            raise
+        finally:
+            _inside.set(before)
 
 
 def _places(
@@ -89,27 +93,33 @@ def _other_forward(module: nn.Module) -> bool:
 
 
 def _put(place: _Place, new: Any, entered: list[_Place]) -> None:
-    """Put something in a place, where no other block has done so; `entered` gets the place."""
+    """Put something in a place, where no other block has done so; `entered`, which stands for a block, gets the place.
+
+    In an order in which an interrupt leaves nothing that `_take_back` would not find.
+    """
     names, name = place
-    used = _replaced.setdefault((id(names), name), [0, names, names.get(name, _NOTHING)])
-    used[0] += 1
     entered.append(place)
-    if used[0] == 1:
+    blocks, _, _ = _replaced.setdefault((id(names), name), (set(), names, names.get(name, _NOTHING)))
+    if not blocks:
         names[name] = new
+    blocks.add(id(entered))
 
 
-def _take_back(place: _Place) -> None:
-    """Put back what was in a place, where no other block needs it any more."""
-    names, name = place
-    used = _replaced[id(names), name]
-    used[0] -= 1
-    if used[0]:
-        return
-    del _replaced[id(names), name]
-    if used[2] is _NOTHING:
-        names.pop(name, None)
-    else:
-        names[name] = used[2]
+def _take_back(entered: list[_Place]) -> None:
+    """Put back what was in a block's places, where no other block needs them any more; it may be done again."""
+    with _patching:
+        for names, name in entered:
+            if (id(names), name) not in _replaced:  # done already, or interrupted before it was put there
+                continue
+            blocks, _, original = _replaced[id(names), name]
+            blocks.discard(id(entered))
+            if blocks:
+                continue
+            if original is _NOTHING:
+                names.pop(name, None)
+            else:
+                names[name] = original
+            del _replaced[id(names), name]
 
 
 def _either(original: Callable[..., Any], made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -202,7 +202,8 @@ def _on_host(tensor: Tensor) -> bool:
 
 def _in_probes(tensor: Tensor) -> bool:
     """Whether what is read of a tensor are whole probes, so that it takes a few views and no operation of its own."""
-    return tensor.ndim > 0 and not tensor.is_meta and (tensor.nbytes > PROBED or tensor.nbytes % PROBE == 0)
+    viewed = tensor.ndim > 0 and tensor.stride(-1) == 1 and not tensor.is_meta  # a column's stride may be any number
+    return viewed and (tensor.nbytes > PROBED or tensor.nbytes % PROBE == 0)
 
 
 def _probes(tensor: Tensor) -> Tensor:

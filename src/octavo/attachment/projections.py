@@ -2,7 +2,8 @@
 
 A step of few sequences reads each matrix once and computes little, and keys' and values' matrices are small: a kernel
 for each of them takes longer to start and to end than to read it. The weights stay the model's own parameters, each a
-part of one block of memory; nothing is held twice.
+part of one block of memory; nothing is held twice. Weights that lie in memory of somebody else (an optimiser's flat
+buffer, memory that processes share) stay there, since its owner changes them there.
 """
 
 import functools
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 NAMES = ("q_proj", "k_proj", "v_proj")  # what transformers calls them, in the order in which they are called
+_laid: Any = WeakIdKeyDictionary()  # weights that were laid together, each with the address of its block
 
 
 class _Product:
@@ -48,9 +51,8 @@ def shared_products(
     for module in attention:
         parts = [getattr(module, name, None) for name in NAMES]
         modules = [part for part in parts if type(part) is nn.Linear and _plain(part) and not replaced(part)]
-        if len(modules) < len(parts) or not _alike(modules):
+        if len(modules) < len(parts) or not _alike(modules) or not _lay([m.weight for m in modules]):
             continue
-        _lay([m.weight for m in modules])
         product = _Product(modules)
         for which, each in enumerate(modules):
             yield each, functools.partial(product.take, which)
@@ -59,7 +61,8 @@ def shared_products(
 def _plain(module: nn.Linear) -> bool:
     """Whether nobody watches a module, and its weight is a matrix in memory."""
     watched = module._forward_hooks or module._forward_pre_hooks
-    return not watched and type(module.weight) is nn.Parameter and module.weight.is_contiguous()
+    weight = module.weight
+    return not watched and type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_inference()
 
 
 def _alike(modules: Sequence[nn.Linear]) -> bool:
@@ -69,19 +72,31 @@ def _alike(modules: Sequence[nn.Linear]) -> bool:
     return len(kinds) == 1 and len({id(w) for w in weights}) == len(weights)
 
 
+@torch.inference_mode(False)  # or nothing could be trained after an answer that was asked for in inference mode
 @torch.no_grad()
-def _lay(weights: Sequence[Tensor]) -> None:
-    """Move weights [n, hidden] into one block of memory, one behind the other, where they are not."""
+def _lay(weights: Sequence[Tensor]) -> bool:
+    """Move weights [n, hidden] into one block of memory, one behind the other, where they are not; whether they are."""
     at, together = weights[0].data_ptr(), True
     storage = weights[0].untyped_storage().data_ptr()
     for weight in weights:
         together = together and weight.data_ptr() == at and weight.untyped_storage().data_ptr() == storage
         at += weight.nbytes
     if together:
-        return
+        return True
+    if not all(map(_alone, weights)):
+        return False
     block = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, torch.split(block, [len(w) for w in weights]), strict=True):
         weight.data = part
+        _laid[weight] = block.data_ptr()
+    return True
+
+
+def _alone(weight: Tensor) -> bool:
+    """Whether nobody else has a part in the memory of a weight, as far as that memory tells."""
+    storage = weight.untyped_storage()
+    shared = weight.is_cpu and weight.is_shared()  # type: ignore[no-untyped-call]  # torch calls all memory of a GPU so
+    return not shared and (storage.nbytes() == weight.nbytes or _laid.get(weight) == storage.data_ptr())
 
 
 def _whole(weights: Sequence[Tensor]) -> Tensor:

@@ -132,6 +132,10 @@ class Sampler:
         self._requests[slot] = params
         self.work = Work.of(list(self._requests.values()), self.vocab_size)
 
+    def check(self, params: SamplingParams) -> None:
+        """Raise what `add` would, before anything has been computed for a request."""
+        self._edits_of(params)
+
     def remove(self, slot: int) -> None:
         """Free a slot. Steps that are under way may still name it; nothing on the device changes."""
         del self._requests[slot]

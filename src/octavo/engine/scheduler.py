@@ -97,6 +97,8 @@ class Scheduler:
 def together(reads: list[tuple[Request, int]], padding: float) -> list[list[tuple[Request, int]]]:
     """What is read in one forward each: whole prompts of about one length, which are padded to the longest, and others
     alone. A forward of several has at most `padding` times as many columns as they have tokens; 0: none has several.
+
+    A forward comes when the first of its requests is due: what short memory makes room for is what came last.
     """
     whole = sorted((read for read in reads if read[0].unread and read[1] == len(read[0].tokens)), key=lambda r: -r[1])
     groups: list[list[tuple[Request, int]]] = []
@@ -106,4 +108,5 @@ def together(reads: list[tuple[Request, int]], padding: float) -> list[list[tupl
             last.append(read)
         else:
             groups.append([read])
-    return groups + [[read] for read in reads if read not in whole]
+    groups += [[read] for read in reads if read not in whole]
+    return sorted(groups, key=lambda group: min(request.order for request, _ in group))
