@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from octavo import attach
+from octavo import ReuseStore, attach
 from octavo.attachment import require_attachment
 from octavo.engine import Engine, SamplingParams
 from octavo.engine.request import Output, Request
@@ -156,6 +156,20 @@ def test_longer_prompts_do_not_go_before_those_that_came_first(padding):
     assert preempted == []
     for request in (first, later, urgent):
         assert request.output.tokens == expected(model, request.prompt, 4)
+
+
+def test_with_a_store_each_prompt_is_looked_up_by_itself():
+    model = attached()
+    engine = Engine(model, step_tokens=400)
+    engine.scheduler.padding = 1.5
+    require_attachment(model).reuse = store = ReuseStore(shortest=8)
+    sizes = reads_of(engine)
+    for _ in range(2):
+        for i in range(3):
+            engine.add(tokens(1, 40, i)[0].tolist(), SamplingParams(max_tokens=3, **GREEDY))
+        finish(engine)
+    assert set(sizes) == {1}
+    assert store.stats().hits == 3
 
 
 def test_which_prompts_are_read_together():

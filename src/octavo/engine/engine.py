@@ -56,8 +56,7 @@ class Engine:
         # Asked once: a configuration takes longer to answer than a request's part of a step.
         self.positions: float = require_attachment(model).reach.in_pieces or math.inf
         self.sampler = Sampler(max_batch, text_config.vocab_size, device, eos=tuple(self.ends))
-        together = PADDING.get(device.type, 0.0) if require_attachment(model).reuse is None else 0.0
-        self.scheduler = Scheduler(max_batch, step_tokens, together)
+        self.scheduler = Scheduler(max_batch, step_tokens, PADDING.get(device.type, 0.0))
         self.runner = Runner(model, self.sampler, prompt_lookup)
         self._free = list(range(max_batch))[::-1]  # places in the sampler
         self._arrived = 0
@@ -203,6 +202,8 @@ class Engine:
 
     def _prefill_together(self, requests: list[Request]) -> bool:
         """Read whole prompts in one forward; False, with nothing changed, where it fails and each must try alone."""
+        if require_attachment(self.model).reuse is not None:  # each is looked up by itself
+            return False
         try:
             logits = self.runner.prefill_together(requests)
         except Exception:  # no room for all, or one of them is at fault: alone they will tell
