@@ -32,6 +32,7 @@ from octavo.engine import Engine, SamplingParams
 from octavo.errors import CacheBudgetError, ConfigError
 from octavo.kv.fused_step import Replayed
 from tiny import tiny_adapter, tiny_model, tokens
+from tiny_windows import windowed_model
 
 
 class ByHand:
@@ -315,6 +316,14 @@ def test_compiled_pieces_are_gone_after_an_error_and_leave_out_what_is_watched(m
     assert modeling_qwen3.apply_rotary_pos_emb is rotary
     assert [m for m in model.modules() if "forward" in m.__dict__] == [layer.input_layernorm]
     compiled_code._compiled.cache_clear()
+
+
+def test_a_mixture_of_experts_is_not_compiled():
+    model = windowed_model("gpt_oss")
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert "GptOssMLP" in kinds
+    compiles = {type(m).__name__ for m in model.modules() if compiled_code._is_piece(m)}
+    assert compiles == {"GptOssRMSNorm"}
 
 
 def test_threads_that_compile_at_once_do_not_disturb_each_other(monkeypatch):

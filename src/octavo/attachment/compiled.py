@@ -24,6 +24,10 @@ from octavo.attachment.projections import shared_products
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
 PIECES = ("Norm", "MLP")  # how the classes end whose modules are compiled
+CHOOSING = (
+    "Experts",
+    "Router",
+)  # of those in them that do other things with other tokens, as a mixture of experts does
 COMPILATIONS = 64  # of one function, for sizes and dtypes; PyTorch gives up after eight otherwise
 
 _Place = tuple[dict[str, Any], str]  # where a function is looked up: a module's own names, or a Python module's
@@ -83,7 +87,7 @@ def _is_piece(module: nn.Module) -> bool:
 
     The hooks of its own modules count, since compiled code does not look for them anew in each module that it serves.
     """
-    if not type(module).__name__.endswith(PIECES):
+    if not type(module).__name__.endswith(PIECES) or any(type(m).__name__.endswith(CHOOSING) for m in module.modules()):
         return False
     return not any(m._forward_hooks or m._forward_pre_hooks or _other_forward(m) for m in module.modules())
 
