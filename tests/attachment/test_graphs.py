@@ -319,7 +319,7 @@ def test_compiled_pieces_are_gone_after_an_error_and_leave_out_what_is_watched(m
 
 
 def test_a_mixture_of_experts_is_not_compiled():
-    model = windowed_model("gpt_oss")
+    model = windowed_model("gpt-oss")
     kinds = {type(m).__name__ for m in model.modules()}
     assert "GptOssMLP" in kinds
     compiles = {type(m).__name__ for m in model.modules() if compiled_code._is_piece(m)}
