@@ -32,11 +32,11 @@ STAGES = ((0.24, 64, 2, 1.0), (0.32, 128, 4, 0.25), (0.40, 256, 8, 0.25), (0.48,
 
 
 def small_qwen3(tokenizer: Any, hidden: int, layers: int) -> PreTrainedModel:
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=4096,
-        initializer_range=hidden**-0.5, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=hidden**-0.5, tie_word_embeddings=True, **ids,
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
 
@@ -88,8 +88,8 @@ def train(model: PreTrainedModel, text: Ids, steps: int) -> None:
         optimizer.zero_grad()
         if step % 100 == 99:
             new, told = each[~returned[:, 1:]].mean().item(), each[returned[:, 1:]].mean().item()
-            seconds = time.perf_counter() - began
-            print(f"step {step + 1}, {seconds:.0f} s: new {new:.3f}, returned {told:.3f}", flush=True)
+            at = f"step {step + 1}, {time.perf_counter() - began:.0f} s"
+            print(f"{at}: new {new:.3f}, returned {told:.3f}", flush=True)
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def main() -> None:
     ids, returned = (torch.cat(part) for part in zip(*(rows(held, 1024, rng) for _ in range(32)), strict=True))
     with torch.no_grad():
         each = torch.cat([losses(model, part) for part in ids.split(4)])
-    new, told = (each[where].mean().item() for where in (~returned[:, 1:], returned[:, 1:]))
+    new, told = each[~returned[:, 1:]].mean().item(), each[returned[:, 1:]].mean().item()
     print(f"held out, rows of 1,024: new {new:.3f}, returned {told:.3f} nats per token")
     for part in (model, tokenizer):
         part.save_pretrained(args.out)
