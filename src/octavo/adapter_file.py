@@ -29,6 +29,8 @@ def write_adapter(folder: str | Path, settings: dict[str, Any], tensors: dict[st
     """
     folder = Path(folder)
     data = save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    # The digest is of sorted keys: a card's lengths sort as the numbers 512, 1024 here, and as strings once read.
+    settings = json.loads(json.dumps(settings))
     settings = {**settings, "sha256": _digest(settings, data)}
     try:
         folder.mkdir(parents=True, exist_ok=True)

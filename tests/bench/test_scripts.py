@@ -13,7 +13,10 @@ from octavo.cli.bench import app
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-@pytest.mark.parametrize("script", ["cpu.py", "drafts.py", "gpu.py", "gpu_all.py", "gpu_kernels.py", "swiftkv.py"])
+SCRIPTS = ["cpu.py", "drafts.py", "gpu.py", "gpu_all.py", "gpu_kernels.py", "small_model.py", "swiftkv.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_find_what_they_import(script: str) -> None:
     done = subprocess.run([sys.executable, BENCH / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -89,6 +89,13 @@ def test_saved_is_loaded(tmp_path):
     attach(model, tmp_path / "a")
 
 
+def test_numbers_as_keys_of_a_card_do_not_spoil_the_digest(tmp_path):
+    adapter = tiny_adapter(tiny_model())
+    adapter.card["evaluation"] = {"rows": [{"needle": {512: 0.5, 1024: 0.25}}]}  # as strings the second sorts first
+    save_adapter(adapter, tmp_path)
+    assert load_adapter(tmp_path).card["evaluation"] == {"rows": [{"needle": {"512": 0.5, "1024": 0.25}}]}
+
+
 def _truncate(folder, settings):
     path = folder / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
