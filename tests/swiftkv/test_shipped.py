@@ -43,7 +43,7 @@ def test_pairs_skip_exactly_and_switch_off_exactly(smollm, ids, name, skipped):
 
 def test_gates_of_the_base_model_are_refused_on_a_transform(smollm):
     assert shipped_adapters() == [
-        "dms-16x", "dms-16x-v2", "dms-8x", "dms-8x-v2", "swiftkv", "swiftkv-half", "swiftkv-v2",
+        "dms-16x", "dms-16x-v2", "dms-8x", "dms-8x-v2", "dms-8x-v3", "swiftkv", "swiftkv-half", "swiftkv-v2",
     ]  # fmt: skip
     with pytest.raises(AdapterMismatchError, match="distilled without SwiftKV"):
         attach(smollm[0], ["swiftkv", "dms-16x"])
