@@ -24,10 +24,7 @@ from octavo.attachment.projections import shared_products
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
 PIECES = ("Norm", "MLP")  # how the classes end whose modules are compiled
-CHOOSING = (
-    "Experts",
-    "Router",
-)  # of those in them that do other things with other tokens, as a mixture of experts does
+CHOOSING = ("Experts", "Router")  # and of modules in them that do something else with each token; these are left out
 COMPILATIONS = 64  # of one function, for sizes and dtypes; PyTorch gives up after eight otherwise
 
 _Place = tuple[dict[str, Any], str]  # where a function is looked up: a module's own names, or a Python module's
