@@ -110,9 +110,7 @@ def engine_step(
             if request.output.error is not None:
                 raise request.output.error
         kv = engine.runner.read_nbytes
-        before, began = joules(device), now(device)
-        seconds = _timed(device, steps, engine.step)
-        used = per_token(before, joules(device), now(device) - began, batch * (steps // 3 or 1) * 3)
+        seconds, used = _measured(device, batch, steps, engine.step)
         assert len(engine.runner.running) == batch, "requests ended before all steps were timed"
         for request in requests:
             engine.cancel(request)
@@ -154,9 +152,7 @@ def plain_step(subject: Subject, batch: int, context: int, steps: int, bandwidth
 
     for _ in range(SETTLING):
         step()
-    before, began = joules(device), now(device)
-    seconds = _timed(device, steps, step)
-    used = per_token(before, joules(device), now(device) - began, batch * (steps // 3 or 1) * 3)
+    seconds, used = _measured(device, batch, steps, step)
     layers: Any = cache.layers
     kv: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return _step("unattached", model, (batch, context), min(prefills), seconds, kv, bandwidth, used, batch)
@@ -170,6 +166,13 @@ def _step(
     weights = weight_bytes(model)
     share = (weights + kv) / bandwidth / decode
     return Step(name, *size, 1000 * prefill, 1000 * decode, weights, kv, share, used, distinct)
+
+
+def _measured(device: torch.device, batch: int, steps: int, step: Callable[[], None]) -> tuple[float, float | None]:
+    """(seconds of a step, joules of the GPU for each of its `batch` tokens, None where they were not counted)."""
+    before, began = joules(device), now(device)
+    seconds = _timed(device, steps, step)
+    return seconds, per_token(before, joules(device), now(device) - began, batch * 3 * max(1, steps // 3))
 
 
 def _timed(device: torch.device, steps: int, step: Callable[[], None]) -> float:
