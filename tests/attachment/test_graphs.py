@@ -26,6 +26,7 @@ import octavo.kv.sequences
 from octavo import KVCache, attach
 from octavo.attachment import Attachment, graphs, require_attachment
 from octavo.attachment import compiled as compiled_code
+from octavo.attachment.projections import computed_once
 from octavo.attachment.forward import Forward
 from octavo.attention import cuda
 from octavo.engine import Engine, SamplingParams
@@ -270,7 +271,7 @@ def test_buckets_are_few_and_large_enough():
 
 def test_compiled_pieces_compute_the_same_and_leave_nothing_behind(monkeypatch):
     compiled_code._compiled.cache_clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compiled_code, "_inductor", lambda graph, inputs: computed_once(graph))
     model, ids = tiny_model(), tokens(2, 12)
     attach(model)
     attachment = require_attachment(model)
@@ -294,7 +295,7 @@ def test_compiled_pieces_compute_the_same_and_leave_nothing_behind(monkeypatch):
 
 def test_compiled_pieces_are_gone_after_an_error_and_leave_out_what_is_watched(monkeypatch):
     compiled_code._compiled.cache_clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compiled_code, "_inductor", lambda graph, inputs: computed_once(graph))
     model = tiny_model("qwen3")
     layer, seen = model.model.layers[1], []
     layer.mlp.down_proj.register_forward_hook(lambda *args: seen.append(1))
@@ -367,7 +368,7 @@ def test_threads_that_compile_at_once_do_not_disturb_each_other(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_prompts_run_with_compiled_pieces_and_few_tokens_without(monkeypatch, family):
     compiled_code._compiled.cache_clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compiled_code, "_inductor", lambda graph, inputs: computed_once(graph))
     monkeypatch.setattr(Attachment, "_compiles", lambda self: not torch.is_grad_enabled())
     model = tiny_model(family)
     attach(model, tiny_adapter(model, window=8), chunk=32)

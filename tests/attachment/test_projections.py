@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from octavo.attachment import compiled as compiled_code
-from octavo.attachment.projections import NAMES, shared_products
+from octavo.attachment.projections import GATED, NAMES, computed_once, gated_as_one, shared_products
 from tiny import tiny_model, tokens
 
 
@@ -204,3 +204,46 @@ def test_an_interrupt_of_any_call_leaves_the_model_as_it_was(monkeypatch):
             break
     assert lines > 50 or left
     assert left == []
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_halves_of_a_gated_mlp_are_one_product(bias):
+    model = tiny_model(mlp_bias=bias)
+    mlp = model.model.layers[1].mlp
+    before, named = copy.deepcopy(mlp.state_dict()), dict(mlp.named_parameters())
+    x = torch.randn(2, 5, model.config.hidden_size)
+    with torch.no_grad():
+        expected = mlp(x)
+        stand_in = gated_as_one(mlp)
+        assert stand_in is not mlp
+        torch.testing.assert_close(type(mlp).forward(stand_in, x), expected)
+    assert len({getattr(mlp, name).weight.untyped_storage().data_ptr() for name in GATED}) == 1
+    assert all(p is named[n] and torch.equal(p, before[n]) for n, p in mlp.named_parameters())
+    with torch.no_grad():
+        mlp.up_proj.weight.mul_(2)  # seen by a stand-in that was made before
+        torch.testing.assert_close(type(mlp).forward(stand_in, x), mlp(x))
+    products = []
+
+    def counted(graph, inputs):
+        before = sum(node.target is nn.functional.linear for node in graph.graph.nodes)
+        once = computed_once(graph)
+        products.append((before, sum(node.target is nn.functional.linear for node in once.graph.nodes)))
+        return once
+
+    made = torch.compile(type(mlp).forward, backend=counted)
+    with torch.no_grad():
+        torch.testing.assert_close(made(stand_in, x), mlp(x))
+        torch.testing.assert_close(made(mlp, x), mlp(x))
+    assert products == [(3, 2), (3, 3)]
+
+
+def test_mlps_that_are_built_otherwise_stand_for_themselves():
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.register_forward_hook(lambda *args: None)
+    assert gated_as_one(mlp) is mlp
+    other = model.model.layers[1].mlp
+    other.up_proj.weight = other.gate_proj.weight
+    assert gated_as_one(other) is other
+    plain = nn.Linear(3, 3)
+    assert gated_as_one(plain) is plain

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_sampling import changed, filters, kept, logit_rows, one, quick, requests, stays
 
-from octavo.engine.sampling import Sampler, SamplingParams, Work
+from octavo.engine.sampling import Sampler, SamplingParams, Work, likeliest
 from octavo.errors import ConfigError
 
 
@@ -281,3 +281,12 @@ def test_the_gpu_says_the_same_and_never_waits():
         assert torch.equal(found.tokens.cpu(), expected.tokens)
         torch.testing.assert_close(found.logprobs.cpu(), expected.logprobs, rtol=0, atol=1e-4)
         torch.testing.assert_close(found.top_logprobs.cpu(), expected.top_logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 7, 128, 96 * 128, 1000])
+def test_the_likeliest_of_parts_is_that_of_the_row(width):
+    scores = torch.randint(0, 5, (6, width)).bfloat16()  # with many that are equal
+    scores[1] = -torch.inf
+    scores[2, width // 2] = torch.nan
+    for parts in (1, 4, 128):
+        assert torch.equal(likeliest(scores, parts), scores.argmax(-1))

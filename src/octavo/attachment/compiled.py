@@ -5,7 +5,8 @@ microseconds, which for few sequences is longer than reading a layer's weights; 
 its tokens. Compiled, a norm is one kernel, and so is a rotary embedding or the activation of an MLP. The model itself
 stays what it is outside of these forwards, and for other threads within their time.
 
-A layer's queries, keys and values are one product in these forwards, see `octavo.attachment.projections`.
+A layer's queries, keys and values are one product in these forwards, and so are the halves of a gated MLP, see
+`octavo.attachment.projections`.
 
 Compiled code rounds intermediate results of bfloat16 less often than the original, so logits differ in their last bits.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.attachment.projections import shared_products
+from octavo.attachment.projections import computed_once, gated_as_one, shared_products
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
 PIECES = ("Norm", "MLP")  # how the classes end whose modules are compiled
@@ -45,12 +46,8 @@ def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool
     try:
         _inside.set(True)
         with _patching:
-            for place, original, bound in list(_places(base, attention)):
-                made = _compiled(original, True if lengths_vary else None)
-                _put(place, functools.partial(_either, original, made, *bound), entered)
-            for module, taken in list(shared_products(attention, _other_forward)):
-                own = functools.partial(type(module).forward, module)
-                _put((module.__dict__, "forward"), functools.partial(_either, own, taken), entered)
+            for place, own, made in list(_places(base, attention, True if lengths_vary else None)):
+                _put(place, functools.partial(_either, own, made), entered)
         with torch._dynamo.config.patch(recompile_limit=max(COMPILATIONS, torch._dynamo.config.recompile_limit)):
             yield
     finally:
@@ -64,19 +61,28 @@ def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool
 
 
 def _places(
-    base: nn.Module, attention: Sequence[nn.Module]
-) -> Iterator[tuple[_Place, Callable[..., Any], tuple[Any, ...]]]:
-    """(place, the function that is compiled, its first arguments) of each piece."""
+    base: nn.Module, attention: Sequence[nn.Module], dynamic: bool | None
+) -> Iterator[tuple[_Place, Callable[..., Any], Callable[..., Any]]]:
+    """(place, what the model has there, what is put there) of each piece."""
     for module in base.modules():
         if _is_piece(module):
-            yield (module.__dict__, "forward"), type(module).forward, (module,)
+            made = _compiled(type(module).forward, dynamic)
+            yield (module.__dict__, "forward"), _bound(module), functools.partial(made, gated_as_one(module))
+    for module, taken in shared_products(attention, _other_forward):
+        yield (module.__dict__, "forward"), _bound(module), taken
     seen: set[int] = set()
     for module in attention:
         names = getattr(type(module).forward, "__globals__", {})
         if ROTARY in names and id(names) not in seen:
             seen.add(id(names))
             used = _replaced.get((id(names), ROTARY))
-            yield (names, ROTARY), names[ROTARY] if used is None else used[2], ()
+            rotary = names[ROTARY] if used is None else used[2]
+            yield (names, ROTARY), rotary, _compiled(rotary, dynamic)
+
+
+def _bound(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward as its class has it."""
+    return functools.partial(type(module).forward, module)
 
 
 def _is_piece(module: nn.Module) -> bool:
@@ -131,5 +137,11 @@ def _either(original: Callable[..., Any], made: Callable[..., Any], *args: Any, 
 @functools.cache
 def _compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
     """One compilation serves all modules of a class, since parameters are its inputs."""
-    made: Callable[..., Any] = torch.compile(function, dynamic=dynamic)
+    made: Callable[..., Any] = torch.compile(function, dynamic=dynamic, backend=_inductor)
+    return made
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The compiler that `torch.compile` uses when none is named, without products that are computed twice."""
+    made: Callable[..., Any] = torch._inductor.compile(computed_once(graph), inputs)
     return made

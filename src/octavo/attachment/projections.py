@@ -1,11 +1,12 @@
-"""Queries, keys and values as one product: their weights lie one behind the other, so that a GPU reads them at once.
+"""Products of one input as one product: their weights lie one behind the other, so that a GPU reads them at once.
 
-A step of few sequences reads each matrix once and computes little, and keys' and values' matrices are small: a kernel
+These are a layer's queries, keys and values, and the two halves of a gated MLP. A step of few sequences reads each matrix once and computes little, and keys' and values' matrices are small: a kernel
 for each of them takes longer to start and to end than to read it. The weights stay the model's own parameters, each a
 part of one block of memory; nothing is held twice. Weights that lie in memory of somebody else (an optimiser's flat
 buffer, memory that processes share) stay there, since its owner changes them there.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 NAMES = ("q_proj", "k_proj", "v_proj")  # what transformers calls them, in the order in which they are called
+GATED = ("gate_proj", "up_proj")  # the same of an MLP; there is no order in which compiled code calls them
 _laid: Any = WeakIdKeyDictionary()  # weights that were laid together, each with the address of its block
 
 
@@ -35,8 +37,7 @@ class _Product:
         return held[1][which]
 
     def _all(self, x: Tensor) -> Sequence[Tensor]:
-        biases: list[Tensor] = [m.bias for m in self.modules if m.bias is not None]
-        made = F.linear(x, _whole([m.weight for m in self.modules]), torch.cat(biases) if biases else None)
+        made = F.linear(x, _whole([m.weight for m in self.modules]), _joined(self.modules))
         return torch.split(made, [len(m.weight) for m in self.modules], -1)
 
 
@@ -56,6 +57,56 @@ def shared_products(
         product = _Product(modules)
         for which, each in enumerate(modules):
             yield each, functools.partial(product.take, which)
+
+
+class _Part(nn.Module):
+    """One of several products of an input, as a part of the product with all of their weights."""
+
+    def __init__(self, whole: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
+        super().__init__()
+        self.whole, self.bias, self.begin, self.end = whole, bias, begin, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.whole, self.bias)[..., self.begin : self.end]
+
+
+def gated_as_one(mlp: nn.Module) -> nn.Module:
+    """What stands for a gated MLP in compiled code: a copy with two equal products, of which `computed_once` leaves one.
+
+    It is the MLP itself where there are no such weights, or where they cannot be laid one behind the other.
+    """
+    parts = [getattr(mlp, name, None) for name in GATED]
+    modules = [part for part in parts if type(part) is nn.Linear and _plain(part)]
+    if len(modules) < len(parts) or not _alike(modules) or not _lay([m.weight for m in modules]):
+        return mlp
+    whole, bias = _whole([m.weight for m in modules]).detach(), _joined(modules)
+    made, begin = copy.copy(mlp), 0
+    made.__dict__.pop("forward", None)  # which may be what somebody else compiles now
+    made._modules = dict(mlp._modules)
+    for name, module in zip(GATED, modules, strict=True):
+        made._modules[name] = _Part(whole, bias, begin, begin + len(module.weight))
+        begin += len(module.weight)
+    return made
+
+
+def computed_once(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Let all products of one input and one weight in a graph be one product."""
+    seen: dict[Any, torch.fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.target is not F.linear:
+            continue
+        first = seen.setdefault((node.args, tuple(node.kwargs.items())), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _joined(modules: Sequence[nn.Linear]) -> Tensor | None:
+    """Their biases one behind the other."""
+    biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
+    return torch.cat(biases) if biases else None
 
 
 def _plain(module: nn.Linear) -> bool:

@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) stream(const 
             put(job.key + place, job.key_scale + scales, job.new_key + b * job.new_key_b + h * job.new_key_h, lane);
             put(job.value + place, job.value_scale + scales, job.new_value + b * job.new_value_b + h * job.new_value_h,
                 lane);
-            __threadfence();
+            __threadfence_block();  // only this warp reads them in this launch
             __syncwarp();
         }
 

@@ -65,10 +65,14 @@ def kind_of(
 
 
 def programs_for(kind: Kind, device: torch.device) -> int:
-    """How many programs share the work of a layer: as many as run at once."""
+    """How many programs share the work of a layer: as many as run at once, or fewer where these read as much.
+
+    Fewer programs leave fewer parts to merge. Two blocks a core keep memory busy with 256 bytes a slot, not with 128.
+    """
     function = _function(kind, device)
     assert function is not None
-    return WARPS * function.resident * torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = function.resident if kind.CODES or kind.D < WIDE[-1] else min(2, function.resident)
+    return WARPS * blocks * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def attend(
