@@ -26,8 +26,8 @@ import octavo.kv.sequences
 from octavo import KVCache, attach
 from octavo.attachment import Attachment, graphs, require_attachment
 from octavo.attachment import compiled as compiled_code
-from octavo.attachment.projections import computed_once
 from octavo.attachment.forward import Forward
+from octavo.attachment.projections import computed_once
 from octavo.attention import cuda
 from octavo.engine import Engine, SamplingParams
 from octavo.errors import CacheBudgetError, ConfigError

@@ -1,9 +1,10 @@
 """Products of one input as one product: their weights lie one behind the other, so that a GPU reads them at once.
 
-These are a layer's queries, keys and values, and the two halves of a gated MLP. A step of few sequences reads each matrix once and computes little, and keys' and values' matrices are small: a kernel
-for each of them takes longer to start and to end than to read it. The weights stay the model's own parameters, each a
-part of one block of memory; nothing is held twice. Weights that lie in memory of somebody else (an optimiser's flat
-buffer, memory that processes share) stay there, since its owner changes them there.
+These are a layer's queries, keys and values, and the two halves of a gated MLP. A step of few sequences reads each
+matrix once and computes little, and a kernel takes some microseconds to start and to end, longer than a small matrix
+takes to read. The weights stay the model's own parameters, each a part of one block of memory; nothing is held twice.
+Weights that lie in memory of somebody else (an optimiser's flat buffer, memory that processes share) stay there, since
+its owner changes them there.
 """
 
 import copy
@@ -71,7 +72,7 @@ class _Part(nn.Module):
 
 
 def gated_as_one(mlp: nn.Module) -> nn.Module:
-    """What stands for a gated MLP in compiled code: a copy with two equal products, of which `computed_once` leaves one.
+    """What stands for a gated MLP in compiled code: a copy with two equal products; `computed_once` leaves one.
 
     It is the MLP itself where there are no such weights, or where they cannot be laid one behind the other.
     """

@@ -71,7 +71,8 @@ def programs_for(kind: Kind, device: torch.device) -> int:
     """
     function = _function(kind, device)
     assert function is not None
-    blocks = function.resident if kind.CODES or kind.D < WIDE[-1] else min(2, function.resident)
+    wide = WIDE[-1] == kind.D and not kind.CODES
+    blocks = min(2, function.resident) if wide else function.resident
     return WARPS * blocks * torch.cuda.get_device_properties(device).multi_processor_count
 
 
