@@ -107,7 +107,7 @@ class Machine(RuleBasedStateMachine):
         most = max((common(tokens[: n - 1], s.tokens) for s in alive), default=0)
         known = [s for s in alive if s.tokens == tokens[: len(s.tokens)] and SHORTEST <= len(s.tokens) < n]
         if not self.complete:
-            known = [s for s in known if s.pinned]
+            known = [s for s in known if s.pinned and (store is self.store or not (self.failed or self.evicted))]
         before = store.stats()
         with store.request(tenant=tenant, tags=[tag], ttl=ttl):
             got = self.model.ask(store, tokens, n)

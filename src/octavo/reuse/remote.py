@@ -45,6 +45,7 @@ class Remote:
         self._count = 0  # of what went for that
         self._scans = False  # whether the next look is to find what the log has lost, too
         self._noted: dict[str, tuple[float, float]] = {}  # (pinned, expires) that the server has not been told yet
+        self._gaps = False  # whether it may lack what its records go on from, since it could not be written to
 
     @property
     def writable(self) -> bool:
@@ -75,6 +76,9 @@ class Remote:
         self._next = -math.inf if self._left else ended + max(LOOK, SHARE * took)
         if (self._removed or self._noted) and self.writable:
             self.tiers.submit(self._send)
+        if self._gaps and not self._left and self.writable:
+            self._gaps = False
+            self.tiers.write_before(index.remote.records)
 
     def _look(self, until: float) -> float:
         """Returns how long it took to ask whether there is anything new."""
@@ -149,7 +153,7 @@ class Remote:
 
     def _fails(self, error: OSError) -> None:
         """Leave the server alone for a while. Inside the store's lock."""
-        self._until, self.store.index.away = time.monotonic() + PAUSE, True
+        self._until, self.store.index.away, self._gaps = time.monotonic() + PAUSE, True, True
         self._left.clear()
         self._scans = bool(self._deleted)
         self.server.start_over()
@@ -251,7 +255,7 @@ class Remote:
             with self.store.lock:
                 self._fails(error)
             return
-        self._full_until = time.monotonic() + PAUSE
+        self._full_until, self._gaps = time.monotonic() + PAUSE, True
         told = f"the reuse cache cannot write to {self.server.name}: {error}; it goes on without"
         self.store.warn("writing remotely", told)
 

@@ -3,7 +3,7 @@ tier that has them, and taken in when others have stored them."""
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,14 +181,20 @@ class Tiers:
             self._writing.append((self._writer.submit(do, *arguments), record, stays))
 
     def write(self, record: Record, *, stays: bool) -> None:
-        """Begin to write a new record; `stays`: it has room in memory, so nobody need wait. Inside the store's lock."""
+        """Begin to write a record; `stays`: it has room in memory, so nobody need wait. Inside the store's lock."""
         if self.each:
-            extent = record.extent
-            assert extent is not None
             record.users += 1  # it must not leave before it is written
-            self.submit(self._write, record, extent, stays, record=record, stays=stays)
+            self.submit(self._write, record, record.extent, stays, record=record, stays=stays)
 
-    def _write(self, record: Record, extent: Extent, stays: bool) -> None:
+    def write_before(self, records: Iterable[Record]) -> None:
+        """Begin to write what records of the server go on from and it lacks; inside the store's lock.
+
+        What was cut while it was away is such: without what was left of it nothing there could go on.
+        """
+        for parent in {parent for record in records for parent in record.parents if not parent.remote_nbytes}:
+            self.write(parent, stays=True)
+
+    def _write(self, record: Record, extent: Extent | None, stays: bool) -> None:
         """Write a record, after those before it that are not there yet: without them nothing can go on from it."""
         store, made = self.store, dict[Record, Pieces]()
         with store.lock:
@@ -197,7 +203,7 @@ class Tiers:
             for tier in self.each:
                 try:
                     for each in tier.lacking(ordered):
-                        slots = extent if each is record else self._slots(each)
+                        slots = extent if each is record and extent is not None else self._slots(each)
                         if slots is None:
                             break
                         if each not in made:

@@ -1,0 +1,85 @@
+"""A server that goes away and comes back: what was stored, deleted and pinned meanwhile, on this machine and on others."""
+
+import pytest
+
+pytest.importorskip("fakeredis")
+
+from octavo.config import Eviction  # noqa: E402
+from octavo.reuse import remote  # noqa: E402
+from reuse.plain import Model  # noqa: E402
+from reuse.served import Fake, values  # noqa: E402
+from reuse.test_disk import prompt  # noqa: E402
+from reuse.test_remote import asked, opened  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:the reuse cache cannot")]
+
+
+@pytest.fixture(autouse=True)
+def looks_at_once(monkeypatch):
+    """Stores look whenever they are asked, and try a server that was away again at once."""
+    monkeypatch.setattr(remote, "LOOK", 0.0)
+    monkeypatch.setattr(remote, "SHARE", 0)
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+
+
+def plug(server, store, there):
+    """Take the server away or bring it back, and have a store notice."""
+    server.server.connected = there
+    store.list()
+    store.flush()
+
+
+@pytest.mark.parametrize("eviction", [None, Eviction(7)])
+@pytest.mark.parametrize("tier", ["memory", "disk", "server"])
+def test_what_is_cut_while_the_server_is_away_is_written_when_it_is_back(eviction, tier, tmp_path):
+    server, model = Fake(), Model(eviction)
+    a = opened(server, "20MB" if tier == "memory" else None, disk=tmp_path if tier == "disk" else None)
+    asked(model, a, prompt(0))
+    asked(model, a, prompt(1))
+    plug(server, a, False)
+    a.delete(prefix=prompt(0))
+    plug(server, a, True)
+    client = server.client()
+    assert {r.key.encode() for r in a.index.remote.records} == {name[-32:] for name in values(client)}
+    assert len(values(client)) == 2, "what was cut, and what goes on from it"
+    a.close()
+    again = opened(server, None)
+    assert again.explain(prompt(0)).matched == 40, "it is deleted"
+    assert model.ask(again, prompt(1)) == 69, "which was not deleted"
+
+
+def test_what_is_cut_while_the_server_is_full_is_written_when_it_has_room(monkeypatch):
+    server, model = Fake(), Model(None)
+    a = opened(server)
+    asked(model, a, prompt(0))
+    asked(model, a, prompt(1))
+    write = a.tiers.remote.server.write
+    a.tiers.remote.server.write = lambda *args: refused()
+    assert a.delete(prefix=prompt(0)) == 1
+    assert len(values(server.client())) == 1
+    a.tiers.remote.server.write = write
+    a.list()
+    a.flush()
+    assert model.ask(opened(server, None), prompt(1)) == 69
+
+
+def refused():
+    from octavo.reuse.resp import RefusedError
+
+    raise RefusedError("out of memory")
+
+
+def test_what_is_pinned_while_the_server_is_away_stays_here_and_others_do_not_know_it():
+    server, model = Fake(), Model(None)
+    a, b = opened(server, "60KB", policy="lru"), opened(server, None)
+    plug(server, a, False)
+    asked(model, a, prompt(0))
+    assert a.pin(prompt(0)) == 70
+    assert model.ask(b, prompt(0)) == 0, "nobody but this machine has it"
+    for i in range(1, 20):
+        asked(model, a, [i, i + 1, *prompt(i)])
+    assert model.ask(a, prompt(0)) == 69
+    plug(server, a, True)
+    assert model.ask(a, prompt(0)) == 69
+    asked(model, a, [*prompt(0), *prompt(1)])
+    assert model.ask(b, prompt(0)) == 69, "written with what goes on from it"
