@@ -1,15 +1,15 @@
-"""A server that goes away and comes back: what was stored, deleted and pinned meanwhile, on this machine and on others."""
+"""A server that goes away and comes back: what was stored, deleted and pinned meanwhile, here and elsewhere."""
 
 import pytest
 
 pytest.importorskip("fakeredis")
 
-from octavo.config import Eviction  # noqa: E402
-from octavo.reuse import remote  # noqa: E402
-from reuse.plain import Model  # noqa: E402
-from reuse.served import Fake, values  # noqa: E402
-from reuse.test_disk import prompt  # noqa: E402
-from reuse.test_remote import asked, opened  # noqa: E402
+from octavo.config import Eviction
+from octavo.reuse import remote
+from reuse.plain import Model
+from reuse.served import Fake, values
+from reuse.test_disk import prompt
+from reuse.test_remote import asked, opened
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:the reuse cache cannot")]
 

@@ -104,12 +104,21 @@ class Tiers:
     def adopt(self, record: Record) -> bool | None:
         """Take in a record that was found on a tier; False where nothing holds the slots before its own, None where its
         bookkeeping has no room here. Inside the store's lock."""
-        index = self.store.index
-        if index.memory is not None and index.memory.rules.budget is not None:
-            most = index.memory.rules.budget // 2
-            if index.index_nbytes + record.index_nbytes > most or index.clear_memory(record.index_nbytes, "") is None:
+        index, nbytes, counts = self.store.index, record.index_nbytes, self.store.counts
+        parents = index.before(record)
+        if parents is None:
+            return False
+        counts["evicted"] += len(index.forget_far(nbytes, parents))
+        # Files are bounded by a budget of their own, and with no memory tier all of them are taken in.
+        if index.index_nbytes + nbytes > index.most and (index.memory is not None or record.path is None):
+            return None
+        if index.memory is not None:
+            gone = index.clear_memory(nbytes, "", parents)
+            if gone is None:
                 return None
-        return index.adopt(record)
+            counts["evicted"] += len(gone)
+        index.add(record, parents)
+        return True
 
     def damaged(self, tier: Tier, key: str, error: ReuseFileError) -> None:
         """Take note of what is not whole, and remove it unless another version of Octavo wrote it."""
