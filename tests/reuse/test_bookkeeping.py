@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("fakeredis")
 
 from octavo.config import Eviction
-from octavo.reuse import index, remote
+from octavo.reuse import index, remote, resp
 from reuse.plain import Model
 from reuse.served import Fake, values
 from reuse.test_disk import prompt
@@ -80,3 +80,23 @@ def test_what_others_go_on_from_is_used_or_is_pinned_is_not_forgotten(monkeypatc
     assert a.stats().remote_records < 8
     parents = {parent for record in a.index.records.values() for parent in record.parents}
     assert all(parent.key in a.index.records for parent in parents)
+
+
+def test_a_file_that_had_no_room_here_is_used_once_the_server_tells_of_its_record(tmp_path, monkeypatch):
+    server, model = Fake(), Model(None)
+    a = opened(server, disk=tmp_path)
+    for i in range(6):
+        asked(model, a, told(i))
+    a.close()
+    b = opened(server, "40KB", disk=tmp_path)
+    late = [r.key for r in a.index.records.values() if r.key not in b.index.records]
+    assert late, "some have no room"
+    b.delete(key=next(iter(b.index.records)))
+    server.client().xadd(resp.LOG, {"k": late[0]})
+    b.stats()
+    record = b.index.records[late[0]]
+    assert record in b.index.disk.records
+    tokens = record.entry.tokens.tolist()
+    monkeypatch.setattr(resp.Server, "read", None)
+    assert model.ask(b, tokens) == len(tokens) - 1, "from the file"
+    assert b.stats().disk_nbytes == sum(r.file_nbytes for r in b.index.records.values())

@@ -118,6 +118,8 @@ class Tiers:
                 return None
             counts["evicted"] += len(gone)
         index.add(record, parents)
+        if self.folder is not None and record.path is None:
+            self.folder.link(record)
         return True
 
     def damaged(self, tier: Tier, key: str, error: ReuseFileError) -> None:
