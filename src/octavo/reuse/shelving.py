@@ -78,8 +78,11 @@ class Shelving:
         return Record(entry, slots_nbytes(entry), path=path, file_nbytes=size)
 
     def link(self, record: Record) -> None:
-        """Take note of the file of a record that the server told of, if it has one: its bookkeeping had no room when files
-        were looked at, and a file that nobody knows of would be neither read nor removed. Inside the store's lock."""
+        """Take note of the file of a record that the server told of, if it has one; inside the store's lock.
+
+        Its bookkeeping had no room when files were looked at, and while nobody knows of a file it is neither read nor
+        removed.
+        """
         with suppress(OSError):
             nbytes = self.folder.file(record.key).stat().st_size
             found = None if record.key in self.unreadable else self._entry(record.key, nbytes)
