@@ -15,7 +15,7 @@ from octavo.reuse.tree import Tree
 
 MOST = 1000  # records of the server that wait for those before them
 BOOKS = 2**29  # bytes of bookkeeping where there is no memory tier, half of whose budget bounds it otherwise
-AT_ONCE = 1 / 16  # of these bytes: what is forgotten at once, since each time all are put in order
+AT_ONCE = 1 / 64  # of these bytes: what is forgotten at once, since each time all are put in order
 
 
 class Index:
