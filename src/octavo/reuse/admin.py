@@ -148,7 +148,7 @@ def condition(prefix: Tokens | None, tag: str | None, tenant: str | None, key: s
 
 
 def delete(store: "ReuseStore", records: set[Record]) -> int:
-    """Delete records, or let them expire; what others go on from stays, cut where they part. Inside the lock."""
+    """Delete records; what others go on from stays, cut where they part. Inside the lock."""
     count = 0
     for record in sorted(records, key=lambda r: -r.entry.first):  # children before their parents
         if record.key not in store.index.records:
@@ -160,6 +160,12 @@ def delete(store: "ReuseStore", records: set[Record]) -> int:
             store.forget(record)
         count += 1
     return count
+
+
+def expire(store: "ReuseStore") -> None:
+    """Delete what has expired, once all that may go on from it has been looked at. Inside the lock."""
+    if store.tiers.remote is None or not store.tiers.remote.looking:
+        delete(store, set(store.index.expired()))
 
 
 def _cut(store: "ReuseStore", record: Record, survivors: set[Record]) -> None:

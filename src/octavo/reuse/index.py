@@ -14,6 +14,8 @@ from octavo.reuse.shelf import Rules, Shelf
 from octavo.reuse.tree import Tree
 
 MOST = 1000  # records of the server that wait for those before them
+BOOKS = 2**29  # bytes of bookkeeping where there is no memory tier, half of whose budget bounds it otherwise
+AT_ONCE = 1 / 64  # of these bytes: what is forgotten at once, since each time all are put in order
 
 
 class Index:
@@ -30,6 +32,7 @@ class Index:
             )
         self.disk = Shelf(disk, lambda r: r.file_nbytes, self._may_leave_disk)
         self.remote = Shelf(Rules(None, disk.policy, {}), lambda r: r.remote_nbytes, lambda r, leaving: False)
+        self.most = BOOKS if memory is None or memory.budget is None else memory.budget // 2
         self.away = False  # whether the server cannot be asked now
         # Records of the server that lack those before them, (namespace, where their slots begin) by key, and those of
         # them that may have got them.
@@ -92,15 +95,32 @@ class Index:
         if self.watch is not None:
             self.watch(record)
 
-    def adopt(self, record: Record) -> bool:
-        """Take in a record that was found on disk or the server; False where nothing holds the slots before its own."""
+    def before(self, record: Record) -> set[Record] | None:
+        """What a record that was found behind memory goes on from; None where nothing holds those before its slots."""
         # What has expired counts: it will be cut, not dropped, where others go on from it.
         _, found = self._find(record.entry.space, record.entry.tokens, record.entry.layout, lambda r: True)
-        parents = ancestors(found, record.entry.layout, record.entry.first)
-        if parents is None:
-            return False
-        self.add(record, parents)
-        return True
+        return ancestors(found, record.entry.layout, record.entry.first)
+
+    def forget_far(self, nbytes: int, spared: Collection[Record]) -> list[Record]:
+        """Forget what lies on the server alone where so many bytes more of bookkeeping are too many; returns it.
+
+        What was used longest ago goes first. The server keeps it, and who computes it once more learns of it again.
+        """
+        out: list[Record] = []
+        if self.index_nbytes + nbytes <= self.most:
+            return out
+        goal = (1 - AT_ONCE) * self.most - nbytes
+        far = [r for r in self.remote.records if r.extent is None and r.path is None and r.pinned <= self.now]
+        left = sorted(far, key=lambda r: (max(r.order, 0), r.entry.created))  # used here, or stored anywhere
+        count = -1
+        while self.index_nbytes > goal and len(out) > count:  # until nothing is left that nothing goes on from
+            count = len(out)
+            for record in left:
+                if self.index_nbytes > goal and not (
+                    record.gone or record.children or record.users or record in spared
+                ):
+                    out += self.take_from_remote(record)
+        return out
 
     def weigh(self, record: Record, nbytes: int) -> bool:
         """Count more bookkeeping of a record that is here, after others have left for it; False where it has no room

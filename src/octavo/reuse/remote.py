@@ -42,14 +42,21 @@ class Remote:
         self._used: dict[str, None] = {}  # what was used since the last look
         self._removed: dict[str, None] = {}  # what must not be there, and may be still
         self._deleted: list[tuple[float, Callable[[Entry], bool]]] = []  # what must go, if it was stored before then
-        self._count = 0  # of what went for that
+        self._doomed: dict[str, None] = {}  # what was found for that, by key
+        self._count = 0  # of those of the last deletion
         self._scans = False  # whether the next look is to find what the log has lost, too
         self._noted: dict[str, tuple[float, float]] = {}  # (pinned, expires) that the server has not been told yet
+        self._gaps = False  # whether it may lack what its records go on from, since it could not be written to
 
     @property
     def writable(self) -> bool:
         """Whether the server takes records, as far as is known."""
         return not self.store.index.away and time.monotonic() >= self._full_until
+
+    @property
+    def looking(self) -> bool:
+        """Whether a look is not done yet, so that records may be there that go on from those that are known."""
+        return bool(self._left)
 
     # Looking
 
@@ -70,11 +77,16 @@ class Remote:
             raise
         ended = time.monotonic()
         if not self._left:
-            self._deleted.clear()
+            for key in self._doomed.keys() - index.records.keys():  # it had no room, or nothing before it is left
+                self.removed(key)
+            self._count, self._deleted, self._doomed = len(self._doomed), [], {}
         index.away = False
         self._next = -math.inf if self._left else ended + max(LOOK, SHARE * took)
         if (self._removed or self._noted) and self.writable:
             self.tiers.submit(self._send)
+        if self._gaps and not self._left and self.writable:
+            self._gaps = False
+            self.tiers.write_before(index.remote.records)
 
     def _look(self, until: float) -> float:
         """Returns how long it took to ask whether there is anything new."""
@@ -98,6 +110,8 @@ class Remote:
             new = [self._seen(key, each) for key, each in zip(batch, found, strict=True)]
             for record in sorted((r for r in new if r is not None), key=lambda r: (r.entry.first, r.entry.last)):
                 self._adopt(record)
+            self._left.update(index.ready)  # before anything is cut that they go on from
+            index.ready.clear()
             if time.monotonic() > until:
                 break
         return took
@@ -118,7 +132,7 @@ class Remote:
             return None
         if known is not None:
             index.put_on_remote(known, found.nbytes)
-            if noted is not None:
+            if noted is not None and key not in self._doomed:
                 known.pinned, known.expires = noted
                 index.soonest = min(index.soonest, known.ends)
             return None
@@ -129,13 +143,12 @@ class Remote:
                 return self._seen(key, self.server.look([key], ())[0], again=True)
             self.tiers.damaged(self, key, e)
             return None
-        if any(entry.created <= when and fits(entry) for when, fits in self._deleted):
-            self._count += 1
-            self.removed(key)
-            return None
         record = Record(entry, slots_nbytes(entry))
         if noted is not None:
             record.pinned, record.expires = noted
+        if any(entry.created <= when and fits(entry) for when, fits in self._deleted):
+            self._doomed[key] = None
+            record.pinned = record.expires = -math.inf  # nobody is given it, and it is cut where others go on from it
         record.remote_nbytes = found.nbytes
         return record
 
@@ -149,15 +162,13 @@ class Remote:
 
     def _fails(self, error: OSError) -> None:
         """Leave the server alone for a while. Inside the store's lock."""
-        self._until, self.store.index.away = time.monotonic() + PAUSE, True
+        self._until, self.store.index.away, self._gaps = time.monotonic() + PAUSE, True, True
         self._left.clear()
+        self._doomed.clear()
         self._scans = bool(self._deleted)
         self.server.start_over()
-        self.store.warn(
-            "remote",
-            f"the reuse cache cannot use {self.server.name}: {error}; it goes on without, and tries again every "
-            f"{PAUSE:.0f} s",
-        )
+        told = f"{self.server.name}: {error}; it goes on without, and tries again every {PAUSE:.0f} s"
+        self.store.warn("remote", f"the reuse cache cannot use {told}")
 
     # Reading
 
@@ -251,7 +262,7 @@ class Remote:
             with self.store.lock:
                 self._fails(error)
             return
-        self._full_until = time.monotonic() + PAUSE
+        self._full_until, self._gaps = time.monotonic() + PAUSE, True
         told = f"the reuse cache cannot write to {self.server.name}: {error}; it goes on without"
         self.store.warn("writing remotely", told)
 
@@ -272,6 +283,7 @@ class Remote:
 
     def removed(self, key: str) -> None:
         """Remove what lies under a key, as soon as the server can be asked."""
+        self.store.index.waiting.pop(key, None)
         self._removed[key] = None
         self._noted.pop(key, None)
         self.tiers.submit(self._send)

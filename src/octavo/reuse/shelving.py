@@ -77,6 +77,20 @@ class Shelving:
             return None  # another process has removed it, or it cannot be read now
         return Record(entry, slots_nbytes(entry), path=path, file_nbytes=size)
 
+    def link(self, record: Record) -> None:
+        """Take note of the file of a record that the server told of, if it has one; inside the store's lock.
+
+        Its bookkeeping had no room when files were looked at, and while nobody knows of a file it is neither read nor
+        removed.
+        """
+        with suppress(OSError):
+            nbytes = self.folder.file(record.key).stat().st_size
+            found = None if record.key in self.unreadable else self._entry(record.key, nbytes)
+            whole = all(parent.path is not None for parent in record.parents)
+            if found is not None and found.entry.sizes == record.entry.sizes and whole:
+                record.path, record.file_nbytes = found.path, nbytes
+                self.store.index.disk.add(record)
+
     def has(self, record: Record) -> bool:
         """Whether a record has a file."""
         return record.path is not None

@@ -8,13 +8,14 @@ class Stats:
     """Counts since the store was opened, and what it holds now.
 
     `requests` were looked up, `hits` went on from something; `asked` and `reused` are their prompts' tokens. `waited`:
-    requests that waited for another one's computation. `inserted`, `evicted` and `refused` (did not fit, or everything
-    was pinned) are records; `damaged` files were dropped; `errors` are failures to read or write. `passed_over`:
-    requests for which reading from disk or the server would have taken longer than computing. `similar_hits`:
-    requests that similar prompts helped with, `similar_tokens` of which were not computed; of `similar_audits` of them
-    the mean KL was `similar_kl` nats. `answers_given`: calls that were answered whole, which count in nothing else;
-    `answers_nbytes` is what answers hold. `memory_nbytes` counts all bookkeeping. `remote_nbytes` and `remote_records`
-    are what this store knows to be on the server, whose own policy may have evicted some of it since.
+    requests that waited for another one's computation. `inserted`, `evicted` (a server may keep what is forgotten
+    here) and `refused` (did not fit, or everything was pinned) are records; `damaged` files were
+    dropped; `errors` are failures to read or write. `passed_over`: requests for which reading from disk or the server
+    would have taken longer than computing. `similar_hits`: requests that similar prompts helped with, `similar_tokens`
+    of which were not computed; of `similar_audits` of them the mean KL was `similar_kl` nats. `answers_given`: calls
+    that were answered whole, which count in nothing else; `answers_nbytes` is what answers hold. `memory_nbytes`
+    counts all bookkeeping. `remote_nbytes` and `remote_records` are what this store knows to be on the server, whose
+    own policy may have evicted some of it since.
     """
 
     requests: int = 0

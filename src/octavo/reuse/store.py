@@ -44,18 +44,18 @@ PATIENCE = 600.0  # seconds for which a request waits for another one's computat
 class ReuseStore:
     """Keys and values of prompts that were read before, by their tokens, on up to three tiers.
 
-    `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. `disk`:
-    a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files. `remote`: a
-    Redis or Valkey server, which several machines may share: a URL such as "redis://host:6379/0" or a `redis.Redis`
-    (needs the extra `redis`); its own settings bound it and choose what leaves. `policy`: "slru" or "lru"
-    (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`: bytes in memory
-    and on disk by tenant. `back`, `every`, `shortest`, `turns`: `octavo.reuse.wanted.Keeping`. `similar`:
-    whether and how similar prompts help, approximately (`octavo.reuse.similar`). `answers`: whether whole
-    answers are given again (`octavo.reuse.answers`). `clock`: epoch seconds, for tests.
+    `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. What
+    is known of a server takes at most half of it (512 MiB without), and what was used longest ago is forgotten.
+    `disk`: a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files.
+    `remote`: a Redis or Valkey server, which several machines may share: a URL such as "redis://host:6379/0" or a
+    `redis.Redis` (needs the extra `redis`); its own settings bound it and choose what leaves. `policy`: "slru" or
+    "lru" (`octavo.reuse.shelf`). `ttl`: seconds after which what was stored is gone, None: never. `quotas`: bytes in
+    memory and on disk by tenant. `back`, `every`, `shortest`, `turns`: `octavo.reuse.wanted.Keeping`. `similar`:
+    whether and how similar prompts help, approximately (`octavo.reuse.similar`). `answers`: whether whole answers are
+    given again (`octavo.reuse.answers`). `clock`: epoch seconds, for tests.
 
     For several threads at once. What fails here (a full disk, a damaged file, a server that is away) costs a warning
-    and a hit, never an answer. Raises ConfigError for impossible settings, OutputFileError where the folder cannot be
-    made.
+    and a hit, never an answer. Raises ConfigError for wrong settings, OutputFileError where the folder cannot be made.
     """
 
     def __init__(
@@ -207,6 +207,7 @@ class ReuseStore:
         if known is not None:  # on a server that is away
             extent = record.extent if known.entry.sizes == record.entry.sizes else None
             return extent is not None and self.tiers.promote(known, extent)
+        self.counts["evicted"] += len(index.forget_far(record.index_nbytes, parents))
         gone = index.clear_memory(record.nbytes + record.index_nbytes, tenant, parents)
         stays = gone is not None
         if not stays and self.tiers.writable:
@@ -233,7 +234,7 @@ class ReuseStore:
         """Inside the lock: take in what time and others have changed, `patient`: however long it takes."""
         self.index.now = self.clock()
         self.tiers.refresh(patient)
-        admin.delete(self, set(self.index.expired()))
+        admin.expire(self)
 
     def forget(self, record: Record) -> int:
         """Drop a record and what goes on from it, files too; returns how many there were. Inside the lock."""
@@ -295,7 +296,8 @@ class ReuseStore:
         several conditions all must hold. Returns how many.
 
         What prompts that stay go on from stays too, cut where they part from what is deleted. What a server has that is
-        away is deleted when it is back. Raises InputError, and ConfigError where no condition is given.
+        away is deleted when it is back, if this store lives so long. Raises InputError, and ConfigError where no
+        condition is given.
         """
         ids = None if prefix is None else token_array(prefix)
         fits = admin.condition(ids, tag, tenant, key)
@@ -304,6 +306,7 @@ class ReuseStore:
             self._look(patient=True)
             count = admin.delete(self, {record for record in self.index.records.values() if fits(record.entry)})
             count += self.tiers.delete(fits)
+            admin.expire(self)
             if self.answers is not None and key is None:
                 self.answers.delete(ids, tag, tenant)
         self.flush()
@@ -317,6 +320,7 @@ class ReuseStore:
             for record in list(self.index.records.values()):
                 self.forget(record)
             self.tiers.delete(lambda entry: True)
+            admin.expire(self)
             if self.answers is not None:
                 self.answers.delete(None, None, None)
         self.flush()

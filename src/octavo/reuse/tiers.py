@@ -3,7 +3,7 @@ tier that has them, and taken in when others have stored them."""
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -104,12 +104,23 @@ class Tiers:
     def adopt(self, record: Record) -> bool | None:
         """Take in a record that was found on a tier; False where nothing holds the slots before its own, None where its
         bookkeeping has no room here. Inside the store's lock."""
-        index = self.store.index
-        if index.memory is not None and index.memory.rules.budget is not None:
-            most = index.memory.rules.budget // 2
-            if index.index_nbytes + record.index_nbytes > most or index.clear_memory(record.index_nbytes, "") is None:
+        index, nbytes, counts = self.store.index, record.index_nbytes, self.store.counts
+        parents = index.before(record)
+        if parents is None:
+            return False
+        counts["evicted"] += len(index.forget_far(nbytes, parents))
+        # Files are bounded by a budget of their own, and with no memory tier all of them are taken in.
+        if index.index_nbytes + nbytes > index.most and (index.memory is not None or record.path is None):
+            return None
+        if index.memory is not None:
+            gone = index.clear_memory(nbytes, "", parents)
+            if gone is None:
                 return None
-        return index.adopt(record)
+            counts["evicted"] += len(gone)
+        index.add(record, parents)
+        if self.folder is not None and record.path is None:
+            self.folder.link(record)
+        return True
 
     def damaged(self, tier: Tier, key: str, error: ReuseFileError) -> None:
         """Take note of what is not whole, and remove it unless another version of Octavo wrote it."""
@@ -181,14 +192,20 @@ class Tiers:
             self._writing.append((self._writer.submit(do, *arguments), record, stays))
 
     def write(self, record: Record, *, stays: bool) -> None:
-        """Begin to write a new record; `stays`: it has room in memory, so nobody need wait. Inside the store's lock."""
+        """Begin to write a record; `stays`: it has room in memory, so nobody need wait. Inside the store's lock."""
         if self.each:
-            extent = record.extent
-            assert extent is not None
             record.users += 1  # it must not leave before it is written
-            self.submit(self._write, record, extent, stays, record=record, stays=stays)
+            self.submit(self._write, record, record.extent, stays, record=record, stays=stays)
 
-    def _write(self, record: Record, extent: Extent, stays: bool) -> None:
+    def write_before(self, records: Iterable[Record]) -> None:
+        """Begin to write what records of the server go on from and it lacks; inside the store's lock.
+
+        What was cut while it was away is such: without what was left of it nothing there could go on.
+        """
+        for parent in {parent for record in records for parent in record.parents if not parent.remote_nbytes}:
+            self.write(parent, stays=True)
+
+    def _write(self, record: Record, extent: Extent | None, stays: bool) -> None:
         """Write a record, after those before it that are not there yet: without them nothing can go on from it."""
         store, made = self.store, dict[Record, Pieces]()
         with store.lock:
@@ -197,7 +214,7 @@ class Tiers:
             for tier in self.each:
                 try:
                     for each in tier.lacking(ordered):
-                        slots = extent if each is record else self._slots(each)
+                        slots = extent if each is record and extent is not None else self._slots(each)
                         if slots is None:
                             break
                         if each not in made:
