@@ -279,9 +279,10 @@ def likeliest(scores: Tensor, parts: int) -> Tensor:
     parts = math.gcd(parts, scores.shape[1])
     if parts == 1:
         return scores.argmax(-1)
-    best, places = scores.unflatten(1, (parts, -1)).max(-1)
+    best, places = scores.reshape(len(scores), parts, -1).max(-1)
     part = best.argmax(-1, keepdim=True)
-    return (part * (scores.shape[1] // parts) + places.gather(1, part)).squeeze(1)
+    found: Tensor = part * (scores.shape[1] // parts) + places.gather(1, part)
+    return found.squeeze(1)
 
 
 def repeated(scores: Tensor, penalty: Tensor) -> Tensor:
