@@ -10,7 +10,7 @@ OctavoError
 │   ├── AdapterFileError       missing, truncated, tampered or of an unknown format
 │   └── AdapterMismatchError   made for another model
 ├── InputError
-│   ├── PromptError            empty, or longer than the model's positions
+│   ├── PromptError            empty, longer than the model's positions, or no prompt
 │   ├── TextFileError          a text file that cannot be read
 │   └── OutputFileError        a file or folder that cannot be written
 ├── CacheError
@@ -71,7 +71,7 @@ class InputError(OctavoError, ValueError):
 
 
 class PromptError(InputError):
-    """The prompt is empty or longer than the model's positions."""
+    """The prompt is empty, longer than the model's positions, or none that the model could read."""
 
 
 class TextFileError(InputError):

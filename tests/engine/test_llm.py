@@ -113,6 +113,38 @@ def test_impossible_sizes_are_refused(size):
         nbytes(size, "kv_memory")
 
 
+@pytest.mark.parametrize(
+    "prompts", [5, [["a", 1]], [[1.5]], [None], torch.tensor([[1, 2], [3, 4]]), {"input_ids": [1]}]
+)
+def test_what_is_no_prompt_is_refused(llm, prompts):
+    with pytest.raises(PromptError, match=r"list of token ids.*not (int|list|NoneType|Tensor|dict)"):
+        llm.generate(prompts, GREEDY)
+    assert llm.engine.unfinished == 0
+
+
+def test_prompts_come_in_any_iterable(llm):
+    one = llm.generate("Once", GREEDY)[0].tokens
+    ids = llm.tokenizer("Once")["input_ids"]
+    assert [out.tokens for out in llm.generate((each for each in (ids, torch.tensor(ids))), GREEDY)] == [one, one]
+    assert [out.tokens for out in llm.generate(ids, GREEDY)] == [one]
+
+
+@pytest.mark.parametrize("messages", ["Hello", [[{"role": "user", "content": "Hello"}]], [{"role": "user"}], ["Hello"]])
+def test_what_is_no_conversation_is_refused(llm, messages):
+    with pytest.raises(PromptError, match=r"conversation is a list of messages|chat template does not take"):
+        llm.chat(messages, GREEDY)
+    assert llm.engine.unfinished == 0
+
+
+@pytest.mark.parametrize("token", [-1, 10**7])
+def test_a_token_that_the_model_lacks_is_refused_and_others_go_on(llm, token):
+    stream = llm.stream("Once upon a time", GREEDY)
+    begun = next(stream)
+    with pytest.raises(PromptError, match=f"the token {token};"):
+        llm.generate([[1, token]], GREEDY)
+    assert begun + "".join(stream) == llm.generate("Once upon a time", GREEDY)[0].text
+
+
 def test_what_cannot_be_is_refused(llm):
     with pytest.raises(PromptError):
         llm.generate("")

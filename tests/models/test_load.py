@@ -72,6 +72,12 @@ def test_missing_models_are_named(name, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["/nonexistent", "./nonexistent", "models/here/nonexistent", "~/nonexistent"])
+def test_a_folder_that_is_not_there_is_called_so(name):
+    with pytest.raises(ModelNotFoundError, match=f"{name}: there is no such folder"):
+        load(name)
+
+
 def test_a_broken_gguf_is_named(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(ModelNotFoundError, match=r"x\.gguf"):

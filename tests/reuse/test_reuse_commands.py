@@ -120,7 +120,7 @@ def test_verify_finds_what_is_damaged(folder):
 
 
 def test_mistakes_are_told(folder):
-    cases = {"there is no folder": ["stats", "/no/folder"], "say what to delete": ["delete", folder],
+    cases = {"there is no folder": ["stats", "/no/folder"], "or --all for everything": ["delete", folder],
              "give --text": ["explain", folder]}  # fmt: skip
     for message, arguments in cases.items():
         out = runner.invoke(cli.app, ["cache", *map(str, arguments)], input="no json")

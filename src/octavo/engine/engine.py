@@ -80,8 +80,8 @@ class Engine:
         Lower `priority` runs first. `on_token` is called after each token; where it raises, its request ends with that
         error. `constraint`: see `octavo.engine.grammar`; the host reads each of its tokens before the next step.
 
-        Raises PromptError where the prompt is empty or too long, and ConfigError where more samples are asked for than
-        may run at once, or `params` name tokens that the vocabulary lacks.
+        Raises PromptError where the prompt is empty, too long or has tokens that the vocabulary lacks, and ConfigError
+        where more samples are asked for than may run at once, or `params` name tokens that the vocabulary lacks.
         """
         params = params or SamplingParams()
         if not prompt:
@@ -91,7 +91,7 @@ class Engine:
             raise PromptError(f"the prompt has {len(prompt):,} tokens, the model has {has}; shorten it")
         if params.n > self.scheduler.max_batch:
             raise ConfigError(f"n is {params.n}, and at most {self.scheduler.max_batch} requests run at once")
-        self.sampler.check(params)
+        self.sampler.check(params, prompt)
         seed = torch.seed() % 2**63 if params.seed is None else params.seed
         self._arrived += 1
         output = Output(text, list(prompt))

@@ -1,11 +1,14 @@
 """The face of the engine: texts in, texts out."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import operator
+import textwrap
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from octavo.config import nbytes
@@ -13,7 +16,7 @@ from octavo.engine.engine import Engine
 from octavo.engine.grammar import Constraint, Grammars
 from octavo.engine.request import Output, Request
 from octavo.engine.sampling import SamplingParams
-from octavo.errors import ConfigError, NotAttachedError
+from octavo.errors import ConfigError, NotAttachedError, PromptError
 from octavo.models import load
 
 Prompt = str | Sequence[int]
@@ -74,17 +77,17 @@ class LLM:
 
         `params`: for all, or one for each. `grammar`: `json_schema` (a dict or its text), `regex` or `ebnf`, to which
         all answers conform; it needs xgrammar. An output whose request failed has its `error`. Raises PromptError for a
-        prompt that is empty or too long, and ConfigError for a bad grammar or where there are not as many params as
-        prompts.
+        prompt that is empty, too long, no text and no tokens, or has tokens that the vocabulary lacks, and ConfigError
+        for a bad grammar or where there are not as many params as prompts.
         """
         constraint = self._constraint(grammar)
-        many = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)  # type: ignore[list-item]
+        many = _one_by_one(prompts)
         each = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(many):
             raise ConfigError(f"{len(many)} prompts came with {len(each)} params; give one for all or one for each")
         requests = []
         try:
-            requests += [self._add(prompt, p, constraint) for prompt, p in zip(many, each, strict=True)]  # type: ignore[arg-type]
+            requests += [self._add(prompt, p, constraint) for prompt, p in zip(many, each, strict=True)]
             while any(not r.finished for r in requests):
                 self.engine.step()
         except BaseException:
@@ -102,7 +105,8 @@ class LLM:
     ) -> Output:
         """The answer to a conversation, by the tokenizer's chat template; `template` goes to it, `grammar` as above.
 
-        Raises ConfigError where the tokenizer has none, PromptError where the conversation is too long.
+        Raises ConfigError where the tokenizer has none, PromptError where the conversation is too long, or is none that
+        the template takes.
         """
         return self.generate([self._chat_prompt(messages, template or {})], params, **grammar)[0]
 
@@ -169,7 +173,10 @@ class LLM:
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                return [operator.index(token) for token in prompt]
+            except TypeError as error:
+                raise PromptError(f"a prompt is a text or a list of token ids, not {_shown(prompt)}") from error
         if self.tokenizer is None:
             raise ConfigError("this LLM has no tokenizer; give prompts as tokens, or a tokenizer with the model")
         tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
@@ -178,9 +185,20 @@ class LLM:
     def _chat_prompt(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ConfigError("the tokenizer has no chat template; use generate with a prompt of your own")
-        text = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, **template
+        whole = isinstance(messages, Sequence) and all(
+            isinstance(each, Mapping) and "role" in each for each in messages
         )
+        if not whole:
+            raise PromptError(
+                "a conversation is a list of messages such as {'role': 'user', 'content': 'Hello'}, "
+                f"not {_shown(messages)}"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False, **template
+            )
+        except TemplateError as error:
+            raise PromptError(f"the chat template does not take {_shown(messages)}: {error}") from error
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return tokens
 
@@ -189,6 +207,27 @@ class LLM:
             for member in (request, *request.family):
                 if not member.done:
                     self.engine.cancel(member)
+
+
+def _one_by_one(prompts: Any) -> list[Any]:
+    """What `generate` is given as a list of prompts.
+
+    Tensors and tokenizers' outputs are refused: their rows may be padded, and padding would be read as text.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, torch.Tensor | Mapping) or not isinstance(prompts, Iterable):
+        raise PromptError(
+            f"prompts are a text, a list of token ids or a list of these, not {_shown(prompts)}; of a tensor without "
+            "padding give tolist()"
+        )
+    many = list(prompts)
+    return [many] if many and isinstance(many[0], int) else many
+
+
+def _shown(given: object) -> str:
+    """The beginning of what was given, for an error."""
+    return f"{type(given).__name__} {textwrap.shorten(repr(given), 60, placeholder=' ...')}"
 
 
 def _after(request: Request, shown: int) -> str:

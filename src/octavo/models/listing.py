@@ -15,7 +15,7 @@ from octavo.attachment.states import state_layers
 from octavo.attachment.supported import layout_of
 from octavo.errors import ModelNotFoundError, OctavoError, UnsupportedModelError
 from octavo.models.gguf import unpacked_gguf
-from octavo.models.load import default_model, published_config
+from octavo.models.load import default_model, is_missing, published_config
 
 
 class Walked(NamedTuple):
@@ -95,6 +95,8 @@ def _config(source: str) -> PreTrainedConfig:
             f"{source} is a GGUF file, whose configuration is read with its weights; use octavo.load"
         )
     folder = str(path.parent) if path.name == "config.json" else source
+    if is_missing(folder):
+        raise ModelNotFoundError(f"cannot read a configuration from {source}: there is no such folder or file")
     try:
         published = published_config(folder)
         if published is not None:

@@ -65,6 +65,8 @@ def load_plain(
         source = str(unpacked_gguf(Path(source)))
     published = published_config(source)
     config = {} if published is None else {"config": base_config(published, source)}
+    if is_missing(source):
+        raise ModelNotFoundError(f"cannot load model {source}: there is no such folder or file")
     try:
         loaded, beside = _whole(source, config, dtype or default_dtype(place))
         if published is not None:
@@ -79,6 +81,11 @@ def load_plain(
         raise ModelNotFoundError(f"cannot load model {source}, transformers fails on its files with {said}") from e
     nn.Module.to(loaded, place)
     return nn.Module.eval(loaded), words
+
+
+def is_missing(source: str) -> bool:
+    """Whether this can only be a path, and nothing is there; the hub's library would call it a badly written id."""
+    return "/" in source and not is_hub_id(source) and not Path(source).exists()
 
 
 def _tokenizer(source: str, config: dict[str, PreTrainedConfig]) -> Any:
