@@ -101,9 +101,7 @@ def delete(
     everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
 ) -> None:
     """Delete records; what others go on from stays, cut where they part."""
-    if (
-        not everything and key is None and tag is None and tenant is None and text is None
-    ):  # the store's own error names its arguments
+    if not everything and all(each is None for each in (key, tag, tenant, text)):  # the store's error names arguments
         raise ConfigError("say what to delete: --key, --tag, --tenant or --text, or --all for everything")
     store = _opened(folder, remote)
     before = len(store.list())

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ from octavo.engine.request import Output, Request
 from octavo.engine.runner import Runner
 from octavo.engine.sampling import Sampled, Sampler, SamplingParams
 from octavo.engine.scheduler import Plan, Scheduler
-from octavo.engine.text import Detokenizer, cut_at, ends_of
+from octavo.engine.text import Detokenizer, check_prompt, cut_at, ends_of
 from octavo.errors import CacheBudgetError, ConfigError, PromptError
 
 STEP_TOKENS = {"cuda": 8192, "cpu": 512}  # by device: what a step spends at most
@@ -49,13 +49,12 @@ class Engine:
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         check_lookup(model, prompt_lookup)
-        config: Any = model.config
-        self.model, self.tokenizer = model, tokenizer
+        config, embeddings = cast("tuple[Any, Any]", (model.config, model.get_input_embeddings()))
+        self.model, self.tokenizer, self.embedded = model, tokenizer, len(embeddings.weight)
         self.ends = ends_of(model, tokenizer)
-        text_config = config.get_text_config()
         # Asked once: a configuration takes longer to answer than a request's part of a step.
         self.positions: float = require_attachment(model).reach.in_pieces or math.inf
-        self.sampler = Sampler(max_batch, text_config.vocab_size, device, eos=tuple(self.ends))
+        self.sampler = Sampler(max_batch, config.get_text_config().vocab_size, device, eos=tuple(self.ends))
         self.scheduler = Scheduler(max_batch, step_tokens, PADDING.get(device.type, 0.0))
         self.runner = Runner(model, self.sampler, prompt_lookup)
         self._free = list(range(max_batch))[::-1]  # places in the sampler
@@ -91,7 +90,8 @@ class Engine:
             raise PromptError(f"the prompt has {len(prompt):,} tokens, the model has {has}; shorten it")
         if params.n > self.scheduler.max_batch:
             raise ConfigError(f"n is {params.n}, and at most {self.scheduler.max_batch} requests run at once")
-        self.sampler.check(params, prompt)
+        check_prompt(prompt, self.embedded)
+        self.sampler.check(params)
         seed = torch.seed() % 2**63 if params.seed is None else params.seed
         self._arrived += 1
         output = Output(text, list(prompt))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.engine.sampling_params import GREEDY_BELOW, SamplingParams, Work, check_prompt
+from octavo.engine.sampling_params import GREEDY_BELOW, SamplingParams, Work
 from octavo.errors import ConfigError
 
 __all__ = ["Allowed", "Sampled", "Sampler", "SamplingParams", "Work", "gumbel", "thresholds", "uniform"]
@@ -133,10 +133,9 @@ class Sampler:
         self._requests[slot] = params
         self.work = Work.of(list(self._requests.values()), self.vocab_size)
 
-    def check(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Raise what `add` would, before anything has been computed for a request, and PromptError for bad tokens."""
+    def check(self, params: SamplingParams) -> None:
+        """Raise what `add` would, before anything has been computed for a request."""
         self._edits_of(params)
-        check_prompt(prompt_ids, self.vocab_size)
 
     def remove(self, slot: int) -> None:
         """Free a slot. Steps that are under way may still name it; nothing on the device changes."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from octavo.errors import ConfigError, PromptError
+from octavo.errors import ConfigError
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in vLLM
 _INT64 = 2**63
@@ -122,16 +122,6 @@ class Work:
             repetition=any(p.repeats for p in requests),
             logprobs=max((p.logprobs for p in requests if p.logprobs is not None), default=None),
         )
-
-
-def check_prompt(ids: Sequence[int], vocab_size: int) -> None:
-    """Raise PromptError where a prompt, not empty, has a token that the vocabulary lacks.
-
-    Looking up the embedding of one fails in the middle of a step; on a GPU it ends the process, other requests with it.
-    """
-    for token in (min(ids), max(ids)):
-        if not 0 <= token < vocab_size:
-            raise PromptError(f"the prompt has the token {token}; the model's are those from 0 to {vocab_size - 1}")
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:

@@ -5,7 +5,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from octavo.errors import PromptError
+
 _BROKEN = "�"  # what tokenizers show for bytes that are no character yet
+
+
+def check_prompt(ids: Sequence[int], embedded: int) -> None:
+    """Raise PromptError where a prompt, not empty, has a token for which a model with so many embeddings has none.
+
+    Looking up the embedding of one fails in the middle of a step; on a GPU it ends the process, other requests with it.
+    """
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < embedded:
+            raise PromptError(f"the prompt has the token {token}; the model's are those from 0 to {embedded - 1}")
 
 
 class Detokenizer:
