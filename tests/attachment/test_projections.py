@@ -1,8 +1,10 @@
 """Queries, keys and values as one product are what they were, and the model's parameters stay its own."""
 
 import copy
+import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -247,3 +249,84 @@ def test_mlps_that_are_built_otherwise_stand_for_themselves():
     assert gated_as_one(other) is other
     plain = nn.Linear(3, 3)
     assert gated_as_one(plain) is plain
+
+
+def test_biases_of_a_stand_in_are_the_models_own_so_that_a_graph_may_outlive_it():
+    model = tiny_model(mlp_bias=True)
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 3, model.config.hidden_size)
+    named = dict(mlp.named_parameters())
+    stand_in = gated_as_one(mlp)
+    part = weakref.ref(stand_in.gate_proj.whole_bias)
+    with torch.no_grad():
+        mlp.gate_proj.bias.add_(1)
+        torch.testing.assert_close(type(mlp).forward(stand_in, x), mlp(x))
+    address = stand_in.gate_proj.whole_bias.data_ptr()
+    del stand_in
+    gc.collect()
+    assert part() is None
+    assert {b.untyped_storage().data_ptr() for b in (mlp.gate_proj.bias, mlp.up_proj.bias)} == {address}
+    assert all(p is named[n] for n, p in mlp.named_parameters())
+
+
+def test_a_weight_that_layers_share_stays_where_it_is():
+    model = tiny_model()
+    first, *others = [layer.mlp for layer in model.model.layers]
+    for other in others:
+        other.gate_proj.weight = first.gate_proj.weight
+    x = torch.randn(1, 3, model.config.hidden_size)
+    with torch.no_grad():
+        expected = [mlp(x) for mlp in (first, *others)]
+        assert gated_as_one(first) is not first
+        addresses = [p.data_ptr() for p in model.parameters()]
+        assert [gated_as_one(other) for other in others] == others
+        gated_as_one(first)
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+        for mlp, wanted in zip((first, *others), expected, strict=True):
+            torch.testing.assert_close(type(mlp).forward(gated_as_one(mlp), x), wanted)
+    first.up_proj.weight = nn.Parameter(first.up_proj.weight + 1)  # the one before is gone, and nobody else lies there
+    assert gated_as_one(first) is not first
+
+
+class Gated(nn.Module):
+    """A gated MLP of somebody else."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+
+
+class InputChangesMLP(Gated):
+    def forward(self, x):
+        x = x + 0
+        gate = self.gate_proj(x)
+        x.mul_(2)
+        return gate * self.up_proj(x)
+
+
+class ProductChangesMLP(Gated):
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        once_more = self.gate_proj(x)
+        gate += 1
+        return gate * once_more
+
+
+class ActivatedInPlaceMLP(Gated):
+    def forward(self, x):
+        return nn.functional.silu(self.gate_proj(x), inplace=True) * self.up_proj(x)
+
+
+class AsksForDtypeMLP(Gated):
+    def forward(self, x):
+        return self.gate_proj(x.to(self.gate_proj.weight.dtype)) * self.up_proj(x)
+
+
+@pytest.mark.parametrize("kind", [InputChangesMLP, ProductChangesMLP, ActivatedInPlaceMLP, AsksForDtypeMLP])
+def test_mlps_that_change_tensors_in_place_or_ask_for_weights_compute_what_they_did(kind):
+    torch.manual_seed(0)
+    mlp, x = kind(), torch.randn(3, 8)
+    made = torch.compile(kind.forward, backend=lambda graph, inputs: computed_once(graph))
+    with torch.no_grad():
+        stand_in = gated_as_one(mlp)
+        assert stand_in is not mlp
+        torch.testing.assert_close(made(stand_in, x), mlp(x))

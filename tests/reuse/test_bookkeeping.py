@@ -1,11 +1,14 @@
 """What a store knows of a server is bounded: what was used longest ago is forgotten, and the server keeps it."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("fakeredis")
 
 from octavo.config import Eviction
 from octavo.reuse import index, remote, resp
+from octavo.reuse.record import Record
 from reuse.plain import Model
 from reuse.served import Fake, values
 from reuse.test_disk import prompt
@@ -101,3 +104,25 @@ def test_a_file_that_had_no_room_here_is_used_once_the_server_tells_of_its_recor
     monkeypatch.setattr(resp.Server, "read", None)
     assert model.ask(b, tokens) == len(tokens) - 1, "from the file"
     assert b.stats().disk_nbytes == sum(r.file_nbytes for r in b.index.records.values())
+
+
+def test_what_a_record_goes_on_from_is_not_dropped_while_room_is_made_for_it():
+    store, model = opened(Fake(), "10MB"), Model(None)
+    asked(model, store, prompt(0, 100))
+    (whole,) = store.index.records.values()
+    store.clear()
+
+    def placed(first, last, parents, extent=None):
+        entry = replace(whole.entry, tokens=whole.entry.tokens[:last], first=first, last=last)
+        record = Record(entry, whole.nbytes, extent, remote_nbytes=0 if extent else whole.nbytes)
+        store.index.add(record, parents)
+        (store.index.memory if extent else store.index.remote).add(record)
+        return record
+
+    begins = placed(0, 40, [], whole.extent)  # in memory alone; what goes on from it is on the server alone
+    goes_on = placed(40, 80, [begins])
+    other = placed(0, 60, [])  # what comes now goes on from this one instead
+    store.index.memory.rules = replace(store.index.memory.rules, budget=store.index.memory_nbytes + 100)
+    entry = replace(whole.entry, first=80)
+    assert store.tiers.adopt(Record(entry, whole.nbytes, remote_nbytes=whole.nbytes)) is None, "it has no room"
+    assert [record.gone for record in (begins, goes_on, other)] == [False] * 3

@@ -6,7 +6,8 @@ its tokens. Compiled, a norm is one kernel, and so is a rotary embedding or the 
 stays what it is outside of these forwards, and for other threads within their time.
 
 A layer's queries, keys and values are one product in these forwards, and so are the halves of a gated MLP, see
-`octavo.attachment.projections`.
+`octavo.attachment.projections`. Save a model whose weights lie in blocks with `save_pretrained`: `save_model` of
+Accelerate leaves out all but the first weight of a block, with a warning.
 
 Compiled code rounds intermediate results of bfloat16 less often than the original, so logits differ in their last bits.
 """

@@ -9,6 +9,8 @@ its owner changes them there.
 
 import copy
 import functools
+import operator
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 NAMES = ("q_proj", "k_proj", "v_proj")  # what transformers calls them, in the order in which they are called
 GATED = ("gate_proj", "up_proj")  # the same of an MLP; there is no order in which compiled code calls them
-_laid: Any = WeakIdKeyDictionary()  # weights that were laid together, each with the address of its block
+# Weights that were laid together, each with the address of its block and references to all that were laid there.
+_laid: Any = WeakIdKeyDictionary()
+WRITING = {operator.setitem, *(getattr(operator, name) for name in vars(operator) if name.startswith("__i"))}
+WRITING -= {operator.__index__, operator.__inv__, operator.__invert__}
 
 
 class _Product:
@@ -60,38 +65,52 @@ def shared_products(
             yield each, functools.partial(product.take, which)
 
 
-class _Part(nn.Module):
-    """One of several products of an input, as a part of the product with all of their weights."""
+class _Part(nn.Linear):
+    """One of several products of an input, as a part of the product with all of their weights.
 
-    def __init__(self, whole: Tensor, bias: Tensor | None, begin: int, end: int) -> None:
-        super().__init__()
-        self.whole, self.bias, self.begin, self.end = whole, bias, begin, end
+    It has its module's own weight and bias too, since some MLPs ask for a weight's dtype.
+    """
+
+    def __init__(self, module: nn.Linear, whole: Tensor, bias: Tensor | None, begin: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self.weight, self.bias = module.weight, module.bias
+        self.whole, self.whole_bias, self.begin = whole, bias, begin
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.whole, self.bias)[..., self.begin : self.end]
+        return F.linear(x, self.whole, self.whole_bias)[..., self.begin : self.begin + self.out_features]
 
 
 def gated_as_one(mlp: nn.Module) -> nn.Module:
     """What stands for a gated MLP in compiled code: a copy with two equal products; `computed_once` leaves one.
 
-    It is the MLP itself where there are no such weights, or where they cannot be laid one behind the other.
+    It is the MLP itself where there are no such weights, or where they cannot be laid one behind the other. Biases are
+    laid so too: a CUDA graph reads them long after the stand-in is gone.
     """
     parts = [getattr(mlp, name, None) for name in GATED]
     modules = [part for part in parts if type(part) is nn.Linear and _plain(part)]
     if len(modules) < len(parts) or not _alike(modules) or not _lay([m.weight for m in modules]):
         return mlp
-    whole, bias = _whole([m.weight for m in modules]).detach(), _joined(modules)
+    biases = [m.bias for m in modules if m.bias is not None]
+    if biases and not (all(map(_own, biases)) and len({b.dtype for b in biases}) == 1 and _lay(biases)):
+        return mlp
+    whole, bias = _whole([m.weight for m in modules]).detach(), _whole(biases).detach() if biases else None
     made, begin = copy.copy(mlp), 0
     made.__dict__.pop("forward", None)  # which may be what somebody else compiles now
     made._modules = dict(mlp._modules)
     for name, module in zip(GATED, modules, strict=True):
-        made._modules[name] = _Part(whole, bias, begin, begin + len(module.weight))
+        made._modules[name] = _Part(module, whole, bias, begin)
         begin += len(module.weight)
     return made
 
 
 def computed_once(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Let all products of one input and one weight in a graph be one product."""
+    """Let all products of one input and one weight in a graph be one product.
+
+    A graph that changes anything in place stays as it is: it may be an input between two products, or one of them.
+    """
+    if any(map(_writes, module.graph.nodes)):
+        return module
     seen: dict[Any, torch.fx.Node] = {}
     for node in list(module.graph.nodes):
         if node.target is not F.linear:
@@ -104,6 +123,15 @@ def computed_once(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return module
 
 
+def _writes(node: torch.fx.Node) -> bool:
+    """Whether a call may change a tensor in place, as far as its name and arguments tell."""
+    if not node.op.startswith("call"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    told = node.kwargs.get("inplace") or node.kwargs.get("out") is not None or any(a is True for a in node.args)
+    return bool(told) or node.target in WRITING or (name.endswith("_") and not name.endswith("__"))
+
+
 def _joined(modules: Sequence[nn.Linear]) -> Tensor | None:
     """Their biases one behind the other."""
     biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
@@ -112,9 +140,12 @@ def _joined(modules: Sequence[nn.Linear]) -> Tensor | None:
 
 def _plain(module: nn.Linear) -> bool:
     """Whether nobody watches a module, and its weight is a matrix in memory."""
-    watched = module._forward_hooks or module._forward_pre_hooks
-    weight = module.weight
-    return not watched and type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_inference()
+    return not (module._forward_hooks or module._forward_pre_hooks) and _own(module.weight)
+
+
+def _own(weight: Tensor) -> bool:
+    """Whether it is a parameter in memory that can be moved."""
+    return type(weight) is nn.Parameter and weight.is_contiguous() and not weight.is_inference()
 
 
 def _alike(modules: Sequence[nn.Linear]) -> bool:
@@ -127,7 +158,8 @@ def _alike(modules: Sequence[nn.Linear]) -> bool:
 @torch.inference_mode(False)  # or nothing could be trained after an answer that was asked for in inference mode
 @torch.no_grad()
 def _lay(weights: Sequence[Tensor]) -> bool:
-    """Move weights [n, hidden] into one block of memory, one behind the other, where they are not; whether they are."""
+    """Move weights [n, hidden], or biases [n], into one block of memory, one behind the other, where they are not;
+    whether they are."""
     at, together = weights[0].data_ptr(), True
     storage = weights[0].untyped_storage().data_ptr()
     for weight in weights:
@@ -135,23 +167,29 @@ def _lay(weights: Sequence[Tensor]) -> bool:
         at += weight.nbytes
     if together:
         return True
-    if not all(map(_alone, weights)):
+    if not all(_alone(weight, weights) for weight in weights):
         return False
     block = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, torch.split(block, [len(w) for w in weights]), strict=True):
         weight.data = part
-        _laid[weight] = block.data_ptr()
+        _laid[weight] = block.data_ptr(), [weakref.ref(each) for each in weights]
     return True
 
 
-def _alone(weight: Tensor) -> bool:
-    """Whether nobody else has a part in the memory of a weight, as far as that memory tells."""
+def _alone(weight: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether nobody but some weights has a part in the memory of one of them, as far as that memory tells."""
     storage = weight.untyped_storage()
-    shared = weight.is_cpu and weight.is_shared()  # type: ignore[no-untyped-call]  # torch calls all memory of a GPU so
-    return not shared and (storage.nbytes() == weight.nbytes or _laid.get(weight) == storage.data_ptr())
+    if weight.is_cpu and weight.is_shared():  # type: ignore[no-untyped-call]  # torch calls all memory of a GPU so
+        return False
+    address, among = _laid.get(weight, (None, []))
+    if storage.nbytes() == weight.nbytes or address != storage.data_ptr():
+        return storage.nbytes() == weight.nbytes
+    # A weight that several layers share would be taken from one of them to the next in every forward.
+    others = [each for each in (ref() for ref in among) if each is not None and all(each is not w for w in weights)]
+    return all(each.untyped_storage().data_ptr() != address for each in others)
 
 
 def _whole(weights: Sequence[Tensor]) -> Tensor:
-    """All of the block in which the weights lie."""
+    """All of the block in which the weights, or biases, lie."""
     first = weights[0]
-    return first.as_strided((sum(len(w) for w in weights), first.shape[1]), (first.shape[1], 1))
+    return first.as_strided((sum(len(w) for w in weights), *first.shape[1:]), (*first.shape[1:], 1))

@@ -1,5 +1,6 @@
 """What users ask of a store beside reuse: what it holds, why a prompt would miss, pinning, deleting, checking."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -166,6 +167,21 @@ def expire(store: "ReuseStore") -> None:
     """Delete what has expired, once all that may go on from it has been looked at. Inside the lock."""
     if store.tiers.remote is None or not store.tiers.remote.looking:
         delete(store, set(store.index.expired()))
+
+
+def renew(store: "ReuseStore", known: Record, record: Record) -> bool:
+    """Let a record that is known take in what was computed once more; whether that is stored now. Inside the lock."""
+    if record.extent is None or known.entry.sizes != record.entry.sizes:
+        return False
+    stored = store.tiers.promote(known, record.extent)
+    if known.ends > store.index.now:
+        return stored
+    # It has expired or was deleted, and still is there for what may go on from it: it lives anew, or it would be lost.
+    known.expires, known.pinned = record.expires, -math.inf
+    store.index.soonest = min(store.index.soonest, known.ends)
+    store.tiers.renewed(known)
+    store.counts["inserted"] += 1
+    return True
 
 
 def _cut(store: "ReuseStore", record: Record, survivors: set[Record]) -> None:

@@ -211,9 +211,13 @@ class Index:
         return [r for r in out if not r.users]
 
     def clear_memory(self, nbytes: int, tenant: str, spared: Collection[Record] = ()) -> list[Record] | None:
-        """Make room in the memory tier; returns what is gone altogether, None where there can be none."""
+        """Make room in the memory tier; returns what is gone altogether, None where there can be none.
+
+        What `spared` go on from stays too: what lies on the server alone is dropped with what it goes on from.
+        """
         if self.memory is None:
             return None
+        spared = {*spared, *(before for record in spared for before in record.parents)}
         room = self.memory.leaving(nbytes, tenant, self.now, spared, fixed=self.index_nbytes)
         return None if room is None else [gone for each in room for gone in self.take_from_memory(each)]
 

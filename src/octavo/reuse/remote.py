@@ -62,10 +62,10 @@ class Remote:
 
     def refresh(self, patient: bool = False) -> None:
         """Take in what others have done, at most every `LOOK` seconds unless one is `patient`; in the store's lock."""
-        began, index = time.monotonic(), self.store.index
+        began, index, within = time.monotonic(), self.store.index, self._within
         if began < self._until or (began < self._next and not patient):
             return
-        within, self._within = self._within, LATER
+        self._within = LATER
         try:
             took = self._look(math.inf if patient else began + within)
         except OSError as e:
@@ -83,7 +83,7 @@ class Remote:
         index.away = False
         self._next = -math.inf if self._left else ended + max(LOOK, SHARE * took)
         if (self._removed or self._noted) and self.writable:
-            self.tiers.submit(self._send)
+            self.tiers.submit_once(self._send)
         if self._gaps and not self._left and self.writable:
             self._gaps = False
             self.tiers.write_before(index.remote.records)
@@ -286,7 +286,7 @@ class Remote:
         self.store.index.waiting.pop(key, None)
         self._removed[key] = None
         self._noted.pop(key, None)
-        self.tiers.submit(self._send)
+        self.tiers.submit_once(self._send)
 
     def delete(self, fits: Callable[[Entry], bool]) -> int:
         """Remove what is on the server, is not in the index, and fits, later where the server is away; returns how many
@@ -301,9 +301,10 @@ class Remote:
     def note(self, record: Record) -> None:
         """Tell other machines until when a record is pinned and lives, as soon as the server can be asked."""
         with self.store.lock:
+            self._doomed.pop(record.key, None)  # what was to be deleted was computed once more
             if record.remote_nbytes or self.store.index.away:
-                self._noted[record.key] = (record.pinned, record.expires)
-                self.tiers.submit(self._send)
+                self._noted[record.key] = record.pinned, record.expires
+                self.tiers.submit_once(self._send)
 
     def _send(self) -> None:
         """Tell the server what it has not been told yet."""
@@ -345,6 +346,4 @@ class Remote:
     def check(self, key: str) -> Entry:
         """Read and check all that lies under a key. Raises ReuseFileError and OSError."""
         (nbytes,) = self.server.sizes([key])
-        if not nbytes:
-            raise FileNotFoundError(key)
-        return self._parsed(key, self.server.read(key, nbytes))[0]
+        return self._parsed(key, self.server.read(key, nbytes))[0]  # which says so where there is nothing

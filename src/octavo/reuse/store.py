@@ -204,9 +204,8 @@ class ReuseStore:
         """Take in a new record, inside the lock, after others have left for it; False where it has no room."""
         index, memory, tenant = self.index, self.index.memory, record.entry.tenant
         known = index.records.get(record.key)
-        if known is not None:  # on a server that is away
-            extent = record.extent if known.entry.sizes == record.entry.sizes else None
-            return extent is not None and self.tiers.promote(known, extent)
+        if known is not None:  # on a server that is away, or to be deleted once that has been looked at
+            return admin.renew(self, known, record)
         self.counts["evicted"] += len(index.forget_far(record.index_nbytes, parents))
         gone = index.clear_memory(record.nbytes + record.index_nbytes, tenant, parents)
         stays = gone is not None

@@ -3,6 +3,7 @@ tier that has them, and taken in when others have stored them."""
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -85,7 +86,8 @@ class Tiers:
         self.remote = None if remote is None else Remote(store, self, Server(remote))
         self.each: list[Tier] = [tier for tier in (self.folder, self.remote) if tier is not None]
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: list[tuple[Future[None], Record | None, bool]] = []
+        self._writing: deque[tuple[Future[None], Record | None, bool]] = deque()
+        self._asked: set[Callable[[], None]] = set()  # what is submitted by `submit_once`, and has not begun
         self._process = os.getpid()
 
     @property
@@ -188,8 +190,23 @@ class Tiers:
         with self.store.lock:
             if self._writer is None:
                 self._writer = ThreadPoolExecutor(1, "octavo-reuse")
-            self._writing = [each for each in self._writing if not each[0].done()]
+            while self._writing and self._writing[0][0].done():  # they end in this order
+                self._writing.popleft()
             self._writing.append((self._writer.submit(do, *arguments), record, stays))
+
+    def submit_once(self, do: Callable[[], None]) -> None:
+        """Have something done behind the request, once for all that ask before it begins; inside the store's lock.
+
+        A server that refuses to remove many records would be asked to as often as there are records otherwise.
+        """
+        self._after_fork()
+        if do not in self._asked:
+            self._asked.add(do)
+            self.submit(self._begin, do)
+
+    def _begin(self, do: Callable[[], None]) -> None:
+        self._asked.discard(do)
+        do()
 
     def write(self, record: Record, *, stays: bool) -> None:
         """Begin to write a record; `stays`: it has room in memory, so nobody need wait. Inside the store's lock."""
@@ -263,6 +280,12 @@ class Tiers:
         for tier in self.each:
             tier.note(record)
 
+    def renewed(self, record: Record) -> None:
+        """Take note that a record that was to be deleted stays, and tell others; inside the store's lock."""
+        if self.each:
+            self.submit(self.note, record)
+            self.write(record, stays=self.store.in_memory(record))
+
     def touch(self, record: Record) -> None:
         """Take note for others that a record was used."""
         for tier in self.each:
@@ -273,7 +296,8 @@ class Tiers:
         if self._process == os.getpid():
             return
         with self.store.lock:
-            self._process, self._writer, left, self._writing = os.getpid(), None, self._writing, []
+            self._process, self._writer, left, self._writing = os.getpid(), None, self._writing, deque()
+            self._asked = set()
             for future, record, stays in left:
                 if record is not None and not future.done():
                     self._written(record, stays)
