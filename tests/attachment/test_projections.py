@@ -330,3 +330,13 @@ def test_mlps_that_change_tensors_in_place_or_ask_for_weights_compute_what_they_
         stand_in = gated_as_one(mlp)
         assert stand_in is not mlp
         torch.testing.assert_close(made(stand_in, x), mlp(x))
+
+
+def test_models_whose_mlps_were_laid_together_are_saved_whole(tmp_path):
+    model = tiny_model(mlp_bias=True)
+    before = copy.deepcopy(model.state_dict())
+    assert all(gated_as_one(layer.mlp) is not layer.mlp for layer in model.model.layers)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in loaded.state_dict().items())
