@@ -56,13 +56,21 @@ def shared_products(
     forward into a module.
     """
     for module in attention:
-        parts = [getattr(module, name, None) for name in NAMES]
-        modules = [part for part in parts if type(part) is nn.Linear and _plain(part) and not replaced(part)]
-        if len(modules) < len(parts) or not _alike(modules) or not _lay([m.weight for m in modules]):
+        modules = _together(module, NAMES, replaced)
+        if not modules:
             continue
         product = _Product(modules)
         for which, each in enumerate(modules):
             yield each, functools.partial(product.take, which)
+
+
+def _together(owner: nn.Module, names: Sequence[str], replaced: Callable[[nn.Module], bool]) -> list[nn.Linear]:
+    """The projections that a module has by these names, whose weights lie one behind the other now; none where they
+    cannot, or where one of them is missing."""
+    parts = [getattr(owner, name, None) for name in names]
+    modules = [part for part in parts if type(part) is nn.Linear and _plain(part) and not replaced(part)]
+    fit = len(modules) == len(parts) and _alike(modules) and _lay([m.weight for m in modules])
+    return modules if fit else []
 
 
 class _Part(nn.Linear):
@@ -71,11 +79,13 @@ class _Part(nn.Linear):
     It has its module's own weight and bias too, since some MLPs ask for a weight's dtype.
     """
 
+    whole: Tensor
+    whole_bias: Tensor | None
+    begin: int
+
     def __init__(self, module: nn.Linear, whole: Tensor, bias: Tensor | None, begin: int) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = module.in_features, module.out_features
-        self.weight, self.bias = module.weight, module.bias
-        self.whole, self.whole_bias, self.begin = whole, bias, begin
+        # All at once: each prompt makes these anew for every layer, and a module is slow to take attributes one by one.
+        self.__dict__.update(module.__dict__, whole=whole, whole_bias=bias, begin=begin)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.whole, self.whole_bias)[..., self.begin : self.begin + self.out_features]
@@ -87,12 +97,10 @@ def gated_as_one(mlp: nn.Module) -> nn.Module:
     It is the MLP itself where there are no such weights, or where they cannot be laid one behind the other. Biases are
     laid so too: a CUDA graph reads them long after the stand-in is gone.
     """
-    parts = [getattr(mlp, name, None) for name in GATED]
-    modules = [part for part in parts if type(part) is nn.Linear and _plain(part)]
-    if len(modules) < len(parts) or not _alike(modules) or not _lay([m.weight for m in modules]):
-        return mlp
+    modules = _together(mlp, GATED, lambda module: False)  # which whoever compiles an MLP has looked at
     biases = [m.bias for m in modules if m.bias is not None]
-    if biases and not (all(map(_own, biases)) and len({b.dtype for b in biases}) == 1 and _lay(biases)):
+    movable = all(map(_own, biases)) and len({b.dtype for b in biases}) <= 1
+    if not modules or not movable or (biases and not _lay(biases)):
         return mlp
     whole, bias = _whole([m.weight for m in modules]).detach(), _whole(biases).detach() if biases else None
     made, begin = copy.copy(mlp), 0
