@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -49,7 +49,8 @@ class Engine:
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         check_lookup(model, prompt_lookup)
-        config, embeddings = cast("tuple[Any, Any]", (model.config, model.get_input_embeddings()))
+        config: Any = model.config
+        embeddings: Any = model.get_input_embeddings()
         self.model, self.tokenizer, self.embedded = model, tokenizer, len(embeddings.weight)
         self.ends = ends_of(model, tokenizer)
         # Asked once: a configuration takes longer to answer than a request's part of a step.
