@@ -7,6 +7,7 @@ from octavo import KVCache, ReuseStore, attach
 from octavo.attachment import require_attachment
 from octavo.dms import SoftGates
 from octavo.engine import Engine, SamplingParams
+from octavo.kv import hosted
 from tiny import feed, tiny_adapter, tiny_model, tokens
 from tiny_swift import LAYERS, full, model_of, pair, swiftkv_for
 
@@ -226,9 +227,11 @@ def test_the_engine_on_the_gpu_answers_as_generate(at_once):
         assert request.output.tokens == expected[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("small", [0, hosted.SMALL])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_what_a_store_restores_on_the_gpu_is_what_is_computed(shift, tmp_path):
-    """Boundaries lie within chunks, in memory and on disk."""
+def test_what_a_store_restores_on_the_gpu_is_what_is_computed(shift, small, tmp_path, monkeypatch):
+    """Boundaries lie within chunks, in memory and on disk; copies on the host are ordinary ones, or known to CUDA."""
+    monkeypatch.setattr(hosted, "SMALL", small)
     store = ReuseStore("20MB", tmp_path, shortest=8, back=24)
     plain, model = evicting(shift, chunk=512), evicting(shift, chunk=512, reuse=store)
     options = {"do_sample": False, "max_new_tokens": 9, "output_logits": True, "return_dict_in_generate": True}

@@ -6,13 +6,14 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+from octavo.bench.engine import subjects
 from octavo.cli import main as cli
 from octavo.config import Eviction
 from octavo.errors import ConfigError
 from octavo.reuse import ReuseStore
 from reuse.plain import Model
 from reuse.test_disk import SETTINGS, prompt
-from tiny import tiny_model
+from tiny import tiny_adapter, tiny_model, tokens
 
 runner = CliRunner()
 
@@ -163,3 +164,18 @@ def test_the_benchmark_measures_every_part(tmp_path, smollm):
     assert {row["policy"] for row in found["policies"]} == {"lru", "slru"}
     assert {"commit", "cpu", "torch", "command"} <= set(found)
     assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_the_benchmark_measures_a_shape_in_memory_alone(tmp_path, monkeypatch):
+    model = tiny_model()
+    made = subjects.Subject("tiny", model, tiny_adapter(model, window=8), tokens(1, 50)[0], random_weights=True)
+    monkeypatch.setattr(subjects, "subject", lambda *given: made)
+    options = ["--shape", "llama8b", "--document", 100, "--rounds", 1, "--device", "cpu"]
+    run("bench", "reuse", "--part", "first", *options, "--out", tmp_path / "r.json")
+    first = json.loads((tmp_path / "r.json").read_text())["first"]
+    assert first["memory_s"] > 0
+    assert "disk_s" not in first
+    for more in (["--part", "first,bytes"], ["--part", "first", "--remote", "redis://here"]):
+        out = runner.invoke(cli.app, ["bench", "reuse", *map(str, options), *more])
+        assert isinstance(out.exception, ConfigError)
+        assert "--shape" in str(out.exception)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from octavo.bench.source import surroundings
-from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of
+from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of, place_of
 from octavo.errors import ConfigError
 
 PARTS = ("first", "bytes", "traces", "similar", "embeddings", "policies")
@@ -22,6 +22,9 @@ def reuse(
     questions: Annotated[int, typer.Option(min=2, help="Requests of a trace.")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="Of first tokens, of which the median counts.")] = 5,
     model: Model = None,
+    shape: Annotated[
+        str, typer.Option(help="Of first tokens: 'llama8b' for Llama-3.1-8B's shape, random weights and gates.")
+    ] = "default",
     adapter: AdapterName = "auto",
     dtype: Dtype = None,
     device: Device = None,
@@ -40,7 +43,11 @@ def reuse(
     if out is not None:
         check_writable(out)
     found: dict[str, Any] = {}
-    if set(parts) != {"policies"}:
+    if shape != "default":
+        if parts != ["first"] or remote is not None or model is not None:
+            raise ConfigError("--shape has no files that other processes could load: it takes --part first alone")
+        found |= _of_shape(shape, text, document, rounds, clock, (dtype, device))
+    elif set(parts) != {"policies"}:
         found |= _with_model(
             parts, text, document, questions, rounds, peer, (clock, remote), (model, adapter, dtype, device)
         )
@@ -58,6 +65,27 @@ def reuse(
 
             plot(found, out.with_suffix(".png"))
     print(json.dumps({name: found[name] for name in ("first", "bytes") if name in found}))
+
+
+def _of_shape(
+    shape: str, text: Path | None, document: int, rounds: int, clock: str, chosen: tuple[Any, ...]
+) -> dict[str, Any]:
+    import octavo
+    from octavo.bench.engine.subjects import subject
+    from octavo.bench.reuse.measure import first_tokens
+    from octavo.bench.reuse.traces import Cuts
+    from octavo.cli.demo import TEXT
+    from octavo.retrofit.data import read_text
+
+    dtype, device = chosen
+    made = subject(shape, read_text(text or TEXT), str(place_of(device)), dtype_of(dtype))
+    octavo.attach(made.model, made.gates, reuse=octavo.ReuseStore("4GiB"))
+    kind = str(made.model.dtype).removeprefix("torch.")
+    measured = first_tokens(made.model, Cuts(made.text.tolist(), 0), document, rounds, None, clock)
+    return surroundings(made.model.device) | {
+        "dtype": kind, "adapter": made.gates.name, "device": str(made.model.device), "clock": clock,
+        "subject": f"{made.name}, {kind}, adapter {made.gates.name}", "first": measured.figures,
+    }  # fmt: skip
 
 
 def _with_model(

@@ -17,8 +17,9 @@ import torch
 from octavo.config import NEVER
 from octavo.errors import CacheStateError
 from octavo.kv.capture import kept_and_tail, trimmed
+from octavo.kv.hosted import host
 from octavo.kv.memory import bookkeeping
-from octavo.kv.ragged import between, heads, host, merged, picked
+from octavo.kv.ragged import between, heads, merged, picked
 from octavo.kv.restoring import Stretch, layout_of, stretch, whole
 from octavo.kv.sequences import Sequences
 from octavo.kv.snapshot import Ragged, SnapshotLayout
@@ -117,8 +118,8 @@ def extent_of(sequences: Sequences, which: int, first: int, held: Sequence[Inter
         if not 0 <= first <= end - shift:
             raise CacheStateError(f"a stretch from position {first} lies not within the {end} tokens that were read")
         known = {p: t for t in sequences.boundaries.of(row) if first < (p := int(t.position)) <= end}
-        kept, tail = (host(part) for part in kept_and_tail(tables, row, first, shift))
-        ends = {p: host(trimmed(pool.pages, known[p])) for p in sorted(known) if p < end} | {end: tail}
+        kept, tail = kept_and_tail(tables, row, first, shift)
+        ends = {p: trimmed(pool.pages, known[p]) for p in sorted(known) if p < end} | {end: tail}
     marked, there = [], []
     for low, high in held:
         at = low
@@ -130,8 +131,8 @@ def extent_of(sequences: Sequences, which: int, first: int, held: Sequence[Inter
                 there.append((a, b))
                 at = b
     slots = merged([*marked, _none_of(kept)])._replace(expiry=None)
-    newest = between(ends[end], end - 1, end)._replace(expiry=None) if shift else None
-    return Extent(layout, first, end - shift, kept, slots, joined(there), newest)
+    newest = host(between(ends[end], end - 1, end)._replace(expiry=None)) if shift else None
+    return Extent(layout, first, end - shift, host(kept), host(slots), joined(there), newest)
 
 
 def joined(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
@@ -147,8 +148,8 @@ def joined(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
 
 def _none_of(part: Ragged) -> Ragged:
     """No slots, in the form of a part with expiries."""
-    empty = picked(part, torch.zeros(0, dtype=torch.int64), torch.zeros_like(part.counts))
-    return empty._replace(expiry=torch.full((0,), NEVER, dtype=torch.int32))
+    empty = picked(part, part.position.new_zeros(0, dtype=torch.int64), torch.zeros_like(part.counts))
+    return empty._replace(expiry=torch.full_like(empty.position, NEVER))
 
 
 def _without(part: Ragged, kept: Ragged, position: int) -> Ragged:

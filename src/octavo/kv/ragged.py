@@ -32,11 +32,6 @@ def merged(parts: Sequence[Ragged]) -> Ragged:
     return picked(whole, order, whole.counts)
 
 
-def host(part: Ragged) -> Ragged:
-    """The same on the host."""
-    return Ragged(**{name: t.cpu() for name, t in part.tensors.items()})
-
-
 def heads(part: Ragged) -> Tensor:
     """Each slot's head, counted over all layers, int64 [n]."""
     every = torch.arange(part.counts.numel(), device=part.counts.device)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,24 @@ DENSE_PROMPT = 8192
 class First:
     """Seconds, medians. Of a prompt that nobody has seen, until the call returns, without a store and with an empty one
     (storing included). Of a new question about a document that was seen, until its first token is streamed, from memory
-    and in fresh processes from disk and, where one was given, from a server; `memory_call_s`: until that call returns,
-    storing included."""
+    and in fresh processes from disk, where they can load the model, and from a server, where one was given;
+    `memory_call_s`: until that call returns, storing included."""
 
     document: int
     cold_s: float
     miss_s: float
     memory_s: float
-    disk_s: float
     memory_call_s: float
+    disk_s: float | None = None
     remote_s: float | None = None
 
     @property
     def figures(self) -> dict[str, float]:
         """All of them, and the ratios that matter."""
-        served = {} if self.remote_s is None else {"remote_ratio": self.cold_s / self.remote_s}
+        taken = {"memory_ratio": self.memory_s, "disk_ratio": self.disk_s, "remote_ratio": self.remote_s}
         return {
             **{name: value for name, value in asdict(self).items() if value is not None},
-            **served,
-            "memory_ratio": self.cold_s / self.memory_s,
-            "disk_ratio": self.cold_s / self.disk_s,
+            **{name: self.cold_s / seconds for name, seconds in taken.items() if seconds is not None},
             "miss_overhead": self.miss_s / self.cold_s - 1,
         }
 
@@ -112,14 +110,16 @@ def _settle(model: PreTrainedModel) -> None:
 
 
 def first_tokens(
-    model: PreTrainedModel, cuts: Cuts, document: int, rounds: int, options: dict[str, Any], clock: str = "wall",
+    model: PreTrainedModel, cuts: Cuts, document: int, rounds: int, options: dict[str, Any] | None, clock: str = "wall",
     remote: str | None = None,
 ) -> First:  # fmt: skip
-    """See `First`; the ways take turns, so that whatever else the machine does meets all of them. `clock`: "wall", or
-    "cpu" for the seconds that the process itself had, with one thread, where others run beside it. `remote`: a server's
-    URL, where nothing of these prompts is left."""
+    """See `First`; the ways take turns, so that whatever else the machine does meets all of them. `options`: with which
+    a fresh process loads the model, None: it cannot. `clock`: "wall", or "cpu" for the seconds that the process itself
+    had, with one thread, where others run beside it. `remote`: a server's URL, where nothing of these prompts is left.
+    """
     now = CLOCKS[clock]
-    cold, miss, memory, disk, call, served = [], [], [], [], [], list[float]()
+    cold, miss, memory, call = [], [], [], []
+    disk, served = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
         _warm(model, cuts.piece(document + QUESTION))
         for i in range(rounds):
@@ -137,6 +137,8 @@ def first_tokens(
             memory.append(first)
             call.append(whole)
             store.close()
+            if options is None:
+                continue
             task = {"options": options, "tokens": text + cuts.piece(QUESTION), "clock": clock, "document": document}
             disk.append(_elsewhere({**task, "disk": str(place)}))
             if remote is not None:
@@ -146,8 +148,9 @@ def first_tokens(
                 store.flush()
                 served.append(_elsewhere({**task, "remote": remote}))
                 store.delete(prefix=text)
-    medians = (statistics.median(each) for each in (cold, miss, memory, disk, call))
-    return replace(First(document, *medians), remote_s=statistics.median(served) if served else None)
+    medians = (statistics.median(each) for each in (cold, miss, memory, call))
+    elsewhere = {name: statistics.median(each) for name, each in (("disk_s", disk), ("remote_s", served)) if each}
+    return First(document, *medians, **elsewhere)
 
 
 def _elsewhere(task: dict[str, Any]) -> float:

@@ -1,0 +1,117 @@
+"""Copies on the host, as far as they need no GPU; tests/test_cuda.py has the rest."""
+
+import gc
+import os
+
+import pytest
+import torch
+
+from octavo.kv import hosted
+from octavo.kv.hosted import Mapping
+from octavo.kv.restoring import stretch
+from octavo.kv.snapshot import Ragged
+
+
+class Cuda:
+    """Takes note of what CUDA would be told of; `refused`: it does not want to know."""
+
+    class cudaError:
+        success = 0
+
+    def __init__(self, refused: bool = False) -> None:
+        self.refused, self.known, self.told = refused, {}, []
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.told.append(("register", address))
+        if self.refused:
+            return 1
+        self.known[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.told.append(("unregister", address))
+        del self.known[address]
+        return 0
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    made = Cuda()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    return made
+
+
+def part(n: int) -> Ragged:
+    return Ragged(
+        torch.tensor([[n, 0]], dtype=torch.int32), torch.arange(n, dtype=torch.int32), torch.randn(n, 8).bfloat16(),
+        torch.randn(n, 8).bfloat16(), expiry=torch.arange(n, dtype=torch.int32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 3000])
+def test_room_has_the_shapes_of_what_it_is_for_and_keeps_what_is_written(cuda, n):
+    given = part(n).tensors
+    room = hosted._room(given)
+    for name, tensor in given.items():
+        assert room[name].shape == tensor.shape
+        assert room[name].dtype == tensor.dtype
+        assert room[name].data_ptr() % 64 == 0 or not n
+        room[name].copy_(tensor)
+    for name, tensor in given.items():
+        assert torch.equal(room[name], tensor), "tensors of one mapping lie apart"
+
+
+def test_cuda_is_told_of_memory_until_the_last_tensor_is_gone(cuda):
+    room = hosted._room(part(3000).tensors)
+    ((address, nbytes),) = cuda.known.items()
+    assert address <= min(t.data_ptr() for t in room.values())
+    assert max(t.data_ptr() + t.nbytes for t in room.values()) <= address + nbytes
+    last = room["value"][5:]
+    del room
+    gc.collect()
+    assert cuda.known, "a view needs it still"
+    del last
+    gc.collect()
+    assert cuda.told == [("register", address), ("unregister", address)]
+
+
+def test_memory_that_cuda_refuses_is_memory(monkeypatch):
+    refusing = Cuda(refused=True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    room = hosted._room(part(100).tensors)
+    room["key"].fill_(2)
+    assert room["key"].sum() == 2 * room["key"].numel()
+    del room
+    gc.collect()
+    assert len(refusing.told) == 1
+
+
+def test_a_child_process_leaves_its_parents_cuda_alone(cuda):
+    mapping = Mapping.of(4096)
+    assert mapping.pin()
+    if (child := os.fork()) == 0:
+        mapping.__del__()
+        os._exit(len(cuda.told) - 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del mapping
+    assert [what for what, _ in cuda.told] == ["register", "unregister"]
+
+
+def test_what_lies_on_the_host_is_not_copied():
+    given = part(5)
+    assert all(a is b for a, b in zip(hosted.host(given).tensors.values(), given.tensors.values(), strict=True))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 40), (0, 30), (3, 9), (7, 7)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_is_sent_whole_and_cut_there_is_what_is_cut_here(first, last, window):
+    n = 40
+    counts = torch.tensor([[n, 3, 0, n]], dtype=torch.int32)
+    position = torch.cat([torch.arange(n), torch.tensor([1, 8, 39]), torch.arange(n)]).int()
+    key = torch.randn(len(position), 4)
+    given = stretch(Ragged(counts, position, key, 2 * key), first, last, window)
+    here, there = given.alone().tensors, given.on(torch.device("cpu")).tensors
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert bool(((here["position"] >= first) & (here["position"] < last)).all())
+    assert int(here["counts"].sum()) == len(here["key"])
