@@ -26,7 +26,7 @@ check: install
 	$(BIN)/python -m pytest tests/test_rooms.py
 
 bench: install
-	$(BIN)/python bench/cpu.py --tokens 128 240 8000 --dtype bf16 fp32 --out bench/results-cpu.json
+	$(BIN)/python bench/cpu.py --adapter dms-8x-v1 --tokens 128 240 8000 --dtype bf16 fp32 --out bench/results-cpu.json
 	$(BIN)/python bench/swiftkv.py --out bench/results-swiftkv.json
 
 clean:

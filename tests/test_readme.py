@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,19 +30,53 @@ def test_the_first_block_prints_what_it_says() -> None:
         assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
 
 
-def test_the_table_is_the_cards() -> None:
-    rows = {}
-    for name in ("dms-16x", "dms-8x"):
-        rows |= {row["policy"]: row for row in load_adapter(name).card["evaluation"]["rows"]}
-    table = re.findall(r"^\| ([\w +-]+) \| ([\d,]+) \| (.*?) \| ([\d.]+) \| ([\d. /]+) \|$", README, re.M)
-    assert [line[0] for line in table] == ["dense", "dms-8x", "dms-16x", "sinks + recent", "key norm", "random"]
-    for name, kept, held, nll, found in table:
-        row = rows[name]
-        assert int(kept.replace(",", "")) == round(row["kept"])
-        assert float(nll) == pytest.approx(row["nll"], abs=6e-4)
-        assert [float(x) for x in found.split("/")] == pytest.approx(list(row["needle"].values()), abs=6e-4)
-        if name.startswith("dms"):
-            assert held == f"1/{row['dense_nbytes'] / row['nbytes']:.2f}"
+ADAPTERS = json.loads((Path(__file__).parents[1] / "bench" / "results" / "adapters-h200.json").read_text())
+POLICIES = {row["policy"]: row for row in ADAPTERS["policies"]}
+ROWS = {  # a line's beginning, and the sets of cases in it
+    "books": "books", "code": "code", "its own chats": "chats", "repeat prose": "repeat prose",
+    "repeat code": "repeat code", "quote": "quote", "edit": "edit", "look up a row": "table", "several needles": "several needles",
+    "facts": "facts",
+}  # fmt: skip
+
+
+def case_set(policy: str, name: str, length: int) -> dict[str, Any]:
+    """What was measured of one policy on one set of cases."""
+    return next(each for each in POLICIES[policy]["sets"] if (each["name"], each["length"]) == (name, length))
+
+
+def shown(policy: str, name: str, length: int) -> str:
+    """As the table shows it."""
+    measured = case_set(policy, name, length)
+    if measured["metric"] == "exact":
+        return f"{100 * measured['exact']:.1f}%"
+    if policy == "dense":
+        return f"{measured['nll']:.3f}"
+    return f"{measured['nll'] - case_set('dense', name, length)['nll']:+.3f}"
+
+
+def test_the_table_of_adapters_is_the_record() -> None:
+    header, _, held, *lines = re.findall(r"^\|.*\|$", README[README.index("| | dense | dms-8x |") :], re.M)[
+        : 3 + len(ROWS)
+    ]
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
+    for column, cell in zip(columns[1:], held.split("|")[3:-1], strict=True):
+        share = POLICIES[column]["nbytes"] / POLICIES[column]["dense_nbytes"]
+        assert cell.strip() == (f"{share:.2f}x" if share > 1 else f"1/{1 / share:.2f}")
+    for line, (begins, name) in zip(lines, ROWS.items(), strict=True):
+        label, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        assert label.startswith(begins)
+        lengths = [int(n.replace(",", "")) for n in re.findall(r"\d,\d{3}", label.replace("past 1,024", ""))]
+        assert cells == [" / ".join(shown(column, name, n) for n in lengths) for column in columns]
+
+
+def test_the_cards_of_what_ships_are_of_the_record() -> None:
+    for name in ("dms-8x", "dms-5x", "dms-16x", "swiftkv"):
+        suite = load_adapter(name).card["suite"]
+        column = suite["columns"].index(name)
+        cells = {row[0]: float(row[column].split()[0]) for row in suite["rows"] if row[0].endswith("NLL")}
+        for kind, length in (("books", 8192), ("code", 8192), ("repeat prose", 4096), ("repeat code", 2048)):
+            lost = case_set(name, kind, length)["nll"] - case_set("dense", kind, length)["nll"]
+            assert cells[f"{kind} {length:,}, NLL"] == pytest.approx(lost, abs=6e-5)
 
 
 def test_the_speed_table_is_the_measured_file() -> None:
@@ -56,18 +92,21 @@ def test_the_speed_table_is_the_measured_file() -> None:
         assert said == pytest.approx(expected, rel=1e-3, abs=0.051)
 
 
-def test_the_headline_is_the_card_s() -> None:
-    dense, ours = load_adapter("dms-8x").card["evaluation"]["rows"][:2]
+def test_the_headline_is_the_record_s() -> None:
+    dense, ours = POLICIES["dense"], POLICIES["dms-8x"]
     said = re.search(
         r"\*\*([\d.]+) MB instead of ([\d.]+) MB\*\*.*?\+([\d.]+) nats.*?with ([\d.]+) of.*?against ([\d.]+)",
         README,
         re.S,
     )
     assert said is not None
-    means = [sum(r["needle"].values()) / len(r["needle"]) for r in (ours, dense)]
-    measured = [ours["nbytes"] / 1e6, ours["dense_nbytes"] / 1e6, ours["nll"] - dense["nll"], *means]
+    found = [
+        statistics.fmean(case_set(policy, "facts", n)["exact"] for n in (2048, 4096, 8192))
+        for policy in ("dms-8x", "dense")
+    ]
+    measured = [ours["nbytes"] / 1e6, dense["dense_nbytes"] / 1e6, float(shown("dms-8x", "books", 8192)), *found]
     assert [float(x) for x in said.groups()] == pytest.approx(measured, abs=0.06, rel=1e-3)
-    assert float(said.group(3)) == pytest.approx(measured[2], abs=6e-4)
+    assert [float(x) for x in said.groups()[2:]] == pytest.approx(measured[2:], abs=6e-4)
 
 
 def test_the_vector_database_s_block_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +159,8 @@ def test_the_vector_database_s_table_is_the_measured_file() -> None:
 
 
 def test_the_swiftkv_table_is_the_cards() -> None:
-    rows = load_adapter("swiftkv").card["evaluation"]["rows"]
+    every = load_adapter("swiftkv-half").card["evaluation"]["rows"]
+    rows = [row for row in every if row["policy"] == "dense" or row["policy"].startswith("swiftkv-half")]
     section = README[README.index("## SwiftKV: prompt") : README.index("## The vector database")]
     table = re.findall(
         r"^\| ([\w +-]+) \| (\d+)% \| ([+-][\d.]+) \| ([\d. /]+) \| (.*?) \| (.*?) \| (1/[\d.]+|[\d.]+x) \|$",

@@ -1,9 +1,12 @@
 """Gates, schedule, losses and adapter files."""
 
 import json
+import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo import attach, load_adapter, save_adapter
@@ -167,3 +170,27 @@ def test_impossible_specs_are_refused():
     with pytest.raises(ConfigError):
         Eviction(0)
     assert isinstance(Gates(GateSpec(1, 2, 1, Eviction(1))).weight, Tensor)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), more=st.floats(1e-3, 1e3))
+def test_gates_that_keep_more_mark_some_of_what_they_marked(seed, more):
+    adapter = tiny_adapter(tiny_model())
+    moved = adapter.keeping_more(more)
+    hidden = torch.randn(2, 9, adapter.gates.spec.hidden, generator=torch.Generator().manual_seed(seed))
+    for layer in range(adapter.gates.spec.layers):
+        before, after = (a.gates.logits(layer, hidden) for a in (adapter, moved))
+        torch.testing.assert_close(after, before - more, rtol=1e-4, atol=1e-3)
+    assert moved.name != adapter.name
+    assert not torch.equal(moved.gates.bias, adapter.gates.bias), "the gates it was made of are as they were"
+
+
+@pytest.mark.parametrize("more", [0.0, -3.0, math.nan, math.inf])
+def test_gates_cannot_be_pushed_to_forget(more):
+    with pytest.raises(ConfigError, match="positive number of logits"):
+        tiny_adapter(tiny_model()).keeping_more(more)
+
+
+def test_the_gates_for_copying_are_those_of_8x_that_keep_more():
+    ours, made = load_adapter("dms-5x"), load_adapter("dms-8x").keeping_more(10)
+    assert all(torch.equal(a, b) for a, b in zip(ours.gates.parameters(), made.gates.parameters(), strict=True))

@@ -19,11 +19,12 @@ def logits(model, ids, **options):
         return model(ids, use_cache=False, **options).logits
 
 
-@pytest.mark.parametrize(("name", "skipped"), [("swiftkv", 11), ("swiftkv-half", 15)])
+@pytest.mark.parametrize(("name", "skipped"), [("swiftkv", 10), ("swiftkv-half", 15)])
 def test_pairs_skip_exactly_and_switch_off_exactly(smollm, ids, name, skipped):
     model = smollm[0]
     base = logits(model, ids)
     swiftkv, gates = resolve(f"{name}+dms-8x")
+    window = gates.gates.spec.eviction.window
     assert (swiftkv.name, swiftkv.transform.spec.upper, gates.name) == (name, skipped, "dms-8x")
     try:
         attach(model, [name, "dms-8x"], chunk=256)
@@ -32,7 +33,7 @@ def test_pairs_skip_exactly_and_switch_off_exactly(smollm, ids, name, skipped):
             got = [model(ids[:, :600], past_key_values=cache, logits_to_keep=1).logits]
             got += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(600, 620)]
         torch.testing.assert_close(torch.cat(got, 1), expected[:, 599:620], rtol=0, atol=1e-3)
-        assert cache.kept.float().mean() < 450, "620 tokens, 256 of them in the window"
+        assert cache.kept.float().mean() < 0.5 * (620 + window), "620 tokens, of which those in the window are kept"
         difference = (expected - base).abs().mean()
         assert 0.05 < difference < 1.5, "trained weights change logits, but not much"
         set_swiftkv(model, False)
@@ -43,7 +44,8 @@ def test_pairs_skip_exactly_and_switch_off_exactly(smollm, ids, name, skipped):
 
 def test_gates_of_the_base_model_are_refused_on_a_transform(smollm):
     assert shipped_adapters() == [
-        "dms-16x", "dms-16x-v2", "dms-8x", "dms-8x-v2", "dms-8x-v3", "swiftkv", "swiftkv-half", "swiftkv-v2",
+        "dms-16x", "dms-16x-v1", "dms-16x-v2", "dms-5x", "dms-8x", "dms-8x-v1", "dms-8x-v2", "dms-8x-v3", "swiftkv",
+        "swiftkv-half", "swiftkv-v2",
     ]  # fmt: skip
     with pytest.raises(AdapterMismatchError, match="distilled without SwiftKV"):
         attach(smollm[0], ["swiftkv", "dms-16x"])

@@ -1,8 +1,8 @@
 """The models that are measured: the embedded default, or a larger one's shape with random weights.
 
 Random weights decode as fast as trained ones. What they do not have is gates, so these are made up: each head forgets
-tokens at random, and how many it keeps is drawn from what the heads of the default model keep under dms-8x, since heads
-that differ are what makes attention over pages hard to balance.
+tokens at random, and how many it keeps is drawn from what the heads of the default model keep under dms-8x-v1, since
+heads that differ are what makes attention over pages hard to balance.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def subject(shape: str, text: str, device: str, dtype: torch.dtype | None = None
         raise ConfigError(f"--shape takes {' or '.join(SHAPES)}, not {shape!r}")
     default, tokenizer = octavo.load(adapter=None, device=device, dtype=dtype)
     octavo.detach(default)
-    gates: Any = octavo.load_adapter("dms-8x")
+    gates: Any = octavo.load_adapter("dms-8x-v1")
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if shape == "default":
         both = octavo.load_adapter("swiftkv-v2"), octavo.load_adapter(SHIPPED / "swiftkv-v2" / "dms-8x")
