@@ -34,8 +34,8 @@ ADAPTERS = json.loads((Path(__file__).parents[1] / "bench" / "results" / "adapte
 POLICIES = {row["policy"]: row for row in ADAPTERS["policies"]}
 ROWS = {  # a line's beginning, and the sets of cases in it
     "books": "books", "code": "code", "its own chats": "chats", "repeat prose": "repeat prose",
-    "repeat code": "repeat code", "quote": "quote", "edit": "edit", "look up a row": "table", "several needles": "several needles",
-    "facts": "facts",
+    "repeat code": "repeat code", "quote": "quote", "edit": "edit", "look up a row": "table",
+    "several needles": "several needles", "facts": "facts",
 }  # fmt: skip
 
 
