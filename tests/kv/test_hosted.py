@@ -11,6 +11,8 @@ from octavo.kv.hosted import Mapping
 from octavo.kv.restoring import stretch
 from octavo.kv.snapshot import Ragged
 
+GPU = torch.device("cuda")
+
 
 class Cuda:
     """Takes note of what CUDA would be told of; `refused`: it does not want to know."""
@@ -51,7 +53,7 @@ def part(n: int) -> Ragged:
 @pytest.mark.parametrize("n", [0, 1, 7, 3000])
 def test_room_has_the_shapes_of_what_it_is_for_and_keeps_what_is_written(cuda, n):
     given = part(n).tensors
-    room = hosted._room(given)
+    room = hosted._room(given, GPU)
     for name, tensor in given.items():
         assert room[name].shape == tensor.shape
         assert room[name].dtype == tensor.dtype
@@ -62,7 +64,7 @@ def test_room_has_the_shapes_of_what_it_is_for_and_keeps_what_is_written(cuda, n
 
 
 def test_cuda_is_told_of_memory_until_the_last_tensor_is_gone(cuda):
-    room = hosted._room(part(3000).tensors)
+    room = hosted._room(part(3000).tensors, GPU)
     ((address, nbytes),) = cuda.known.items()
     assert address <= min(t.data_ptr() for t in room.values())
     assert max(t.data_ptr() + t.nbytes for t in room.values()) <= address + nbytes
@@ -78,17 +80,20 @@ def test_cuda_is_told_of_memory_until_the_last_tensor_is_gone(cuda):
 def test_memory_that_cuda_refuses_is_memory(monkeypatch):
     refusing = Cuda(refused=True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
-    room = hosted._room(part(100).tensors)
+    taken = []
+    monkeypatch.setattr(hosted, "take_error", taken.append)
+    room = hosted._room(part(100).tensors, GPU)
     room["key"].fill_(2)
     assert room["key"].sum() == 2 * room["key"].numel()
     del room
     gc.collect()
     assert len(refusing.told) == 1
+    assert taken == [GPU], "or the next kernel would raise it"
 
 
 def test_a_child_process_leaves_its_parents_cuda_alone(cuda):
     mapping = Mapping.of(4096)
-    assert mapping.pin()
+    assert mapping.pin(GPU)
     if (child := os.fork()) == 0:
         mapping.__del__()
         os._exit(len(cuda.told) - 1)

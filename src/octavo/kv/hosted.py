@@ -40,10 +40,11 @@ class Mapping(mmap.mmap):
                 made.madvise(mmap.MADV_HUGEPAGE)
         return made
 
-    def pin(self) -> bool:
+    def pin(self, device: torch.device) -> bool:
         """Make the memory known to CUDA; False where it cannot be, which makes copies slower and nothing else."""
         cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if cuda.cudaHostRegister(self.address, len(self), 0) != cuda.cudaError.success:
+            take_error(device)
             return False
         self._forget, self._process = cuda.cudaHostUnregister, os.getpid()
         return True
@@ -54,12 +55,18 @@ class Mapping(mmap.mmap):
                 self._forget(self.address)
 
 
+def take_error(device: torch.device) -> None:
+    """Let CUDA forget an error that was met: the next kernel's launch would be taken for what failed."""
+    with suppress(RuntimeError):
+        torch.empty(1, device=device).add_(1)
+
+
 def host(part: Ragged) -> Ragged:
     """The same slots on the host; waits for the device."""
     if not part.key.is_cuda or sum(t.nbytes for t in part.tensors.values()) <= SMALL:
         return Ragged(**{name: t.cpu() for name, t in part.tensors.items()})
     try:
-        room = _room(part.tensors)
+        room = _room(part.tensors, part.key.device)
     except OSError:
         return Ragged(**{name: t.cpu() for name, t in part.tensors.items()})
     for name, t in part.tensors.items():
@@ -68,14 +75,14 @@ def host(part: Ragged) -> Ragged:
     return Ragged(**room)
 
 
-def _room(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the same shapes, one behind the other in a mapping of their own."""
+def _room(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the same shapes, one behind the other in a mapping of their own, for copies from and to a device."""
     places, nbytes = {}, 0
     for name, t in tensors.items():
         places[name] = nbytes
         nbytes += -(-t.nbytes // _ALIGNED) * _ALIGNED
     memory = Mapping.of(nbytes)
-    memory.pin()
+    memory.pin(device)
     return {
         name: torch.frombuffer(memory, dtype=t.dtype, count=prod(t.shape), offset=places[name]).view(t.shape)
         if t.numel()
