@@ -45,7 +45,7 @@ class Adapter:
             raise ConfigError(f"gates can keep more by a positive number of logits, not by {logits}")
         gates = copy.deepcopy(self.gates)
         with torch.no_grad():
-            gates.bias -= logits / gates.spec.scale
+            gates.bias.sub_(logits / gates.spec.scale)
         return replace(self, name=f"{self.name} keeping {logits:g} more", gates=gates)
 
 
