@@ -60,7 +60,7 @@ def test_demo_reads_the_user_s_own_text(tmp_path, options):
         "--png", str(png), "--device", "cpu", *options,
     )  # fmt: skip
     assert out.exit_code == 0, out.exception
-    assert ("prompt tokens skip 11 of 30 layers" in out.stdout) == ("--swiftkv" in options)
+    assert ("prompt tokens skip 10 of 30 layers" in out.stdout) == ("--swiftkv" in options)
     assert ("int8 pages" in out.stdout) == ("int8" in options)
     assert "with Octavo" in out.stdout
     assert "Ottilie" in out.stdout

@@ -91,14 +91,47 @@ def test_memory_that_cuda_refuses_is_memory(monkeypatch):
     assert taken == [GPU], "or the next kernel would raise it"
 
 
+def test_memory_that_cuda_does_not_let_go_of_stays(cuda, monkeypatch):
+    room = hosted._room(part(3000).tensors, GPU)
+    ((address, _),) = cuda.known.items()
+    monkeypatch.setattr(cuda, "cudaHostUnregister", lambda address: 1)
+    del room
+    gc.collect()
+    (stays,) = hosted._known
+    assert stays.address == address, "or the next mapping would come to lie where CUDA knows another"
+    hosted._known.clear()
+
+
+class Interrupted(Cuda):
+    """A signal arrives while CUDA registers memory: Python raises it once the call is back."""
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        super().cudaHostRegister(address, nbytes, flags)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_cuda_registers_leaves_nothing_known(monkeypatch):
+    made = Interrupted()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    with pytest.raises(KeyboardInterrupt):
+        hosted._room(part(3000).tensors, GPU)
+    gc.collect()
+    assert made.told[-1][0] == "unregister"
+    assert not made.known
+    assert not hosted._known
+
+
 def test_a_child_process_leaves_its_parents_cuda_alone(cuda):
-    mapping = Mapping.of(4096)
-    assert mapping.pin(GPU)
+    view = Mapping.of(4096).pinned(GPU)
     if (child := os.fork()) == 0:
-        mapping.__del__()
-        os._exit(len(cuda.told) - 1)
+        try:
+            del view
+            gc.collect()
+        finally:
+            os._exit(len(cuda.told) - 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    del mapping
+    del view
+    gc.collect()
     assert [what for what, _ in cuda.told] == ["register", "unregister"]
 
 
@@ -107,16 +140,27 @@ def test_what_lies_on_the_host_is_not_copied():
     assert all(a is b for a, b in zip(hosted.host(given).tensors.values(), given.tensors.values(), strict=True))
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 40), (0, 30), (3, 9), (7, 7)])
+@pytest.mark.parametrize(("first", "last", "whole"), [(0, 40, True), (0, 30, True), (3, 9, False), (7, 7, False)])
 @pytest.mark.parametrize("window", [None, 5])
-def test_what_is_sent_whole_and_cut_there_is_what_is_cut_here(first, last, window):
+def test_what_is_sent_whole_and_cut_there_is_what_is_cut_here(first, last, whole, window, monkeypatch):
     n = 40
     counts = torch.tensor([[n, 3, 0, n]], dtype=torch.int32)
     position = torch.cat([torch.arange(n), torch.tensor([1, 8, 39]), torch.arange(n)]).int()
     key = torch.randn(len(position), 4)
     given = stretch(Ragged(counts, position, key, 2 * key), first, last, window)
-    here, there = given.alone().tensors, given.on(torch.device("cpu")).tensors
+    here, sent = given.alone().tensors, []
+
+    def to(tensor, device):
+        sent.append(tensor)
+        return tensor.clone()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", to)
+        there = given.on(torch.device("cuda")).tensors
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
     assert bool(((here["position"] >= first) & (here["position"] < last)).all())
     assert int(here["counts"].sum()) == len(here["key"])
+    assert any(t is key for t in sent) == whole, "few of many are cut here"
+    if whole and len(here["key"]) < len(key):
+        assert any(t is given.first for t in sent), "where they begin is needed there too"

@@ -112,6 +112,20 @@ def test_what_a_model_is_without_its_gates(tmp_path, loaded):
         assert torch.equal(uncached(octavo.detach(off)), uncached(model))
 
 
+@pytest.mark.parametrize("changes", [BORROWED, {}])
+def test_gates_that_keep_more_are_published_so(tmp_path, loaded, changes):
+    model = base("qwen3")
+    folder, *_ = publish(tmp_path / "p", model, {} if changes else gate_state(model), **changes)
+    ours = loaded(folder)
+    before, more = uncached(ours), attachment_of(ours).adapter.keeping_more(1.5)
+    octavo.attach(ours, more)
+    moved = uncached(ours)
+    save_published(ours, more, tmp_path / "more")
+    again = loaded(tmp_path / "more")
+    assert torch.equal(uncached(again), moved)
+    assert not torch.equal(moved, before)
+
+
 def test_chunks_padding_and_half_precision_hold_for_borrowed_channels(tmp_path, loaded):
     model = base("qwen3")
     folder, state, fields = publish(tmp_path / "p", model, {}, **BORROWED)

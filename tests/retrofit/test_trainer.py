@@ -204,6 +204,9 @@ def test_init_starts_from_an_adapter(student, tokenizer, source, tmp_path):
     third = Retrofit(student, tokenizer, [source], wider, tmp_path / "c", init=[first])
     assert third.gates.spec.eviction.window == 9
     torch.testing.assert_close(third.gates.logits(0, hidden), first.gates.logits(0, hidden))
+    more = Retrofit(student, tokenizer, [source], SETTINGS, tmp_path / "e", init=[first.keeping_more(2)])
+    torch.testing.assert_close(more.gates.logits(0, hidden), first.gates.logits(0, hidden) - 2, rtol=1e-4, atol=1e-4)
+    assert more.gates.spec.offset == 5
     shifted = replace(SETTINGS, gates=replace(GATES, shift=1))
     with pytest.raises(ConfigError, match="other gate settings"):
         Retrofit(student, tokenizer, [source], shifted, tmp_path / "d", init=[first])

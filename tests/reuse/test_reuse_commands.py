@@ -175,7 +175,8 @@ def test_the_benchmark_measures_a_shape_in_memory_alone(tmp_path, monkeypatch):
     first = json.loads((tmp_path / "r.json").read_text())["first"]
     assert first["memory_s"] > 0
     assert "disk_s" not in first
-    for more in (["--part", "first,bytes"], ["--part", "first", "--remote", "redis://here"]):
+    wrong = ["--part", "first,bytes"], ["--remote", "redis://here"], ["--adapter", "dms-8x"], ["--model", str(tmp_path)]
+    for more in (["--part", "first", *each] for each in wrong):
         out = runner.invoke(cli.app, ["bench", "reuse", *map(str, options), *more])
         assert isinstance(out.exception, ConfigError)
         assert "--shape" in str(out.exception)

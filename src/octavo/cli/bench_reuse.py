@@ -44,8 +44,11 @@ def reuse(
         check_writable(out)
     found: dict[str, Any] = {}
     if shape != "default":
-        if parts != ["first"] or remote is not None or model is not None:
-            raise ConfigError("--shape has no files that other processes could load: it takes --part first alone")
+        if parts != ["first"] or remote is not None or model is not None or adapter != "auto":
+            raise ConfigError(
+                "--shape makes up a model and its gates, which no other process can load: it takes --part first alone, "
+                "and no --model, --adapter or --remote"
+            )
         found |= _of_shape(shape, text, document, rounds, clock, (dtype, device))
     elif set(parts) != {"policies"}:
         found |= _with_model(

@@ -75,6 +75,8 @@ def place_of(device: str | None) -> "torch.device":
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as e:
         raise ConfigError(f"--device takes cpu or cuda, not {device!r}") from e
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device takes cpu or cuda, not {device!r}")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device is {device}, and PyTorch finds no GPU here")
     return place

@@ -1,7 +1,6 @@
 """DMS adapters: gates for one model and their files (`octavo.adapter_file`; docs/formats.md specifies them)."""
 
 import copy
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from octavo.dms.gate import Gates, GateSpec
 from octavo.errors import AdapterFileError, ConfigError
 
 KIND = "dms"
+MOST = 1e6  # logits by which gates may be moved; they keep everything long before
 FORMAT, WITH_SWIFTKV = 1, 2  # gates distilled on a SwiftKV transform must not be taken for the base model's
 
 
@@ -37,16 +37,18 @@ class Adapter:
     def keeping_more(self, logits: float) -> "Adapter":
         """The same gates, all of whose logits are lower by so much: more tokens are kept, and less is lost.
 
-        Bytes for quality without training: `octavo.load_adapter("dms-8x").keeping_more(10)` is dms-5x; README's "What
-        it costs and gains" has more such points. Raises ConfigError for a number that is not positive: gates that are
+        Bytes for quality without training: `octavo.load_adapter("dms-8x").keeping_more(10)` is dms-5x, and
+        docs/experiments.md has more such points. Raises ConfigError for a number that is not positive: gates that are
         pushed the other way soon forget the first tokens, on which attention rests, and with them everything.
         """
-        if not (math.isfinite(logits) and logits > 0):
-            raise ConfigError(f"gates can keep more by a positive number of logits, not by {logits}")
+        if not 0 < logits <= MOST:
+            raise ConfigError(f"gates can keep more by a positive number of logits, at most {MOST:g}, not by {logits}")
         gates = copy.deepcopy(self.gates)
-        with torch.no_grad():
-            gates.bias.sub_(logits / gates.spec.scale)
-        return replace(self, name=f"{self.name} keeping {logits:g} more", gates=gates)
+        gates.spec = replace(gates.spec, offset=gates.spec.offset + logits)
+        measured = {"suite", "evaluation", "search"}  # of the gates that these are made of
+        card = {key: value for key, value in self.card.items() if key not in measured}
+        card["init"] = f"{self.name}, whose logits are lower by {logits:g} here; no training beside"
+        return replace(self, name=f"{self.name} keeping {logits:g} more", gates=gates, card=card)
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:

@@ -119,19 +119,19 @@ def extent_of(sequences: Sequences, which: int, first: int, held: Sequence[Inter
             raise CacheStateError(f"a stretch from position {first} lies not within the {end} tokens that were read")
         known = {p: t for t in sequences.boundaries.of(row) if first < (p := int(t.position)) <= end}
         kept, tail = kept_and_tail(tables, row, first, shift)
-        ends = {p: trimmed(pool.pages, known[p]) for p in sorted(known) if p < end} | {end: tail}
+    ends = [*(p for p in sorted(known) if p < end), end]
     marked, there = [], []
     for low, high in held:
         at = low
-        for p, tail in ends.items():
+        for p in ends:
             a, b = max(at, first, p - (layout.window or 0)), min(high, p if p < end else end - shift)
-            if a < b:
-                part = between(tail, a, b)
+            if a < b:  # the tails of many boundaries together may be more than all that the sequence holds
+                part = between(tail if p == end else trimmed(pool.pages, known[p]), a, b)
                 marked.append(_without(part, kept, p - 1) if shift else part)
                 there.append((a, b))
                 at = b
     slots = merged([*marked, _none_of(kept)])._replace(expiry=None)
-    newest = host(between(ends[end], end - 1, end)._replace(expiry=None)) if shift else None
+    newest = host(between(tail, end - 1, end)._replace(expiry=None)) if shift else None
     return Extent(layout, first, end - shift, host(kept), host(slots), joined(there), newest)
 
 

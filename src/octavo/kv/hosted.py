@@ -8,8 +8,8 @@ known to CUDA: what is known so is copied at the speed of the bus, to the host n
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import weakref
+from contextlib import nullcontext, suppress
 from math import prod
 from typing import Any
 
@@ -19,15 +19,15 @@ from torch import Tensor
 from octavo.kv.snapshot import Ragged
 
 SMALL = 2**20  # bytes up to which a copy is an ordinary one
+PORTABLE = 1  # of cudaHostRegister: known to all devices
 _ALIGNED = 64
+_known: set["Mapping"] = set()  # what CUDA may know; it must not be unmapped, or what comes to lie there would be lost
 
 
 class Mapping(mmap.mmap):
-    """Anonymous memory in huge pages where the system has them. Tensors made of it keep it."""
+    """Anonymous memory in huge pages where the system has them. Tensors are made of its `view`, which keeps it."""
 
     address = 0
-    _forget: Callable[[int], Any] | None = None  # tells CUDA that the memory goes
-    _process = 0
 
     @classmethod
     def of(cls, nbytes: int) -> "Mapping":
@@ -40,19 +40,26 @@ class Mapping(mmap.mmap):
                 made.madvise(mmap.MADV_HUGEPAGE)
         return made
 
-    def pin(self, device: torch.device) -> bool:
-        """Make the memory known to CUDA; False where it cannot be, which makes copies slower and nothing else."""
+    def pinned(self, device: torch.device) -> memoryview:
+        """A view of the memory, which CUDA knows as long as the view lives. Where CUDA does not want to know it, copies
+        are slower and nothing else."""
         cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if cuda.cudaHostRegister(self.address, len(self), 0) != cuda.cudaError.success:
+        view = memoryview(self)
+        _known.add(self)  # before CUDA knows: an interrupt loses memory rather than what is written to it
+        weakref.finalize(view, _forget, self, cuda, os.getpid()).atexit = False
+        with nullcontext() if device.index is None else torch.cuda.device(device):
+            known = cuda.cudaHostRegister(self.address, len(self), PORTABLE) == cuda.cudaError.success
+        if not known:
+            _known.discard(self)
             take_error(device)
-            return False
-        self._forget, self._process = cuda.cudaHostUnregister, os.getpid()
-        return True
+        return view
 
-    def __del__(self) -> None:
-        if self._forget is not None and self._process == os.getpid():  # a child process has no CUDA of its parent's
-            with suppress(Exception):  # at the end of the process CUDA may be gone
-                self._forget(self.address)
+
+def _forget(memory: Mapping, cuda: Any, process: int) -> None:
+    """Tell CUDA that memory goes; where CUDA does not let go of it, it stays."""
+    ours = memory in _known and process == os.getpid()  # a child process has no CUDA of its parent's
+    if not ours or cuda.cudaHostUnregister(memory.address) == cuda.cudaError.success:
+        _known.discard(memory)
 
 
 def take_error(device: torch.device) -> None:
@@ -69,9 +76,11 @@ def host(part: Ragged) -> Ragged:
         room = _room(part.tensors, part.key.device)
     except OSError:
         return Ragged(**{name: t.cpu() for name, t in part.tensors.items()})
-    for name, t in part.tensors.items():
-        room[name].copy_(t, non_blocking=True)
-    torch.cuda.current_stream(part.key.device).synchronize()
+    try:
+        for name, t in part.tensors.items():
+            room[name].copy_(t, non_blocking=True)
+    finally:  # nothing may be on its way to memory that goes
+        torch.cuda.current_stream(part.key.device).synchronize()
     return Ragged(**room)
 
 
@@ -81,8 +90,7 @@ def _room(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
     for name, t in tensors.items():
         places[name] = nbytes
         nbytes += -(-t.nbytes // _ALIGNED) * _ALIGNED
-    memory = Mapping.of(nbytes)
-    memory.pin(device)
+    memory = Mapping.of(nbytes).pinned(device)
     return {
         name: torch.frombuffer(memory, dtype=t.dtype, count=prod(t.shape), offset=places[name]).view(t.shape)
         if t.numel()

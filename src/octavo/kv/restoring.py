@@ -50,15 +50,13 @@ class Stretch(NamedTuple):
     def on(self, device: torch.device) -> Ragged:
         """`alone` on another device. Where they are most of the part all of it is sent and then cut, since a host cuts
         more slowly than it sends."""
-        if 2 * int(self.counts.sum()) < len(self.part.position):
-            return sent(self.alone(), device)
-        there = Stretch(sent(self.part, device), self.first.to(device), self.counts.to(device), self.window)
-        return there.alone()
-
-
-def sent(part: Ragged, device: torch.device) -> Ragged:
-    """The same slots on another device."""
-    return Ragged(**{name: t.to(device) for name, t in part.tensors.items()})
+        part, n = self.part, int(self.counts.sum())
+        if 2 * n < len(part.position) or n == len(part.position):
+            return Ragged(**{name: t.to(device) for name, t in self.alone().tensors.items()})
+        counts = self.counts.to(device)
+        index = Stretch(part, self.first.to(device), counts).places()[2]
+        cut = {name: take(t.to(device), index) for name, t in part.tensors.items() if name != "counts"}  # one by one
+        return whole(Ragged(counts, **cut))._replace(window=self.window).alone()
 
 
 def whole(part: Ragged) -> Stretch:

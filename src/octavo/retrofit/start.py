@@ -114,10 +114,11 @@ def first_gates(
             raise ConfigError(f"gates {init.name} were made on SwiftKV with K={made[0]} and groups of {made[1]}")
     elif spec is not None:
         taken = spec.kv_layers
-    window = replace(init.gates.spec.eviction, window=s.window)
-    if replace(init.gates.spec, layers=cached, eviction=window) != gates.spec:
-        raise ConfigError(f"adapter {init.name} has other gate settings: {init.gates.spec}")
+    given, offset = init.gates.spec, gates.spec.offset
+    if replace(given, layers=cached, eviction=replace(given.eviction, window=s.window), offset=offset) != gates.spec:
+        raise ConfigError(f"adapter {init.name} has other gate settings: {given}")
     own = gates.state_dict()
     for name, tensor in init.gates.folded_state().items():
         own[name][:taken] = tensor[:taken].to(own[name])
+    own["bias"][:taken] -= (given.offset - offset) / given.scale
     return gates, min(init.target, s.target)

@@ -44,8 +44,9 @@ PATIENCE = 600.0  # seconds for which a request waits for another one's computat
 class ReuseStore:
     """Keys and values of prompts that were read before, by their tokens, on up to three tiers.
 
-    `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. What
-    is known of a server takes at most half of it (512 MiB without), and what was used longest ago is forgotten.
+    `memory`: bytes of host memory, a number or a text such as "1GiB", bookkeeping included; None: no such tier. What a
+    model on a GPU stores is locked there, since CUDA copies from it at hits. What is known of a server takes at most
+    half of it (512 MiB without), and what was used longest ago is forgotten.
     `disk`: a folder, which several processes may share and which outlives them; `disk_budget`: bytes of its files.
     `remote`: a Redis or Valkey server, which several machines may share: a URL such as "redis://host:6379/0" or a
     `redis.Redis` (needs the extra `redis`); its own settings bound it and choose what leaves. `policy`: "slru" or
