@@ -185,7 +185,7 @@ def test_gates_that_keep_more_mark_some_of_what_they_marked(seed, more):
     assert adapter.gates.spec.offset == 5, "the gates it was made of are as they were"
 
 
-@pytest.mark.parametrize("more", [0.0, -3.0, 1e300, math.nan, math.inf])
+@pytest.mark.parametrize("more", [0.0, -3.0, 1e300, math.nan, math.inf, None, "5"])
 def test_gates_cannot_be_pushed_to_forget(more):
     with pytest.raises(ConfigError, match="positive number of logits"):
         tiny_adapter(tiny_model()).keeping_more(more)

@@ -41,8 +41,10 @@ class Adapter:
         docs/experiments.md has more such points. Raises ConfigError for a number that is not positive: gates that are
         pushed the other way soon forget the first tokens, on which attention rests, and with them everything.
         """
-        if not 0 < logits <= MOST:
-            raise ConfigError(f"gates can keep more by a positive number of logits, at most {MOST:g}, not by {logits}")
+        if not isinstance(logits, int | float) or not 0 < logits <= MOST:
+            raise ConfigError(
+                f"gates can keep more by a positive number of logits, at most {MOST:g}, not by {logits!r}"
+            )
         gates = copy.deepcopy(self.gates)
         gates.spec = replace(gates.spec, offset=gates.spec.offset + logits)
         measured = {"suite", "evaluation", "search"}  # of the gates that these are made of
