@@ -49,7 +49,7 @@ def test_a_chat_goes_on_in_another_process(tmp_path):
     assert f"going on after {tokens_before:,} tokens" in resumed.stdout
     assert len(Snapshot.load(path).tokens) > tokens_before
     assert [p.name for p in tmp_path.iterdir()] == ["talk.kv"]
-    with pytest.raises(CacheStateError, match="made under another window: 256, and this model has None"):
+    with pytest.raises(CacheStateError, match="made under another window: 512, and this model has None"):
         run("--resume", str(path), "--adapter", "none", catch_exceptions=False)
 
 
