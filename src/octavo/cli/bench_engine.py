@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 
 from octavo.bench.source import surroundings
-from octavo.cli.terminal import check_writable, place_of
+from octavo.cli.terminal import check_writable
 from octavo.errors import CacheBudgetError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from octavo.bench.engine.mixed import Load, Run
     from octavo.bench.engine.steps import Step
     from octavo.bench.engine.subjects import Subject
@@ -63,7 +65,7 @@ def engine(
         check_writable(out, make_folder=False)
     peers = [line for path in peer or [] for line in report.peer_steps(path)]
     pairs, ranges, pages = _pairs(sizes), (_range("prompts", prompts), _range("answers", answers)), _page_types(kv)
-    measured = subject(shape, read_text(text or TEXT), str(place := place_of(device)))
+    measured = subject(shape, read_text(text or TEXT), str(place := _place(device)))
     check_lengths(measured.model, pairs, steps)
     load = load_of(measured, mixed, *ranges) if mixed else None
     ways = _ways(measured, pages, swiftkv, place.type == "cuda", compile)
@@ -152,6 +154,20 @@ def _measured(what: str, measure: "Callable[[], Found]") -> "Iterator[Found]":
         return
     progress.print(f"{what}: {found.told}", markup=False, highlight=False)
     yield found
+
+
+def _place(device: str | None) -> "torch.device":
+    import torch
+
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as e:
+        raise ConfigError(f"--device takes cpu or cuda, not {device!r}") from e
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device takes cpu or cuda, not {device!r}")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {device}, and PyTorch finds no GPU here")
+    return place
 
 
 def _page_types(kv: str) -> list[str]:

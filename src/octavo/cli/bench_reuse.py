@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from octavo.bench.source import surroundings
-from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of, place_of
+from octavo.cli.terminal import AdapterName, Device, Dtype, Model, check_writable, console, dtype_of
 from octavo.errors import ConfigError
 
 PARTS = ("first", "bytes", "traces", "similar", "embeddings", "policies")
@@ -81,13 +81,18 @@ def _of_shape(
     from octavo.retrofit.data import read_text
 
     dtype, device = chosen
-    made = subject(shape, read_text(text or TEXT), str(place_of(device)), dtype_of(dtype))
+    made = subject(shape, read_text(text or TEXT), device, dtype_of(dtype))
     octavo.attach(made.model, made.gates, reuse=octavo.ReuseStore("4GiB"))
-    kind = str(made.model.dtype).removeprefix("torch.")
     measured = first_tokens(made.model, Cuts(made.text.tolist(), 0), document, rounds, None, clock)
-    return surroundings(made.model.device) | {
-        "dtype": kind, "adapter": made.gates.name, "device": str(made.model.device), "clock": clock,
-        "subject": f"{made.name}, {kind}, adapter {made.gates.name}", "first": measured.figures,
+    return {**_told(made.model, made.name, made.gates.name), "clock": clock, "first": measured.figures}
+
+
+def _told(model: Any, name: str, adapter: str) -> dict[str, Any]:
+    """What a record says of the machine and of what was measured."""
+    kind = str(model.dtype).removeprefix("torch.")
+    subject = f"{name}, {kind}, adapter {adapter}"
+    return surroundings(model.device) | {
+        "dtype": kind, "adapter": adapter, "device": str(model.device), "subject": subject,
     }  # fmt: skip
 
 
@@ -112,13 +117,10 @@ def _with_model(
     model, tokenizer = octavo.load(**named, dtype=dtype_of(dtype), reuse=octavo.ReuseStore("4GiB"))
     ids = tokenizer(read_text(text or TEXT), verbose=False)["input_ids"]
     cuts = Cuts(ids, 0)
-    kind = str(model.dtype).removeprefix("torch.")
-    found = surroundings(model.device)
-    found |= {"dtype": kind, "adapter": adapter, "device": str(model.device)}
-    found["subject"] = f"{name or 'the default model'}, {kind}, adapter {adapter}"
+    found = _told(model, name or "the default model", adapter)
     timed(model, cuts.piece(600))
     if "first" in parts:
-        measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": kind}, *timing)
+        measured = first_tokens(model, cuts, document, rounds, {**named, "dtype": found["dtype"]}, *timing)
         found["first"], found["clock"] = measured.figures, timing[0]
     if "bytes" in parts:
         found["bytes"] = stored_bytes(model, cuts)

@@ -4,15 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from octavo.errors import ConfigError, OutputFileError, PromptError
-
-if TYPE_CHECKING:
-    import torch
 
 console = Console()
 Number = TypeVar("Number", int, float)
@@ -65,21 +62,6 @@ def store_at(folder: Path, memory: str | None = "1GiB") -> Any:
     import octavo
 
     return octavo.ReuseStore(memory, folder, "20GiB")
-
-
-def place_of(device: str | None) -> "torch.device":
-    """The device that is named, by default a GPU where there is one. Raises ConfigError."""
-    import torch
-
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as e:
-        raise ConfigError(f"--device takes cpu or cuda, not {device!r}") from e
-    if place.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device takes cpu or cuda, not {device!r}")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {device}, and PyTorch finds no GPU here")
-    return place
 
 
 def load_plain(model: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any]:

@@ -10,7 +10,6 @@ import mmap
 import os
 import weakref
 from contextlib import nullcontext, suppress
-from math import prod
 from typing import Any
 
 import torch
@@ -70,11 +69,11 @@ def take_error(device: torch.device) -> None:
 
 def host(part: Ragged) -> Ragged:
     """The same slots on the host; waits for the device."""
-    if not part.key.is_cuda or sum(t.nbytes for t in part.tensors.values()) <= SMALL:
-        return Ragged(**{name: t.cpu() for name, t in part.tensors.items()})
-    try:
-        room = _room(part.tensors, part.key.device)
-    except OSError:
+    room = None
+    if part.key.is_cuda and sum(t.nbytes for t in part.tensors.values()) > SMALL:
+        with suppress(OSError):  # no such memory is left
+            room = _room(part.tensors, part.key.device)
+    if room is None:
         return Ragged(**{name: t.cpu() for name, t in part.tensors.items()})
     try:
         for name, t in part.tensors.items():
@@ -92,7 +91,7 @@ def _room(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
         nbytes += -(-t.nbytes // _ALIGNED) * _ALIGNED
     memory = Mapping.of(nbytes).pinned(device)
     return {
-        name: torch.frombuffer(memory, dtype=t.dtype, count=prod(t.shape), offset=places[name]).view(t.shape)
+        name: torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=places[name]).view(t.shape)
         if t.numel()
         else torch.empty(t.shape, dtype=t.dtype)
         for name, t in tensors.items()

@@ -14,7 +14,7 @@ from octavo.config import NEVER
 from octavo.errors import CacheStateError
 from octavo.kv.plan import extended
 from octavo.kv.pool import pages_for
-from octavo.kv.ragged import take
+from octavo.kv.ragged import picked, take
 from octavo.kv.snapshot import Ragged, SnapshotLayout, counted
 from octavo.kv.tables import Tables
 
@@ -42,10 +42,8 @@ class Stretch(NamedTuple):
         """The slots as a part of their own, with their expiries; the same tensors where they are all of it."""
         part = self.part
         if int(self.counts.sum()) < len(part.position):
-            index = self.places()[2]
-            picked = {name: take(t, index) for name, t in part.tensors.items() if name != "counts"}
-            part = Ragged(self.counts, **picked)
-        return part if self.window is None else part._replace(expiry=part.position + self.window)
+            part = picked(part, self.places()[2], self.counts)
+        return self._expiring(part)
 
     def on(self, device: torch.device) -> Ragged:
         """`alone` on another device. Where they are most of the part all of it is sent and then cut, since a host cuts
@@ -56,7 +54,11 @@ class Stretch(NamedTuple):
         counts = self.counts.to(device)
         index = Stretch(part, self.first.to(device), counts).places()[2]
         cut = {name: take(t.to(device), index) for name, t in part.tensors.items() if name != "counts"}  # one by one
-        return whole(Ragged(counts, **cut))._replace(window=self.window).alone()
+        return self._expiring(Ragged(counts, **cut))
+
+    def _expiring(self, part: Ragged) -> Ragged:
+        """These slots with the expiries that they have here."""
+        return part if self.window is None else part._replace(expiry=part.position + self.window)
 
 
 def whole(part: Ragged) -> Stretch:

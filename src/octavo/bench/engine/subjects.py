@@ -41,8 +41,11 @@ class Subject:
     skipping: Sequence[Any] = ()
 
 
-def subject(shape: str, text: str, device: str, dtype: torch.dtype | None = None) -> Subject:
-    """Make or load what `shape` names. Raises ConfigError for an unknown one, and what loading raises."""
+def subject(shape: str, text: str, device: str | None, dtype: torch.dtype | None = None) -> Subject:
+    """Make or load what `shape` names; `device` as in `octavo.load`.
+
+    Raises ConfigError for an unknown shape, and what loading raises.
+    """
     if shape not in SHAPES:
         raise ConfigError(f"--shape takes {' or '.join(SHAPES)}, not {shape!r}")
     default, tokenizer = octavo.load(adapter=None, device=device, dtype=dtype)
@@ -53,8 +56,9 @@ def subject(shape: str, text: str, device: str, dtype: torch.dtype | None = None
         both = octavo.load_adapter("swiftkv-v2"), octavo.load_adapter(SHIPPED / "swiftkv-v2" / "dms-8x")
         return Subject("SmolLM2-135M-Instruct", default, gates, ids, random_weights=False, skipping=both)
     kept = kept_by_head(default, gates, ids[:4000])
+    place = default.device
     del default
-    with torch.device(device):
+    with place:
         made: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             LlamaConfig(**LLAMA_8B), dtype=dtype or torch.bfloat16
         )
