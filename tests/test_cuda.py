@@ -194,6 +194,76 @@ def test_decode_steps_from_graphs_answer_as_eager_ones(shift, kv_dtype):
         assert torch.equal(eager, compiled)
 
 
+def in_pieces(model, ids, pieces, mask=None):
+    """(logits of all real tokens, visible slots, the cache) after some pieces of a prompt."""
+    cache, out, first = KVCache(model), [], 0
+    with torch.no_grad():
+        for columns in pieces:
+            seen = None if mask is None else mask[:, : first + columns]
+            out.append(model(ids[:, first : first + columns], attention_mask=seen, past_key_values=cache).logits)
+            first += columns
+    logits = torch.cat(out, 1)
+    return logits if mask is None else logits[mask[:, :first].bool()], cache.kept, cache
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("evict", "kv_dtype"), [(False, None), (True, None), (True, "int8")])
+def test_prompts_from_graphs_are_those_of_the_model(evict, kv_dtype, padded):
+    mask = torch.ones(2, 700, dtype=torch.int64, device="cuda")
+    mask[0, :30] = 0
+    found = {}
+    for graphs, compiles in ((False, False), (True, False), (True, True)):
+        model = tiny_model().cuda()
+        adapter = tiny_adapter(model) if evict else None
+        attach(model, adapter, kv_dtype=kv_dtype, cuda_graphs=graphs, compile=compiles)
+        for turn in range(6):
+            for length in (90, 333):
+                ids = tokens(2, length + 260, seed=turn).cuda()
+                pieces = [length, 200, 1, 1, 1, 57]
+                found.setdefault((turn, length), []).append(in_pieces(model, ids, pieces, mask if padded else None)[:2])
+        if graphs:
+            captured = require_attachment(model).prompts._captured
+            assert {(columns, goes_on) for _, columns, _, goes_on, *_ in captured} >= {
+                (96, False),
+                (384, False),
+                (224, True),
+            }
+    for (expected, kept), *others in found.values():
+        for got, left in others:
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
+            assert torch.equal(left, kept)
+
+
+def test_skipping_prompts_from_graphs_are_the_full_forward():
+    model = model_of()
+    adapters = pair(model, 2, True)
+    attach(model.cuda(), adapters, cuda_graphs=True)
+    for turn in range(6):
+        ids, cache = tokens(2, 230, seed=turn).cuda(), KVCache(model)
+        expected = full(model, ids)
+        with torch.no_grad():
+            parts = [model(ids[:, :200], past_key_values=cache, logits_to_keep=1).logits[:, -1:]]
+            parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(200, 230)]
+        torch.testing.assert_close(torch.cat(parts, 1), expected[:, 199:], rtol=0, atol=2e-3)
+    assert [kind[2] for kind in require_attachment(model).prompts._captured] == [1]
+
+
+def test_a_model_that_asks_the_device_runs_without_prompt_graphs():
+    model, ids, asked = evicting(cuda_graphs=True), tokens(1, 90).cuda(), []
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: asked.append(bool(out.sum() > 0)))
+    first, kept, _ = in_pieces(model, ids, [90])
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        others = [in_pieces(model, ids, [90]) for _ in range(3)]
+    others.append(in_pieces(model, ids, [90]))
+    for got, left, _ in others:
+        torch.testing.assert_close(got, first, rtol=0, atol=1e-5)
+        assert torch.equal(left, kept)
+    assert require_attachment(model).prompts._captured == {}
+    answer = model.generate(ids, do_sample=False, max_new_tokens=3, min_new_tokens=3)  # the device is as it was
+    assert answer.shape == (1, 93)
+
+
 def test_a_graph_is_captured_anew_where_parameters_have_moved():
     model, ids = evicting(cuda_graphs=True), tokens(1, 40).cuda()
     options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}

@@ -52,7 +52,7 @@ class CacheSettings:
 
     `chunk`: tokens per prefill step. `page_size`: slots per page. `budget`: bytes that the pages of all caches
     may take, None for no limit. `kv_dtype`: how slots are stored, "int8" or "fp8" with a scale each, or None for
-    the model's dtype. `cuda_graphs`: run decode steps on CUDA from graphs. `compiled`: with small
+    the model's dtype. `cuda_graphs`: run decode steps and prompts on CUDA from graphs. `compiled`: with small
     pieces of the layers as `torch.compile` makes them, in prompts too. `undo`: tokens that a cache can take back, None
     for `UNDO` as soon as drafts are asked for.
     """

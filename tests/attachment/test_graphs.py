@@ -28,6 +28,7 @@ from octavo.attachment import Attachment, graphs, require_attachment
 from octavo.attachment import compiled as compiled_code
 from octavo.attachment.forward import Forward
 from octavo.attachment.projections import computed_once
+from octavo.attachment.prompt_graphs import PromptGraphs
 from octavo.attention import cuda
 from octavo.engine import Engine, SamplingParams
 from octavo.errors import CacheBudgetError, ConfigError
@@ -94,6 +95,7 @@ def capture_by_hand(self, cache):
 def by_hand(monkeypatch):
     monkeypatch.setattr(cuda, "available", lambda device: True)
     monkeypatch.setattr(graphs.Graphs, "_capture", capture_by_hand)
+    monkeypatch.setattr(PromptGraphs, "suits", lambda *args: False)  # see test_prompt_graphs.py
 
 
 @pytest.mark.parametrize(("shift", "undo"), [(0, None), (1, 5)])

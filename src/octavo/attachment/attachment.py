@@ -28,6 +28,7 @@ from octavo.attachment.graphs import Graphs
 from octavo.attachment.identity import Digests
 from octavo.attachment.layout import Layout, decoder_of, joined
 from octavo.attachment.modes import Modes
+from octavo.attachment.prompt_graphs import PromptGraphs
 from octavo.attachment.reuse import Reuse, run_generate
 from octavo.attachment.supported import reach_of
 from octavo.attention import FEW, Packed
@@ -101,12 +102,15 @@ class Attachment:
         self.key = uuid.uuid4().hex  # what caches remember of it; never used again
         self._memory: Memory | None = None
         self.graphs = Graphs(self) if self.captures else None
+        self.prompts = PromptGraphs(self) if self.captures else None
         self._lock = threading.Lock()  # two threads may make a model's first caches
 
     def __getstate__(self) -> dict[str, Any]:
         """For deep copies and pickles."""
         return {
-            name: value for name, value in self.__dict__.items() if name not in ("key", "_memory", "_lock", "graphs")
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("key", "_memory", "_lock", "graphs", "prompts")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -205,7 +209,8 @@ class Attachment:
                 memory.trim(0)
             self._memory = Memory(layout, shape.kv_heads, shape.device, self.settings.budget)
             if memory is not None and self.graphs is not None:
-                self.graphs = Graphs(self)  # those captured hold the memory before and read adapters where they were
+                # Those captured hold the memory before and read adapters where they were.
+                self.graphs, self.prompts = Graphs(self), PromptGraphs(self)
             return self._memory
 
     @property

@@ -221,8 +221,9 @@ def _step(
     pictures: tuple[Tensor | None, ...],
 ) -> Any:
     """One chunk through the decoder; the cache changes only when all of it went well."""
-    if attachment.graphs is not None and not pictures and attachment.graphs.suits(cache, kwargs, size[1], trains):
-        return attachment.graphs.run(cache, kwargs, valid)
+    replayed = None if pictures else _replayed(attachment, cache, kwargs, size[1], valid, keep, trains)
+    if replayed is not None:
+        return replayed
     gates = attachment.modes.folded(cache.swiftkv_on)
     transform = attachment.modes.transform() if cache.swiftkv_on else None
     given = kwargs.get("position_ids")
@@ -250,6 +251,24 @@ def _step(
         cache.abandon()
         raise
     return out
+
+
+def _replayed(
+    attachment: "Attachment",
+    cache: KVCache,
+    kwargs: dict[str, Any],
+    columns: int,
+    valid: Tensor | None,
+    keep: int,
+    trains: bool,
+) -> Any | None:
+    """The same from a CUDA graph; None where it is to run as usual."""
+    graphs, prompts = attachment.graphs, attachment.prompts
+    if graphs is not None and graphs.suits(cache, kwargs, columns, trains):
+        return graphs.run(cache, kwargs, valid)
+    if prompts is not None and prompts.suits(cache, kwargs, columns, valid, keep, trains):
+        return prompts.run(cache, kwargs, columns, valid, keep)
+    return None
 
 
 def _cache(attachment: "Attachment", past: object, mode: bool | None) -> KVCache:

@@ -10,8 +10,11 @@ parameter has moved, it is captured anew; a model whose modules change (a LoRA a
 be attached anew.
 """
 
+import functools
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +34,9 @@ _PLAIN = {  # arguments of a forward that a replayed one knows
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
     "output_attentions", "output_hidden_states",
 }  # fmt: skip
+
+
+Result = TypeVar("Result")
 
 
 class _Captured(NamedTuple):
@@ -53,43 +59,35 @@ class Graphs:
         self._attachment = attachment
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._run: set[tuple[Any, ...]] = set()  # kinds of steps of which one has run as usual
+        self._refused: set[tuple[Any, ...]] = set()  # kinds that cannot be captured
         self._pool: Any = None  # memory that all graphs share, since they run one after another
 
     def suits(self, cache: "KVCache", kwargs: dict[str, Any], columns: int, trains: bool) -> bool:
         """Whether this forward can be replayed; for the first of its kind, False."""
-        tokens, device = kwargs.get("input_ids"), cache.shape.device
-        if columns != 1 or trains or tokens is None or not cache.rows or not cuda.available(device):
-            return False
-        positions = kwargs.get("position_ids")
-        if capturing(device) or torch.is_autocast_enabled("cuda") or (positions is not None and positions.ndim > 2):
-            return False
-        if any(value is not None and name not in _PLAIN for name, value in kwargs.items()):
-            return False
-        config: Any = self._attachment.model.config
-        if asked_for("output_hidden_states", kwargs, config) or not asked_for("return_dict", kwargs, config, True):
+        if columns != 1 or trains or not cache.rows or not replayable(self._attachment, cache, kwargs):
             return False
         kind = self._kind(cache)
         if kind in self._run:
-            return True
+            return kind not in self._refused
         self._run.add(kind)
         return False
 
     def _kind(self, cache: "KVCache") -> tuple[Any, ...]:
         return bucket(len(cache.rows)), cache.swiftkv_on, id(cache.tables), cache.eviction, cache.undo
 
-    def run(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any:
-        """One token for each of a cache's sequences; what the decoder returns. The cache is as it was where it fails.
-
-        Raises CacheBudgetError.
-        """
+    def run(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any | None:
+        """One token for each of a cache's sequences; what the decoder returns, or None where the model cannot be
+        captured and nothing has happened. The cache is as it was where it fails. Raises CacheBudgetError."""
         # Other threads' caches share graphs and tables, and no table may move between the look at it and the replay.
         with cache.tables.pool.lock:
             return self._run_locked(cache, kwargs, valid)
 
-    def _run_locked(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any:
+    def _run_locked(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any | None:
         given: Tensor | None = kwargs.get("position_ids")
         try:
             captured = self._fitting(cache)
+            if captured is None:
+                return None
             cache.sequences.begin_replay(captured.step, valid)
             B = len(cache.rows)
             captured.tokens[:B].copy_(kwargs["input_ids"])
@@ -104,14 +102,19 @@ class Graphs:
             raise
         return captured.kind(last_hidden_state=captured.hidden[:B].clone(), past_key_values=cache)
 
-    def _fitting(self, cache: "KVCache") -> _Captured:
-        """The graph for this cache's next step, captured where there is none that holds."""
+    def _fitting(self, cache: "KVCache") -> _Captured | None:
+        """The graph for this cache's next step, captured where there is none that holds; None where it cannot be."""
         kind = self._kind(cache)
         captured = self._captured.get(kind)
         cache.sequences.make_room()
-        if captured is None or captured.generation != cache.tables.generation or _moved(captured.parameters):
+        if captured is None or captured.generation != cache.tables.generation or moved(captured.parameters):
             self._captured.pop(kind, None)
-            captured = self._captured[kind] = self._capture(cache)
+            try:
+                captured = self._captured[kind] = self._capture(cache)
+            except RuntimeError as e:
+                self._refused.add(kind)
+                refused(e)
+                return None
         return captured
 
     @torch.inference_mode(False)
@@ -122,19 +125,15 @@ class Graphs:
         positions = torch.zeros_like(tokens)
         rows = torch.full((B,), -1, dtype=torch.int32, device=device)
         search = torch.zeros((), dtype=torch.int32, device=device)
-        graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         compiles = attachment.settings.compiled
         with compiled(decoder_of(attachment.model), attachment.layout.attention) if compiles else nullcontext():
-            self._step(cache, tokens, positions, rows, search, rehearsal=True)
-            torch.cuda.synchronize(device)
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                step, out = self._step(cache, tokens, positions, rows, search)
-        parameters = [*attachment.model.parameters(), *attachment.model.buffers()]
-        addresses = [(p, p.data_ptr()) for p in parameters]
-        hidden = out.last_hidden_state
-        return _Captured(graph, tokens, positions, step, type(out), hidden, cache.tables.generation, addresses)
+            given = cache, tokens, positions, rows, search
+            rehearse, run = (functools.partial(self._step, *given, rehearsal=first) for first in (True, False))
+            graph, (step, out) = recorded(rehearse, run, device, self._pool)
+        hidden, generation = out.last_hidden_state, cache.tables.generation
+        return _Captured(graph, tokens, positions, step, type(out), hidden, generation, places(attachment.model))
 
     def _step(
         self, cache: "KVCache", tokens: Tensor, positions: Tensor, rows: Tensor, search: Tensor, rehearsal: bool = False
@@ -173,5 +172,44 @@ def bucket(sequences: int) -> int:
     return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
 
-def _moved(parameters: list[tuple[Tensor, int]]) -> bool:
+def replayable(attachment: "Attachment", cache: "KVCache", kwargs: dict[str, Any]) -> bool:
+    """Whether a graph can know all that a forward was given, and its device has graphs and our kernels."""
+    tokens, positions, device = kwargs.get("input_ids"), kwargs.get("position_ids"), cache.shape.device
+    if tokens is None or not cuda.available(device) or (positions is not None and positions.ndim > 2):
+        return False
+    if capturing(device) or torch.is_autocast_enabled("cuda"):
+        return False
+    if any(value is not None and name not in _PLAIN for name, value in kwargs.items()):
+        return False
+    config: Any = attachment.model.config
+    return not asked_for("output_hidden_states", kwargs, config) and asked_for("return_dict", kwargs, config, True)
+
+
+def recorded(
+    rehearse: Callable[[], object], run: Callable[[], Result], device: torch.device, pool: Any
+) -> tuple[Any, Result]:
+    """(a graph of what `run` does, what it returned: tensors that the graph writes anew).
+
+    `rehearse` does the same before, so that nothing is compiled or loaded while the graph is captured.
+    """
+    rehearse()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        out = run()
+    return graph, out
+
+
+def refused(error: RuntimeError) -> None:
+    """Say why something runs without a graph: the model asks the device how it goes on, or there is no memory."""
+    warnings.warn(f"steps of this kind run without a CUDA graph: {error}", stacklevel=2)
+
+
+def places(model: Any) -> list[tuple[Tensor, int]]:
+    """The parameters and buffers of a model, each with its address."""
+    return [(p, p.data_ptr()) for p in (*model.parameters(), *model.buffers())]
+
+
+def moved(parameters: list[tuple[Tensor, int]]) -> bool:
+    """Whether any of them lies elsewhere now."""
     return any(p.data_ptr() != address for p, address in parameters)

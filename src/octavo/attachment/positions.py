@@ -103,7 +103,7 @@ def next_in(cache: "KVCache", valid: Tensor | None) -> Tensor | None:
 
     Computed on the device, so a CUDA graph can hold it; there a number from the host would stay what it was.
     """
-    new, captured = cache.step.new, capturing(cache.shape.device)
+    new, captured = cache.sequences.new, capturing(cache.shape.device)
     goes_on = cache.states is not None and cache.seen > 0  # Bamba counts each input's tokens from 0
     if valid is None and cache.sequences.real is None and not captured and not goes_on:
         return None

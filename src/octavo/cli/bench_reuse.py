@@ -82,7 +82,8 @@ def _of_shape(
 
     dtype, device = chosen
     made = subject(shape, read_text(text or TEXT), device, dtype_of(dtype))
-    octavo.attach(made.model, made.gates, reuse=octavo.ReuseStore("4GiB"))
+    on_gpu = made.model.device.type == "cuda"
+    octavo.attach(made.model, made.gates, cuda_graphs=on_gpu, reuse=octavo.ReuseStore("4GiB"))
     measured = first_tokens(made.model, Cuts(made.text.tolist(), 0), document, rounds, None, clock)
     return {**_told(made.model, made.name, made.gates.name), "clock": clock, "first": measured.figures}
 
@@ -113,7 +114,10 @@ def _with_model(
     from octavo.retrofit.data import read_text
 
     name, adapter, dtype, device = chosen
-    named: dict[str, Any] = {"model": name, "adapter": None if adapter == "none" else adapter, "device": device}
+    named: dict[str, Any] = {
+        "model": name, "adapter": None if adapter == "none" else adapter, "device": device,
+        "cuda_graphs": str(device).startswith("cuda"),
+    }  # fmt: skip
     model, tokenizer = octavo.load(**named, dtype=dtype_of(dtype), reuse=octavo.ReuseStore("4GiB"))
     ids = tokenizer(read_text(text or TEXT), verbose=False)["input_ids"]
     cuts = Cuts(ids, 0)

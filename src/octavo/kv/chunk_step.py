@@ -14,6 +14,7 @@ from octavo.config import NEVER
 from octavo.kv.holes import Holes, holes_in, ranked
 from octavo.kv.plan import append, extended, found, grown, owned_many, place
 from octavo.kv.pool import pages_for
+from octavo.kv.recorded_chunk import Made
 from octavo.kv.rewind import Overwritten
 from octavo.kv.step import Batch, Later, New, counted, newest_slot
 from octavo.kv.within import Within
@@ -84,6 +85,7 @@ class ChunkStep:
         self._expired = batch.expired or windowed or bool(batch.eviction and columns > batch.window)
         self.lost = tables.lost[batch.index].clone()  # [B, L, H], what it must be after `rewind`
         self._held: dict[int, _Held] = {}
+        self._made: Made | None = None  # of all layers, in place of what is held
         self._held_most = HELD_ON_CUDA if tables.pool.device.type == "cuda" else HELD
         self._ready: list[int] = []  # layers whose readers are done
         self.overwritten: list[Overwritten] = []  # what `rewind` must bring back
@@ -96,6 +98,11 @@ class ChunkStep:
         if marked is not None and self.batch.shift:
             marked = self._settle_newest(layer, marked)
         self._held[layer] = _Held(key, value, marked)
+
+    def take(self, made: Made) -> None:
+        """Hold what a CUDA graph has made of the new tokens in all layers; `commit` stores it."""
+        self._made = made
+        self.filled = len(made.key)
 
     def _expiry(self, layers: slice, key: Tensor, marked: Tensor | None) -> Tensor:
         """When tokens with these keys [B, l, H, N, D] and marks [B, l, H, N] expire, [B, l, H, N] int32."""
@@ -141,12 +148,15 @@ class ChunkStep:
         """Move on; whatever has not been stored is stored now."""
         self._ready += [layer for layer in sorted(self._held) if layer not in self._ready]
         self._store_ready()
+        if self._made is not None:
+            key, value, marked = (None if each is None else each.transpose(0, 1) for each in self._made)
+            assert key is not None
+            assert value is not None
+            self._store_layers(slice(0, self.filled), key, value, marked)
         tables = self.batch.tables
         with tables.pool.lock:
             tables.position[self.batch.index] = self.new.after
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _store_ready(self) -> None:
         """Store the layers that are ready, those that follow each other together."""
         while self._ready:
@@ -157,9 +167,15 @@ class ChunkStep:
             layers = slice(run[0], run[-1] + 1)
             key, value = (torch.stack([getattr(h, name).detach() for h in held], 1) for name in ("key", "value"))
             marks = [h.marked for h in held if h.marked is not None]  # of all layers or of none
-            expiry = self._expiry(layers, key, torch.stack(marks, 1) if marks else None)
-            with self.batch.tables.pool.lock, self.batch.tables.pool.changing():
-                self._store(Layers(layers, key, value, expiry))
+            self._store_layers(layers, key, value, torch.stack(marks, 1) if marks else None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _store_layers(self, layers: slice, key: Tensor, value: Tensor, marked: Tensor | None) -> None:
+        """Store some layers' keys and values [B, l, H, N, D] with their marks [B, l, H, N]."""
+        expiry = self._expiry(layers, key, marked)
+        with self.batch.tables.pool.lock, self.batch.tables.pool.changing():
+            self._store(Layers(layers, key, value, expiry))
 
     def _store(self, chunk: Layers) -> None:
         batch, tables, new = self.batch, self.batch.tables, self.new

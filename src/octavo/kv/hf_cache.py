@@ -1,7 +1,7 @@
 """The transformers `Cache` over sequences in pages: what `generate` asks of a cache, and nothing else."""
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,34 +9,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from octavo.config import Eviction
-from octavo.errors import CacheStateError, InputError, NotAttachedError
+from octavo.errors import CacheStateError, NotAttachedError
 from octavo.kv.capture import snapshot_of
 from octavo.kv.fused_step import Replayed
+from octavo.kv.given import token_ids, whole
 from octavo.kv.late import Late, capturing
 from octavo.kv.memory import Memory, bookkeeping
+from octavo.kv.recorded_chunk import RecordedChunk
 from octavo.kv.sequences import Sequences, Step
 from octavo.kv.shape import CacheShape
 from octavo.kv.snapshot import Snapshot
 from octavo.kv.tables import Tables
-
-
-def whole(numbers: Iterable[Any], what: str) -> list[int]:
-    """Whole numbers that a caller gave, as ints. Raises CacheStateError for anything else."""
-    try:
-        return [operator.index(n) for n in numbers]
-    except TypeError as e:
-        raise CacheStateError(f"{what} must be whole numbers, not {numbers!r}") from e
-
-
-def token_ids(tokens: Any) -> Tensor:
-    """Token ids that a caller gave, a tensor or a list of them. Raises InputError for what is no whole number."""
-    try:
-        ids = torch.as_tensor(tokens)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"tokens must be a tensor or list of token ids, not {type(tokens).__name__}") from e
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"tokens must be whole numbers, not {str(ids.dtype).removeprefix('torch.')}")
-    return ids
 
 
 class PagedCache(Cache):  # type: ignore[misc]
@@ -130,8 +113,18 @@ class PagedCache(Cache):  # type: ignore[misc]
         self._updated = 0
         return self.sequences.begin_capture(rows, search)
 
+    @contextmanager
+    def recording(self, step: RecordedChunk) -> Iterator[None]:
+        """Let a forward run on another step than the one that has begun, while a CUDA graph is captured."""
+        before = self.sequences.step
+        self._updated, self.sequences.step = 0, step
+        try:
+            yield
+        finally:
+            self.sequences.step = before
+
     @property
-    def step(self) -> Step:
+    def step(self) -> Step | RecordedChunk:
         """The running forward."""
         step = self.sequences.step
         assert step is not None

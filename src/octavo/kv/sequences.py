@@ -27,6 +27,7 @@ from octavo.kv.memory import bookkeeping
 from octavo.kv.plan import named_elsewhere
 from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
+from octavo.kv.recorded_chunk import RecordedChunk
 from octavo.kv.restoring import Stretch, restore_into
 from octavo.kv.rewind import cut, pages_to_own, restore_overwritten, rewind
 from octavo.kv.snapshot import Ragged, SnapshotLayout, counted
@@ -40,7 +41,7 @@ WIDER = 4096  # slots by which rows grow where a graph holds their addresses
 class Sequences(Held):
     """Sequences over the pages of a memory, each in a row of its own, which run forwards together."""
 
-    step: Step | Replayed | None = None  # the running forward
+    step: Step | Replayed | RecordedChunk | None = None  # the running forward
 
     # One forward
 
@@ -76,7 +77,7 @@ class Sequences(Held):
     @property
     def new(self) -> New:
         """The new tokens of the running forward."""
-        assert self.step is not None
+        assert isinstance(self.step, Step | Replayed)
         return self.step.new
 
     def _running(self, valid: Tensor | None) -> Tensor:
@@ -102,7 +103,7 @@ class Sequences(Held):
     def commit(self, marked: Tensor | None = None) -> None:
         """End a forward that went well; `marked` [L, B, H, N] bool are the decisions of a `DecodeStep`'s tokens."""
         step, state = self.step, self.state
-        assert step is not None
+        assert isinstance(step, Step | Replayed)
         step.commit(marked)
         if capturing(self.shape.device):  # nothing has run yet; see `replayed`
             self._holding.state = replace(state, back=None)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import octavo
+from octavo.attachment.prompt_graphs import OFTEN
 from octavo.bench.reuse.traces import Cuts
 
 Clock = Callable[[], float]
@@ -96,12 +97,16 @@ def with_store(model: PreTrainedModel, store: octavo.ReuseStore | None) -> None:
 
 @torch.no_grad()
 def _warm(model: PreTrainedModel, tokens: list[int]) -> None:
-    """On a GPU, compile the kernels for a prompt and for a question after it, which processes do once in their life."""
+    """On a GPU, compile the kernels for a prompt and for a question after it, and capture their graphs, which processes
+    do once in their life."""
     if model.device.type != "cuda":
         return
-    cache, ids = octavo.KVCache(model), torch.tensor([tokens], device=model.device)
-    for part in (ids[:, :-QUESTION], ids[:, -QUESTION:]):
-        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    ids = torch.tensor([tokens], device=model.device)
+    for _ in range(1 + OFTEN):
+        cache = octavo.KVCache(model)
+        for part in (ids[:, :-QUESTION], ids[:, -QUESTION:]):
+            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids, past_key_values=octavo.KVCache(model), logits_to_keep=1)
 
 
 def _settle(model: PreTrainedModel) -> None:
