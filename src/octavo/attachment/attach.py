@@ -42,13 +42,12 @@ def attach(
     None: same pages, nothing evicted, nothing skipped. `chunk`: tokens per prefill step, by default 512, on CUDA
     8,192. `budget`: bytes that the pages of all caches may take, reference counts included; page tables and what a
     prompt's chunk is before it goes into pages come on top. While caches hold a part of it the model cannot make new
-    ones in another dtype or on another device. `kv_dtype`: "int8" or "fp8" stores keys and values
-    as codes with one scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype.
-    `cuda_graphs`: on CUDA, steps of one token per sequence run from CUDA graphs, and prompts, when some of about their
-    length have come, which spares the host nearly all work; the model's modules must not change then (see
-    `octavo.attachment.graphs`, `.prompt_graphs`). Models with windows run without. `compile`: these run with pieces of
-    `torch.compile`, which takes a minute at first and rounds bfloat16 less often, and weights move into blocks of
-    memory (see `octavo.attachment.compiled`).
+    ones in another dtype or on another device. `kv_dtype`: "int8" or "fp8" stores keys and values as codes with one
+    scale per slot, in about half of the bytes of bfloat16; None: in the model's dtype. `cuda_graphs`: on CUDA, steps of
+    one token per sequence run from CUDA graphs, and prompts, when some of about their length have come, which spares
+    the host nearly all work; the model's modules must not change then (see `octavo.attachment.graphs`). Models with
+    windows run without. `compile`: these run with pieces of `torch.compile`, which takes a minute at first and rounds
+    bfloat16 less often, and weights move into blocks of memory (see `octavo.attachment.compiled`).
     `reuse`: an `octavo.ReuseStore`; `generate` then computes of a prompt only what was not computed before, see
     `octavo.attachment.reuse`. `undo`: how many of its newest tokens a cache can always take back (`crop`), whatever has
     expired meanwhile; a marked token keeps its slot so many tokens longer. None: none, and 32 where `generate` is to
