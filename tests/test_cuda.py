@@ -231,7 +231,7 @@ def test_prompts_from_graphs_are_those_of_the_model(evict, kv_dtype, padded):
             }
     for (expected, kept), *others in found.values():
         for got, left in others:
-            torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-2 if kv_dtype else 2e-3)  # a code may be another
             assert torch.equal(left, kept)
 
 
@@ -255,13 +255,14 @@ def test_a_model_that_asks_the_device_runs_without_prompt_graphs():
     first, kept, _ = in_pieces(model, ids, [90])
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         others = [in_pieces(model, ids, [90]) for _ in range(3)]
+    with pytest.warns(UserWarning, match="without a CUDA graph"):  # decode steps
+        answer = model.generate(ids, do_sample=False, max_new_tokens=4, min_new_tokens=4)
     others.append(in_pieces(model, ids, [90]))
     for got, left, _ in others:
         torch.testing.assert_close(got, first, rtol=0, atol=1e-5)
         assert torch.equal(left, kept)
     assert require_attachment(model).prompts._captured == {}
-    answer = model.generate(ids, do_sample=False, max_new_tokens=3, min_new_tokens=3)  # the device is as it was
-    assert answer.shape == (1, 93)
+    assert torch.equal(answer, model.generate(ids, do_sample=False, max_new_tokens=4, min_new_tokens=4))
 
 
 def test_a_graph_is_captured_anew_where_parameters_have_moved():

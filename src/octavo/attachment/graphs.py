@@ -202,7 +202,8 @@ def recorded(
 
 def refused(error: RuntimeError) -> None:
     """Say why something runs without a graph: the model asks the device how it goes on, or there is no memory."""
-    warnings.warn(f"steps of this kind run without a CUDA graph: {error}", stacklevel=2)
+    why = str(error).partition("\n")[0]  # CUDA's go on with advice for debugging
+    warnings.warn(f"steps of this kind run without a CUDA graph: {why}", stacklevel=2)
 
 
 def places(model: Any) -> list[tuple[Tensor, int]]:
