@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from octavo import KVCache, ReuseStore, attach
-from octavo.attachment import require_attachment
+from octavo.attachment import prompt_graphs, require_attachment
 from octavo.dms import SoftGates
 from octavo.engine import Engine, SamplingParams
 from octavo.kv import hosted
@@ -232,7 +232,7 @@ def test_prompts_from_graphs_are_those_of_the_model(evict, kv_dtype, padded):
     for (expected, kept), *others in found.values():
         for got, left in others:
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-2 if kv_dtype else 2e-3)  # a code may be another
-            assert torch.equal(left, kept)
+            assert (left - kept).abs().max() <= (2 if kv_dtype else 0)  # and then a gate may decide otherwise
 
 
 def test_skipping_prompts_from_graphs_are_the_full_forward():
@@ -247,6 +247,20 @@ def test_skipping_prompts_from_graphs_are_the_full_forward():
             parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(200, 230)]
         torch.testing.assert_close(torch.cat(parts, 1), expected[:, 199:], rtol=0, atol=2e-3)
     assert [kind[2] for kind in require_attachment(model).prompts._captured] == [1]
+
+
+def test_places_for_longer_prompts_drop_the_graphs_of_shorter_ones(monkeypatch):
+    monkeypatch.setattr(prompt_graphs, "SMALLEST", 1)
+    model, found = evicting(cuda_graphs=True), {}
+    for _ in range(2):  # the second time from graphs that were captured anew
+        for length in (30, 60, 200, 40, 400, 60):
+            for turn in range(4):
+                ids = tokens(1, length, seed=turn).cuda()
+                found.setdefault((length, turn), []).append(in_pieces(model, ids, [length])[0])
+    assert {kind[1] for kind in require_attachment(model).prompts._captured} >= {40, 64, 448}
+    for first, *others in found.values():
+        for got in others:
+            torch.testing.assert_close(got, first, rtol=0, atol=2e-3)
 
 
 def test_a_model_that_asks_the_device_runs_without_prompt_graphs():

@@ -207,6 +207,21 @@ def test_a_model_that_cannot_be_captured_runs_as_before(monkeypatch):
     assert replays(model) == {}
 
 
+def test_a_model_that_asks_the_device_is_not_captured():
+    model, ids = tiny_model(), tokens(1, 40)
+    attach(model, tiny_adapter(model, window=8), cuda_graphs=True)
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: (bool(out.sum() > 0), None)[1])
+    with pytest.warns(UserWarning, match="asks the device for values"):
+        first, cache = read(model, ids, [40])
+    assert replays(model) == {}
+    assert cache.seen == 40
+    again, _ = read(model, ids, [40])  # nobody tries again
+    assert torch.equal(again, first)
+    hook.remove()
+    read(model, ids, [20])
+    assert len(replays(model)) == 1
+
+
 def test_graphs_are_made_anew_where_parameters_move_and_the_last_used_stay(monkeypatch):
     model, ids = tiny_model(), tokens(1, 60)
     attach(model, cuda_graphs=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.attachment.forward import Forward
-from octavo.attachment.graphs import moved, places, recorded, refused, replayable
+from octavo.attachment.graphs import check_waits, moved, places, recorded, refused, replayable
 from octavo.dms import FoldedGates
 from octavo.kv.recorded_chunk import Made, RecordedChunk
 from octavo.kv.tables import Tables
@@ -57,6 +57,7 @@ class PromptGraphs:
         self._captured: dict[tuple[Any, ...], _Captured] = {}  # the one that was used last comes last
         self._came: dict[tuple[Any, ...], int] = {}  # how often each kind has come
         self._pool: Any = None  # memory that all graphs share, since they run one after another
+        self._checked = False  # whether the model is known not to ask the device
         self._place: Tensor | None = None  # [bytes] uint8, where all of them leave what goes into pages
 
     def suits(
@@ -175,8 +176,11 @@ class PromptGraphs:
             hidden: Tensor = out.last_hidden_state
             return hidden
 
-        if self._pool is None and device.type == "cuda":
+        if not self._captured and device.type == "cuda":  # the memory of graphs that are all gone cannot be shared
             self._pool = torch.cuda.graph_pool_handle()
+        if not self._checked:
+            check_waits(run, device)
+            self._checked = True
         with attachment.pieces(N, trains=False):
             graph, hidden = recorded(run, run, device, self._pool)
         tables = cache.tables
