@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.attachment.compiled import compiled
 from octavo.attachment.forward import Forward, asked_for
@@ -37,11 +36,6 @@ _PLAIN = {  # arguments of a forward that a replayed one knows
 }  # fmt: skip
 
 
-_ASKING = {  # operations whose result's size or value the host must know
-    "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim",
-    "unique_consecutive", "equal", "is_nonzero",
-}  # fmt: skip
-_COPIES = {"_to_copy", "copy_"}
 Result = TypeVar("Result")
 
 
@@ -67,7 +61,6 @@ class Graphs:
         self._run: set[tuple[Any, ...]] = set()  # kinds of steps of which one has run as usual
         self._refused: set[tuple[Any, ...]] = set()  # kinds that cannot be captured
         self._pool: Any = None  # memory that all graphs share, since they run one after another
-        self._checked = False  # whether the model is known not to ask the device
 
     def suits(self, cache: "KVCache", kwargs: dict[str, Any], columns: int, trains: bool) -> bool:
         """Whether this forward can be replayed; for the first of its kind, False."""
@@ -120,6 +113,8 @@ class Graphs:
                 captured = self._captured[kind] = self._capture(cache)
             except RuntimeError as e:
                 self._refused.add(kind)
+                if not self._captured:
+                    self._pool = None  # the memory of graphs that are all gone cannot be shared any more
                 refused(e)
                 return None
         return captured
@@ -132,13 +127,10 @@ class Graphs:
         positions = torch.zeros_like(tokens)
         rows = torch.full((B,), -1, dtype=torch.int32, device=device)
         search = torch.zeros((), dtype=torch.int32, device=device)
-        if not self._captured:  # the memory of graphs that are all gone cannot be shared any more
+        if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         given = cache, tokens, positions, rows, search
         rehearse, run = (functools.partial(self._step, *given, rehearsal=first) for first in (True, False))
-        if not self._checked:
-            check_waits(rehearse, device)
-            self._checked = True
         compiles = attachment.settings.compiled
         with compiled(decoder_of(attachment.model), attachment.layout.attention) if compiles else nullcontext():
             graph, (step, out) = recorded(rehearse, run, device, self._pool)
@@ -193,32 +185,6 @@ def replayable(attachment: "Attachment", cache: "KVCache", kwargs: dict[str, Any
         return False
     config: Any = attachment.model.config
     return not asked_for("output_hidden_states", kwargs, config) and asked_for("return_dict", kwargs, config, True)
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises RuntimeError where the host asks a device for values, for this thread alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._device = device.type
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name, given = func.overloadpacket.__name__, [t for t in args if isinstance(t, Tensor)]
-        there = any(t.device.type == self._device for t in given)
-        leaves = name in _COPIES and isinstance(out, Tensor) and out.device.type == "cpu" != self._device
-        if there and (name in _ASKING or leaves):
-            raise RuntimeError(f"the model asks the device for values ({name}), which a graph cannot hold")
-        return out
-
-
-def check_waits(run: Callable[[], object], device: torch.device) -> None:
-    """Run what is to be captured, and raise RuntimeError where the host would have to wait in it.
-
-    A capture that fails half-way leaves PyTorch's memory allocator, before 2.12, unable to capture anything else.
-    """
-    with _Watch(device):
-        run()
 
 
 def recorded(

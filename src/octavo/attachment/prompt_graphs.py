@@ -9,13 +9,15 @@ A kind of prompt is captured when it comes for the `OFTEN`th time, since a captu
 with decode steps, a graph runs the modules as they were then, and is captured anew where a parameter has moved.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.attachment.forward import Forward
-from octavo.attachment.graphs import check_waits, moved, places, recorded, refused, replayable
+from octavo.attachment.graphs import moved, places, recorded, refused, replayable
 from octavo.dms import FoldedGates
 from octavo.kv.recorded_chunk import Made, RecordedChunk
 from octavo.kv.tables import Tables
@@ -30,6 +32,13 @@ MOST = 2**28  # bytes of keys and values of a graph's tokens at most; with more 
 GRAPHS = 48  # that are kept; of more the one that was used last longest ago goes
 NEVER_AGAIN = -(2**62)
 SMALLEST = 2**24  # bytes that the place for keys and values has at least
+
+_MARK = 1  # bytes of a mark
+_ASKING = {  # operations whose result's size or value the host must know
+    "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim",
+    "unique_consecutive", "equal", "is_nonzero",
+}  # fmt: skip
+_COPIES = {"_to_copy", "copy_"}
 
 
 class _Captured(NamedTuple):
@@ -179,7 +188,7 @@ class PromptGraphs:
         if not self._captured and device.type == "cuda":  # the memory of graphs that are all gone cannot be shared
             self._pool = torch.cuda.graph_pool_handle()
         if not self._checked:
-            check_waits(run, device)
+            _check_waits(run, device)
             self._checked = True
         with attachment.pieces(N, trains=False):
             graph, hidden = recorded(run, run, device, self._pool)
@@ -207,9 +216,6 @@ class PromptGraphs:
         return Made(key, value, marked)
 
 
-_MARK = 1  # bytes of a mark
-
-
 def bucket(columns: int) -> int:
     """The columns of the graph for so many tokens: a quarter of the power of two below them more at most."""
     step = max(8, 1 << max(0, columns.bit_length() - 3))
@@ -225,3 +231,29 @@ def _token_nbytes(cache: "KVCache") -> int:
 def _in_front(valid: Tensor) -> bool:
     """Whether all padding in `valid` [B, N] is in front of the tokens."""
     return bool((valid[:, 1:] >= valid[:, :-1]).all())
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises RuntimeError where the host asks a device for values, for this thread alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device.type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
+        there = any(isinstance(t, Tensor) and t.device.type == self._device for t in args)
+        leaves = name in _COPIES and isinstance(out, Tensor) and out.device.type == "cpu" != self._device
+        if there and (name in _ASKING or leaves):
+            raise RuntimeError(f"the model asks the device for values ({name}), which a graph cannot hold")
+        return out
+
+
+def _check_waits(run: Callable[[], object], device: torch.device) -> None:
+    """Run what is to be captured, and raise RuntimeError where the host would have to wait in it.
+
+    A capture that fails half-way leaves PyTorch's memory allocator, before 2.12, unable to capture anything else.
+    """
+    with _Watch(device):
+        run()
