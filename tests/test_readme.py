@@ -208,3 +208,29 @@ def test_the_swiftkv_speeds_on_a_gpu_are_the_measured_file() -> None:
         with_, without, shown, plain = (float(x.replace(",", "")) for x in figures)
         assert [with_, without, plain] == pytest.approx([1e3 * row[f"{phase}_{mode}_s"] for mode in modes], abs=0.51)
         assert shown == pytest.approx(ratio, abs=0.0051)
+
+
+def test_the_gpu_tables_are_the_records() -> None:
+    results = Path(__file__).parents[1] / "bench" / "results"
+    rows = {
+        (row["model"], row["batch"]): row
+        for row in json.loads((results / "gpu-h200.json").read_text())["rows"]
+        if row["tokens"] == 8000
+    }
+    names = ("unattached", "dms-8x", "dms-8x, CUDA graphs", "dms-8x, CUDA graphs, compiled")
+    begins = README.index("| | prefill, batch 1 | prefill, batch 8 |")
+    lines = re.findall(r"^\|.*\|$", README[begins:], re.M)[2:6]
+    for name, line in zip(names, lines, strict=True):
+        cells = [rows[name, batch][phase] for phase in ("prefill", "decode") for batch in (1, 8)]
+        expected = [each[n] for each in cells for n in ("ms", "of_unattached_median")]
+        expected = expected[::2] if name == "unattached" else expected
+        said = [float(x) for cell in line.split("|")[2:-1] for x in re.findall(r"[\d.]+", cell)]
+        assert said == pytest.approx(expected, abs=0.051)
+    first = json.loads((results / "engine-h200-smollm2-first.json").read_text())
+    peer = {p["T"]: p["prefill_ms"] for p in first["peers"] if p.get("what") == "prefill"}
+    ours = {(s["name"], s["context"]): s["prefill_ms"] for s in first["steps"]}
+    table = re.findall(r"^\| ([\d,]+) \| (.*) \|$", README[README.index("| tokens | vLLM |") :], re.M)[:3]
+    for size, cells in table:
+        n = int(size.replace(",", ""))
+        expected = [peer[n], ours["octavo, nothing evicted", n], ours["octavo, dms-8x-v1", n]]
+        assert [float(x) for x in re.findall(r"[\d.]+", cells)] == pytest.approx(expected, abs=0.051)
