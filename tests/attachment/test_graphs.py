@@ -21,6 +21,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/test_cuda.py captures real graphs", allow_module_level=True)
 
 import octavo.kv.chunk_step
+import octavo.kv.late
 import octavo.kv.pool
 import octavo.kv.sequences
 from octavo import KVCache, attach
@@ -31,7 +32,7 @@ from octavo.attachment.projections import computed_once
 from octavo.attachment.prompt_graphs import PromptGraphs
 from octavo.attention import cuda
 from octavo.engine import Engine, SamplingParams
-from octavo.errors import CacheBudgetError, ConfigError
+from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
 from octavo.kv.fused_step import Replayed
 from tiny import tiny_adapter, tiny_model, tokens
 from tiny_windows import windowed_model
@@ -49,7 +50,7 @@ class ByHand:
         step, state = sequences.step, sequences._holding.state
         attachment, mode = self.owner._attachment, self.cache.swiftkv_on
         with pytest.MonkeyPatch.context() as patch:
-            for module in (octavo.kv.sequences, octavo.kv.pool):
+            for module in (octavo.kv.sequences, octavo.kv.pool, octavo.kv.late):
                 patch.setattr(module, "capturing", lambda device: True)
             captured = self.cache.begin_capture(rows, search)
             forward = Forward(attachment.layout, self.cache, attachment.modes.folded(mode), keep=1)
@@ -78,7 +79,7 @@ def capture_by_hand(self, cache):
         graph.replay()  # as in a capture, with no sequence to run
         first = graph.step._step
         first.rows, first.search = rows, search
-    addresses = [(p, p.data_ptr()) for p in self._attachment.model.parameters()]
+    addresses = graphs.places(self._attachment.model)
     return graphs._Captured(
         graph,
         ids,
@@ -209,6 +210,63 @@ def test_a_budget_that_is_reached_leaves_the_cache_as_it_was(by_hand):
         for at in range(read, read + 9):
             got = model(ids[1:, at : at + 1], past_key_values=cache).logits
             torch.testing.assert_close(got, expected[1:, at : at + 1], rtol=0, atol=1e-4)
+
+
+def test_the_host_never_counts_fewer_pages_than_are_in_use(by_hand):
+    model = tiny_model()
+    attach(model, cuda_graphs=True)
+    cache, counted = KVCache(model), []
+    with torch.no_grad():
+        model(tokens(1, 30), past_key_values=cache)
+        pool = cache.tables.pool
+        for i in range(20):
+            model(tokens(1, 1, seed=i), past_key_values=cache)
+            counted.append(pool.demand.most - (pool.size - int(pool.free_count)))
+    assert min(counted) >= 0
+    assert sum(each.graph.replays for each in require_attachment(model).graphs._captured.values()) > 10
+
+
+@pytest.mark.parametrize("change", ["assign", "attribute"])
+def test_a_parameter_that_is_another_one_is_noticed(by_hand, change):
+    model, ids = tiny_model(), tokens(1, 30)
+    attach(model, cuda_graphs=True)
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    model.generate(ids, **options)
+    captured = require_attachment(model).graphs._captured
+    (before,) = captured.values()
+    if change == "assign":
+        model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    else:
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach() * 2)
+    model.generate(ids, **options)
+    (after,) = captured.values()
+    assert after is not before
+
+
+def test_masks_that_are_refused_are_refused_in_every_step(by_hand):
+    model, ids = tiny_model(), tokens(1, 30)
+    attach(model, cuda_graphs=True)
+    cache = KVCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for seen in range(30, 33):
+            with pytest.raises(UnsupportedModelError, match="4-D"):
+                model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 1, 1, seen + 1))
+            model(ids[:, :1], past_key_values=cache)
+    assert len(require_attachment(model).graphs._captured) == 1
+
+
+def test_models_in_training_have_graphs_of_their_own(by_hand):
+    model, ids = tiny_model(), tokens(1, 30)
+    attach(model, cuda_graphs=True)
+    cache = KVCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for training in (True, True, False, False):
+            model.train(training)
+            model(ids[:, :1], past_key_values=cache)
+    assert [kind[-1] for kind in require_attachment(model).graphs._captured] == [True, False]
 
 
 def test_an_interrupted_step_leaves_no_place_taken(by_hand):

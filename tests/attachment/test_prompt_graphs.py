@@ -236,10 +236,89 @@ def test_graphs_are_made_anew_where_parameters_move_and_the_last_used_stay(monke
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     (kind,) = before
     assert require_attachment(model).prompts._captured[kind] is not before[kind]
+
+
+def test_where_all_places_are_taken_what_comes_twice_as_often_gets_one(monkeypatch):
+    model, ids = tiny_model(), tokens(1, 60)
+    attach(model, cuda_graphs=True)
     monkeypatch.setattr(prompt_graphs, "GRAPHS", 2)
-    for length in (20, 40, 18, 50):
+    for length in (20, 40, 18, 39):
         read(model, ids, [length])
-    assert [each[1] for each in replays(model)] == [24, 56]
+    kinds = [[each[1] for each in replays(model)]]
+    for _ in range(5):  # the oldest has come twice
+        read(model, ids, [50])
+        kinds.append([each[1] for each in replays(model)])
+    assert kinds == [[24, 40]] * 5 + [[40, 56]]
+    monkeypatch.setattr(prompt_graphs, "HALVED", 10)
+    read(model, ids, [50])
+    assert sum(require_attachment(model).prompts._came.values()) == 1 + 1 + 3  # 2, 2 and 6
+
+
+def test_what_a_prompt_gave_stays_what_it_is():
+    model = tiny_model()
+    attach(model, cuda_graphs=True)
+    with torch.no_grad():
+        hidden = [
+            model.model(tokens(1, 24, seed=i), past_key_values=KVCache(model)).last_hidden_state for i in (1, 2, 3)
+        ]
+        expected = [model.model(tokens(1, 24, seed=i), use_cache=False).last_hidden_state for i in (1, 2, 3)]
+    for got, right in zip(hidden, expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-4)
+
+
+def test_sequences_in_other_rows_and_tables_that_have_grown():
+    model, ids = tiny_model(), tokens(4, 60)
+    attach(model, tiny_adapter(model, window=8), cuda_graphs=True)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        caches = [KVCache(model) for _ in range(4)]  # all stay, so each has a row of its own
+        for i, cache in enumerate(caches):
+            model(ids[i : i + 1, :20], past_key_values=cache)
+        prompts, seen = require_attachment(model).prompts, []
+        for i in (2, 0, 3):
+            got = model(ids[i : i + 1, 20:40], past_key_values=caches[i]).logits
+            torch.testing.assert_close(got, expected[i : i + 1, 20:40], rtol=0, atol=1e-4)
+            seen.append(next(each for kind, each in prompts._captured.items() if kind[3]))
+        assert seen[0] is seen[1] is seen[2]
+        many = [KVCache(model) for _ in range(40)]  # for which the tables have no rows yet
+        before = caches[1].tables.generation
+        for cache in many:
+            model(ids[:1, :1], past_key_values=cache)
+        assert caches[1].tables.generation > before
+        got = model(ids[1:2, 20:40], past_key_values=caches[1]).logits
+        torch.testing.assert_close(got, expected[1:2, 20:40], rtol=0, atol=1e-4)
+        assert next(each for kind, each in prompts._captured.items() if kind[3]) is not seen[0]
+
+
+def test_too_little_memory_for_a_graph_is_no_verdict(monkeypatch):
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, ids = tiny_model(), tokens(1, 24)
+    attach(model, cuda_graphs=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_graphs, "recorded", fails)
+        first, _ = read(model, ids, [24])
+    assert replays(model) == {}
+    second, _ = read(model, ids, [24])
+    assert len(replays(model)) == 1
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
+
+
+def test_a_warning_that_is_an_error_is_given_once(monkeypatch):
+    tried = []
+
+    def fails(*args):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(prompt_graphs, "recorded", fails)
+    model, ids = tiny_model(), tokens(1, 24)
+    attach(model, cuda_graphs=True)
+    with pytest.raises(UserWarning):  # as this project's tests have it
+        read(model, ids, [24])
+    _, cache = read(model, ids, [24])
+    assert (cache.seen, len(tried)) == (24, 1)
 
 
 def test_buckets_are_few_and_a_quarter_too_large_at_most():

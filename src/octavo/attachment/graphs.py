@@ -11,9 +11,10 @@ be attached anew.
 """
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 
 _PLAIN = {  # arguments of a forward that a replayed one knows
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
-    "output_attentions", "output_hidden_states",
+    "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
 
 
+Places = list[tuple[dict[str, Tensor | None], str, int]]  # where a tensor is looked up, its name there, its address
 Result = TypeVar("Result")
 
 
@@ -49,7 +51,7 @@ class _Captured(NamedTuple):
     kind: type  # of what the decoder returns
     hidden: Tensor  # its last hidden state [B, 1, hidden]; the rest of it would keep a cache alive
     generation: int  # of the tables whose addresses it holds
-    parameters: list[tuple[Tensor, int]]  # each with its address
+    parameters: Places
 
 
 class Graphs:
@@ -73,7 +75,8 @@ class Graphs:
         return False
 
     def _kind(self, cache: "KVCache") -> tuple[Any, ...]:
-        return bucket(len(cache.rows)), cache.swiftkv_on, id(cache.tables), cache.eviction, cache.undo
+        B, training = bucket(len(cache.rows)), self._attachment.model.training
+        return B, cache.swiftkv_on, id(cache.tables), cache.eviction, cache.undo, cache.shape, training
 
     def run(self, cache: "KVCache", kwargs: dict[str, Any], valid: Tensor | None) -> Any | None:
         """One token for each of a cache's sequences; what the decoder returns, or None where the model cannot be
@@ -112,10 +115,13 @@ class Graphs:
             try:
                 captured = self._captured[kind] = self._capture(cache)
             except RuntimeError as e:
-                self._refused.add(kind)
                 if not self._captured:
                     self._pool = None  # the memory of graphs that are all gone cannot be shared any more
-                refused(e)
+                if isinstance(e, torch.OutOfMemoryError):
+                    self._run.discard(kind)  # there may be some later
+                else:
+                    self._refused.add(kind)
+                    refused(e)
                 return None
         return captured
 
@@ -181,10 +187,13 @@ def replayable(attachment: "Attachment", cache: "KVCache", kwargs: dict[str, Any
         return False
     if capturing(device) or torch.is_autocast_enabled("cuda"):
         return False
+    if kwargs.get("attention_mask") is not None:  # no padding mask, which travels beside; others are refused elsewhere
+        return False
     if any(value is not None and name not in _PLAIN for name, value in kwargs.items()):
         return False
     config: Any = attachment.model.config
-    return not asked_for("output_hidden_states", kwargs, config) and asked_for("return_dict", kwargs, config, True)
+    more = any(asked_for(name, kwargs, config) for name in ("output_hidden_states", "output_router_logits"))
+    return not more and asked_for("return_dict", kwargs, config, True)
 
 
 def recorded(
@@ -192,27 +201,44 @@ def recorded(
 ) -> tuple[Any, Result]:
     """(a graph of what `run` does, what it returned: tensors that the graph writes anew).
 
-    `rehearse` does the same before, so that nothing is compiled or loaded while the graph is captured.
+    `rehearse` does the same before, so that nothing is compiled or loaded while the graph is captured. PyTorch lets one
+    capture run in a process, so those of other threads wait. One that fails leaves stream and allocator as they were.
     """
-    rehearse()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        out = run()
+    with _recording, torch.cuda.device(device):
+        rehearse()
+        torch.cuda.synchronize(device)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
+                out = run()
+        except BaseException:
+            torch.cuda.set_stream(before)
+            with suppress(RuntimeError, AttributeError):  # PyTorch before 2.12 does not do it where CUDA ends a capture
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise
     return graph, out
 
 
+_recording = threading.RLock()
+
+
+@functools.cache  # one for each device, since cuBLAS keeps a workspace for each stream
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def refused(error: RuntimeError) -> None:
-    """Say why something runs without a graph: the model asks the device how it goes on, or there is no memory."""
+    """Say why something runs without a graph, most likely since the model asks the device how it goes on."""
     why = str(error).partition("\n")[0]  # CUDA's go on with advice for debugging
     warnings.warn(f"steps of this kind run without a CUDA graph: {why}", stacklevel=2)
 
 
-def places(model: Any) -> list[tuple[Tensor, int]]:
-    """The parameters and buffers of a model, each with its address."""
-    return [(p, p.data_ptr()) for p in (*model.parameters(), *model.buffers())]
+def places(model: Any) -> Places:
+    """The parameters and buffers of a model."""
+    holders = [held for module in model.modules() for held in (module._parameters, module._buffers)]
+    return [(held, name, t.data_ptr()) for held in holders for name, t in held.items() if t is not None]
 
 
-def moved(parameters: list[tuple[Tensor, int]]) -> bool:
-    """Whether any of them lies elsewhere now."""
-    return any(p.data_ptr() != address for p, address in parameters)
+def moved(parameters: Places) -> bool:
+    """Whether any of them lies elsewhere now, or another tensor has taken its place."""
+    return any((now := held.get(name)) is None or now.data_ptr() != address for held, name, address in parameters)

@@ -6,9 +6,11 @@ one for sequences that have read nothing yet and one for those that have. The to
 with padding in front that nobody sees, so the last logits are always in the same place.
 
 A kind of prompt is captured when it comes for the `OFTEN`th time, since a capture takes as long as a few prompts. As
-with decode steps, a graph runs the modules as they were then, and is captured anew where a parameter has moved.
+with decode steps, a graph runs the modules as they were then, and is captured anew where a parameter has moved. Its
+products have other shapes than those of the prompts before it, so in bfloat16 logits may differ in their last bits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.attachment.forward import Forward
-from octavo.attachment.graphs import moved, places, recorded, refused, replayable
+from octavo.attachment.graphs import Places, moved, places, recorded, refused, replayable
 from octavo.dms import FoldedGates
 from octavo.kv.recorded_chunk import Made, RecordedChunk
 from octavo.kv.tables import Tables
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
     from octavo.attachment.cache import KVCache
 
 OFTEN = 3
-MOST = 2**28  # bytes of keys and values of a graph's tokens at most; with more of them launches are not what takes long
-GRAPHS = 48  # that are kept; of more the one that was used last longest ago goes
-NEVER_AGAIN = -(2**62)
+MOST = 2**28  # bytes of keys and values of a graph's tokens at most
+MOST_WORK = 2**43  # tokens times weights at most: some 30 ms of an H200, in which launches hide behind the work
+GRAPHS = 48  # that are kept
+HALVED = 1024  # prompts after which what has come counts half
 SMALLEST = 2**24  # bytes that the place for keys and values has at least
 
 _MARK = 1  # bytes of a mark
@@ -54,7 +57,7 @@ class _Captured(NamedTuple):
     kind: type  # of what the decoder returns
     tables: Tables  # whose addresses it holds, as they were at `generation`
     generation: int
-    parameters: list[tuple[Tensor, int]]
+    parameters: Places
     adapters: tuple[FoldedGates | None, SwiftKV | None]  # which it reads too, so they must stay where they are
 
 
@@ -65,6 +68,8 @@ class PromptGraphs:
         self._attachment = attachment
         self._captured: dict[tuple[Any, ...], _Captured] = {}  # the one that was used last comes last
         self._came: dict[tuple[Any, ...], int] = {}  # how often each kind has come
+        self._prompts = 0  # that have come
+        self._refused: set[tuple[Any, ...]] = set()  # kinds that cannot be captured
         self._pool: Any = None  # memory that all graphs share, since they run one after another
         self._checked = False  # whether the model is known not to ask the device
         self._place: Tensor | None = None  # [bytes] uint8, where all of them leave what goes into pages
@@ -73,24 +78,45 @@ class PromptGraphs:
         self, cache: "KVCache", kwargs: dict[str, Any], columns: int, valid: Tensor | None, keep: int, trains: bool
     ) -> bool:
         """Whether this forward can be replayed; for the first of its kind, False. Waits for the device where there is
-        padding."""
+        padding, as the forward itself does."""
         attachment, tokens = self._attachment, kwargs.get("input_ids")
         if tokens is None or columns <= cache.sequences.few or trains:
             return False
         if cache.sequences.shift or attachment.needs_whole or (cache.swiftkv_on and keep not in (0, 1, columns)):
             return False
-        B, nbytes = len(tokens), len(tokens) * bucket(columns) * _token_nbytes(cache)
-        if nbytes > MOST or not replayable(attachment, cache, kwargs):
+        count = len(tokens) * bucket(columns)
+        if count * _token_nbytes(cache) > MOST or count * self._weights > MOST_WORK:
             return False
-        if valid is not None and not _in_front(valid):
+        if not replayable(attachment, cache, kwargs):
             return False
-        kind = self._kind(cache, B, columns, keep)
+        return self._worth(self._kind(cache, len(tokens), columns, keep)) and (valid is None or _in_front(valid))
+
+    def _worth(self, kind: tuple[Any, ...]) -> bool:
+        """Count a prompt of this kind, and say whether there is a graph for it or should be one.
+
+        Where there are as many as are kept, one that comes twice as often as another takes its place. Counts are halved
+        now and then, so that a kind which does not come any more gives way.
+        """
         self._came[kind] = self._came.get(kind, 0) + 1
-        return self._came[kind] >= OFTEN
+        self._prompts += 1
+        if self._prompts % HALVED == 0:
+            self._came = {each: n // 2 for each, n in self._came.items() if n > 1}
+        if kind in self._captured:
+            return True
+        came, full = self._came.get(kind, 0), len(self._captured) >= GRAPHS
+        if came < OFTEN or kind in self._refused:
+            return False
+        return not full or came > 2 * self._came.get(next(iter(self._captured)), 0)
+
+    @functools.cached_property
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self._attachment.model.parameters())
 
     def _kind(self, cache: "KVCache", sequences: int, columns: int, keep: int) -> tuple[Any, ...]:
-        kept = min(keep, 2) if cache.swiftkv_on else 2
-        return sequences, bucket(columns), kept, bool(cache.seen), cache.swiftkv_on, cache.eviction, cache.shape
+        kept, training = min(keep, 2) if cache.swiftkv_on else 2, self._attachment.model.training
+        return (
+            sequences, bucket(columns), kept, bool(cache.seen), cache.swiftkv_on, cache.eviction, cache.shape, training,
+        )  # fmt: skip
 
     def run(
         self, cache: "KVCache", kwargs: dict[str, Any], columns: int, valid: Tensor | None, keep: int
@@ -109,6 +135,8 @@ class PromptGraphs:
         given: Tensor | None = kwargs.get("position_ids")
         kind = self._kind(cache, len(kwargs["input_ids"]), columns, keep)
         try:
+            if cache.seen:
+                cache.sequences.make_room(columns)
             step = cache.begin(len(kwargs["input_ids"]), columns, valid)
             assert isinstance(step, ChunkStep)
             captured = self._fitting(cache, kind)
@@ -118,7 +146,7 @@ class PromptGraphs:
             padding = captured.tokens.shape[1] - columns
             captured.tokens[:, padding:].copy_(kwargs["input_ids"])
             captured.positions[:, padding:].copy_(step.new.at.clamp(min=0) if given is None else given)
-            span = spans(step.new, columns, valid)
+            span = step.span or spans(step.new, columns, valid)
             assert span is not None
             for there, now in zip(captured.span, (span.first + padding, span.columns, span.start), strict=True):
                 there.copy_(now)
@@ -146,9 +174,12 @@ class PromptGraphs:
         if captured is None or moved(captured.parameters):
             try:
                 captured = self._capture(cache, kind)
+            except torch.OutOfMemoryError:
+                self._came[kind] = 0  # there may be some later
+                return None
             except RuntimeError as e:
+                self._refused.add(kind)
                 refused(e)
-                self._came[kind] = NEVER_AGAIN
                 return None
         self._captured[kind] = captured
         if len(self._captured) > GRAPHS:

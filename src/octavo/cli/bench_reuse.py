@@ -107,6 +107,8 @@ def _with_model(
     timing: tuple[str, str | None],
     chosen: tuple[Any, ...],
 ) -> dict[str, Any]:
+    import torch
+
     import octavo
     from octavo.bench.reuse.measure import first_tokens, stored_bytes, timed
     from octavo.bench.reuse.traces import Cuts, traces
@@ -116,7 +118,7 @@ def _with_model(
     name, adapter, dtype, device = chosen
     named: dict[str, Any] = {
         "model": name, "adapter": None if adapter == "none" else adapter, "device": device,
-        "cuda_graphs": str(device).startswith("cuda"),
+        "cuda_graphs": torch.device(device).type == "cuda" if device else torch.cuda.is_available(),
     }  # fmt: skip
     model, tokenizer = octavo.load(**named, dtype=dtype_of(dtype), reuse=octavo.ReuseStore("4GiB"))
     ids = tokenizer(read_text(text or TEXT), verbose=False)["input_ids"]

@@ -63,6 +63,7 @@ class ChunkStep:
     """Any number of new tokens, which attend to pages and to each other.
 
     `left` [] int32: the most slots of any row that are free and not known to `Tables.marks`, where that is known.
+    `span`: where a kernel for the GPU finds the tokens, None where none is used.
     """
 
     decides_at_commit = False  # what a chunk forgets is decided layer by layer, before the layer attends
@@ -80,7 +81,7 @@ class ChunkStep:
         first = batch.longest == 0 and valid is None
         self._plain = [first and batch.sees_all(layer, columns) for layer in range(tables.length.shape[1])]
         fits = cuda.available(tables.pool.device) and not trains and not all(self._plain)
-        self._span = spans(self.new, columns, valid) if fits else None  # where a kernel for the GPU finds its tokens
+        self.span = spans(self.new, columns, valid) if fits else None
         windowed = batch.lifetimes is not None
         self._expired = batch.expired or windowed or bool(batch.eviction and columns > batch.window)
         self.lost = tables.lost[batch.index].clone()  # [B, L, H], what it must be after `rewind`
@@ -116,12 +117,12 @@ class ChunkStep:
         tables, at = batch.tables, self.new.at[:, -query.shape[2] :]
         table, length = tables.table[batch.index, layer], tables.length[batch.index, layer]
         past = tables.pool.pages, table[..., : batch.columns], length
-        forgets = None if self._span is None else self._forgets(layer, held.marked)
-        if self._span is not None and forgets is not None:
+        forgets = None if self.span is None else self._forgets(layer, held.marked)
+        if self.span is not None and forgets is not None:
             from octavo.attention.cuda.chunk import attend as kernel
 
             cached: tuple[Any, Any, Any] = past if batch.longest else (None, None, None)
-            return kernel(query, held.key, held.value, self._span, scale, *forgets, *cached, scoring)
+            return kernel(query, held.key, held.value, self.span, scale, *forgets, *cached, scoring)
         marked = None if held.marked is None else held.marked[:, None]
         expiry = self._expiry(slice(layer, layer + 1), held.key[:, None], marked)[:, 0]
         return attend(query, at, *past, scale, Chunk(held.key, held.value, self.new.position, expiry), scoring)

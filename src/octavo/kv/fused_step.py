@@ -127,7 +127,8 @@ class Replayed:
         self._step.commit(marked)
 
     def commit(self, marked: Tensor | None) -> None:
-        """The graph has done it."""
+        """The graph has done it; only now, after it has taken its pages, may they be counted."""
+        self._step.batch.tables.pool.post()
 
 
 def reserve_for(batch: Batch, sequences: int) -> None:

@@ -182,13 +182,13 @@ class Sequences(Held):
         return Replayed(step)
 
     @bookkeeping
-    def make_room(self) -> None:
-        """Make tables wide enough for the next token, and for many more where they are not."""
+    def make_room(self, columns: int = 1) -> None:
+        """Make tables wide enough for so many more tokens, and for many more where they are not."""
         self.settle()
-        tables, longest = self.tables, self.state.longest
+        tables, longest = self.tables, self.state.longest + columns
         with tables.pool.lock:
             tables.pool.settle()
-            if longest >= tables.table.shape[3] * tables.pool.layout.page_size:
+            if longest > tables.table.shape[3] * tables.pool.layout.page_size:
                 tables.widen(longest + WIDER)
 
     @bookkeeping
@@ -201,7 +201,6 @@ class Sequences(Held):
         given = self._batch(state.longest, True, scattered)
         with tables.pool.lock, tables.pool.changing():
             reserve_for(given, len(self.rows))
-            tables.pool.post()
         step.prepare(self._running(valid), tables.flags[int(scattered)], scattered)
         self._valid, self._columns, self.step = valid, 1, step
 
