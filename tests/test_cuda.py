@@ -263,20 +263,27 @@ def test_places_for_longer_prompts_drop_the_graphs_of_shorter_ones(monkeypatch):
             torch.testing.assert_close(got, first, rtol=0, atol=2e-3)
 
 
-def test_a_model_that_asks_the_device_runs_without_prompt_graphs():
+def test_a_model_that_asks_the_device_runs_without_graphs():
     model, ids, asked = evicting(cuda_graphs=True), tokens(1, 90).cuda(), []
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: asked.append(bool(out.sum() > 0)))
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: asked.append(bool(out.sum() > 0)))
     first, kept, _ = in_pieces(model, ids, [90])
-    with pytest.warns(UserWarning, match="without a CUDA graph"):
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
+    with pytest.warns(UserWarning, match="asks the device"):
         others = [in_pieces(model, ids, [90]) for _ in range(3)]
-    with pytest.warns(UserWarning, match="without a CUDA graph"):  # decode steps
-        answer = model.generate(ids, do_sample=False, max_new_tokens=4, min_new_tokens=4)
+    with pytest.warns(UserWarning, match="asks the device"):  # decode steps
+        answer = model.generate(ids, do_sample=False, **options)
     others.append(in_pieces(model, ids, [90]))
     for got, left, _ in others:
         torch.testing.assert_close(got, first, rtol=0, atol=1e-5)
         assert torch.equal(left, kept)
     assert require_attachment(model).prompts._captured == {}
-    assert torch.equal(answer, model.generate(ids, do_sample=False, max_new_tokens=4, min_new_tokens=4))
+    assert torch.equal(answer, model.generate(ids, do_sample=False, **options))
+    assert model.generate(ids, do_sample=True, **options).shape == (1, 94)  # the device is as it was
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    hook.remove()
+    for _ in range(3):
+        in_pieces(model, ids, [70])
+    assert len(require_attachment(model).prompts._captured) == 1
 
 
 def test_a_graph_is_captured_anew_where_parameters_have_moved():

@@ -9,7 +9,9 @@ import gc
 import random
 import threading
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from octavo.attachment.forward import Forward
 from octavo.attachment.projections import computed_once
 from octavo.attachment.prompt_graphs import PromptGraphs
 from octavo.attention import cuda
+from octavo.attention.cuda.launch import Launcher
 from octavo.engine import Engine, SamplingParams
 from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
 from octavo.kv.fused_step import Replayed
@@ -321,6 +324,54 @@ def test_the_engine_answers_as_generate_with_arrivals_and_preemptions(by_hand):
         ids, count = torch.tensor([request.prompt]), request.params.max_tokens
         whole = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
         assert request.output.tokens == whole[0, ids.shape[1] :].tolist()
+
+
+def test_what_asks_a_device_is_found_and_what_is_only_sent_is_not():
+    device, values = torch.device("cpu"), torch.arange(4)
+    graphs.check_waits(lambda: values.add(1).mul(2)[values].to(torch.float32), device)
+    for asks in (
+        lambda: bool(values.sum() > 0),
+        lambda: values.nonzero(),
+        lambda: values[values > 1],
+        lambda: [int(value) for value in values],
+        lambda: torch.equal(values, values),
+    ):
+        with pytest.raises(RuntimeError, match="asks the device"):
+            graphs.check_waits(asks, device)
+    meta = torch.zeros(3, device="meta")  # in place of a GPU's
+    for blocks in (False, True):
+        watch = graphs._Watch(torch.device("meta"))
+        copy = mock.Mock(side_effect=lambda to, *args: to, overloadpacket=SimpleNamespace(__name__="copy_"))
+        with pytest.raises(RuntimeError, match="asks the device") if blocks else nullcontext():
+            watch.__torch_dispatch__(copy, (), (torch.zeros(3), meta, not blocks))
+
+
+def test_a_decode_step_asks_the_device_for_nothing(monkeypatch):
+    """What a capture is refused for, looked for in its rehearsal; the kernels themselves are left out."""
+    monkeypatch.setattr(Launcher, "__call__", lambda *args, **kwargs: None)
+    rehearsed = []
+
+    def capture(self, cache):
+        tokens, rows = torch.zeros(1, 1, dtype=torch.int64), torch.full((1,), -1, dtype=torch.int32)
+        search = torch.zeros((), dtype=torch.int32)
+        step = functools.partial(self._step, cache, tokens, torch.zeros_like(tokens), rows, search, rehearsal=True)
+        with torch.inference_mode(False), torch.no_grad():
+            graphs.check_waits(step, cache.shape.device)
+        rehearsed.append(1)
+        raise torch.OutOfMemoryError  # so that nothing is captured
+
+    monkeypatch.setattr(graphs.Graphs, "_capture", capture)
+    for family, shift in (("llama", 0), ("qwen3", 1)):
+        model = tiny_model(family)
+        attach(model, tiny_adapter(model, window=8, shift=shift), cuda_graphs=True)
+        cache = KVCache(model)
+        with torch.no_grad():
+            model(tokens(1, 30), past_key_values=cache)
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda, "available", lambda device: True)
+                for i in range(2):
+                    model(tokens(1, 1, seed=i), past_key_values=cache)
+    assert len(rehearsed) == 2
 
 
 def test_buckets_are_few_and_large_enough():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.attachment.compiled import compiled
 from octavo.attachment.forward import Forward, asked_for
@@ -37,6 +38,11 @@ _PLAIN = {  # arguments of a forward that a replayed one knows
 }  # fmt: skip
 
 
+_ASKING = {  # operations whose result's size or value the host must know
+    "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim",
+    "unique_consecutive", "equal", "is_nonzero",
+}  # fmt: skip
+_COPIES = {"_to_copy", "copy_"}
 Places = list[tuple[dict[str, Tensor | None], str, int]]  # where a tensor is looked up, its name there, its address
 Result = TypeVar("Result")
 
@@ -63,6 +69,7 @@ class Graphs:
         self._run: set[tuple[Any, ...]] = set()  # kinds of steps of which one has run as usual
         self._refused: set[tuple[Any, ...]] = set()  # kinds that cannot be captured
         self._pool: Any = None  # memory that all graphs share, since they run one after another
+        self._checked = False  # whether the model is known not to ask the device
 
     def suits(self, cache: "KVCache", kwargs: dict[str, Any], columns: int, trains: bool) -> bool:
         """Whether this forward can be replayed; for the first of its kind, False."""
@@ -137,6 +144,9 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         given = cache, tokens, positions, rows, search
         rehearse, run = (functools.partial(self._step, *given, rehearsal=first) for first in (True, False))
+        if not self._checked:
+            check_waits(rehearse, device)
+            self._checked = True
         compiles = attachment.settings.compiled
         with compiled(decoder_of(attachment.model), attachment.layout.attention) if compiles else nullcontext():
             graph, (step, out) = recorded(rehearse, run, device, self._pool)
@@ -194,6 +204,35 @@ def replayable(attachment: "Attachment", cache: "KVCache", kwargs: dict[str, Any
     config: Any = attachment.model.config
     more = any(asked_for(name, kwargs, config) for name in ("output_hidden_states", "output_router_logits"))
     return not more and asked_for("return_dict", kwargs, config, True)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises RuntimeError where the host asks a device for values, for this thread alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device.type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
+        there = any(isinstance(t, Tensor) and t.device.type == self._device for t in args)
+        leaves = name in _COPIES and isinstance(out, Tensor) and out.device.type == "cpu" != self._device
+        if leaves:  # unless nobody waits for it
+            leaves = not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
+        counts = name == "index" and any(isinstance(t, Tensor) and t.dtype == torch.bool for t in args[1])
+        if there and (name in _ASKING or leaves or counts):
+            raise RuntimeError(f"the model asks the device for values ({name}), which a graph cannot hold")
+        return out
+
+
+def check_waits(run: Callable[[], object], device: torch.device) -> None:
+    """Run what is to be captured, and raise RuntimeError where the host would have to wait in it.
+
+    A capture that fails half-way leaves PyTorch's memory allocator, before 2.12, unable to capture anything else.
+    """
+    with _Watch(device):
+        run()
 
 
 def recorded(

@@ -11,15 +11,13 @@ products have other shapes than those of the prompts before it, so in bfloat16 l
 """
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.attachment.forward import Forward
-from octavo.attachment.graphs import Places, moved, places, recorded, refused, replayable
+from octavo.attachment.graphs import Places, check_waits, moved, places, recorded, refused, replayable
 from octavo.dms import FoldedGates
 from octavo.kv.recorded_chunk import Made, RecordedChunk
 from octavo.kv.tables import Tables
@@ -37,11 +35,6 @@ HALVED = 1024  # prompts after which what has come counts half
 SMALLEST = 2**24  # bytes that the place for keys and values has at least
 
 _MARK = 1  # bytes of a mark
-_ASKING = {  # operations whose result's size or value the host must know
-    "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim",
-    "unique_consecutive", "equal", "is_nonzero",
-}  # fmt: skip
-_COPIES = {"_to_copy", "copy_"}
 
 
 class _Captured(NamedTuple):
@@ -219,7 +212,7 @@ class PromptGraphs:
         if not self._captured and device.type == "cuda":  # the memory of graphs that are all gone cannot be shared
             self._pool = torch.cuda.graph_pool_handle()
         if not self._checked:
-            _check_waits(run, device)
+            check_waits(run, device)
             self._checked = True
         with attachment.pieces(N, trains=False):
             graph, hidden = recorded(run, run, device, self._pool)
@@ -262,29 +255,3 @@ def _token_nbytes(cache: "KVCache") -> int:
 def _in_front(valid: Tensor) -> bool:
     """Whether all padding in `valid` [B, N] is in front of the tokens."""
     return bool((valid[:, 1:] >= valid[:, :-1]).all())
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises RuntimeError where the host asks a device for values, for this thread alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._device = device.type
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
-        there = any(isinstance(t, Tensor) and t.device.type == self._device for t in args)
-        leaves = name in _COPIES and isinstance(out, Tensor) and out.device.type == "cpu" != self._device
-        if there and (name in _ASKING or leaves):
-            raise RuntimeError(f"the model asks the device for values ({name}), which a graph cannot hold")
-        return out
-
-
-def _check_waits(run: Callable[[], object], device: torch.device) -> None:
-    """Run what is to be captured, and raise RuntimeError where the host would have to wait in it.
-
-    A capture that fails half-way leaves PyTorch's memory allocator, before 2.12, unable to capture anything else.
-    """
-    with _Watch(device):
-        run()
