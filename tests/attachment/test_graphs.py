@@ -9,7 +9,7 @@ import gc
 import random
 import threading
 import weakref
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from unittest import mock
 
@@ -324,6 +324,42 @@ def test_the_engine_answers_as_generate_with_arrivals_and_preemptions(by_hand):
         ids, count = torch.tensor([request.prompt]), request.params.max_tokens
         whole = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
         assert request.output.tokens == whole[0, ids.shape[1] :].tolist()
+
+
+def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(monkeypatch):
+    """PyTorch's own block of a capture, over stand-ins for what needs a GPU."""
+    device, done = torch.device("cuda", 0), []
+    here, aside = mock.Mock(), mock.Mock()
+    now = [here]
+    made = mock.Mock(capture_begin=lambda *args, **kwargs: done.append("begins"))
+    made.capture_end.side_effect = lambda: done.append("ends")
+
+    @contextmanager
+    def on(stream):
+        before, now[0] = now[0], stream
+        yield  # as PyTorch's, which is not left where the block's end fails
+        now[0] = before
+
+    for name, stand_in in (
+        ("device", lambda given: nullcontext()), ("synchronize", lambda *args: None), ("CUDAGraph", lambda: made),
+        ("current_stream", lambda *args: now[0]), ("Stream", lambda given: aside), ("current_device", lambda: 0),
+        ("stream", on), ("set_stream", lambda stream: now.__setitem__(0, stream)), ("empty_cache", lambda: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    ended = mock.Mock()
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    graphs._stream.cache_clear()
+    rehearsed = mock.Mock()
+    graph, out = graphs.recorded(rehearsed, lambda: now[0], device, (0, 7))
+    assert (graph, out, now[0], done) == (made, aside, here, ["begins", "ends"])
+    assert rehearsed.called
+    made.capture_end.side_effect = RuntimeError("operation failed due to a previous error during capture")
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.recorded(rehearsed, lambda: now[0], device, (0, 7))
+    assert now[0] is here
+    ended.assert_called_once_with(0, (0, 7))
+    graphs._stream.cache_clear()
 
 
 def test_what_asks_a_device_is_found_and_what_is_only_sent_is_not():
