@@ -91,8 +91,10 @@ def test_prompts_and_what_follows_them_are_those_of_the_model(evict, kv_dtype, p
             ]
             assert sum(replays(model).values()) > 4
     for (got, *state), (expected, *others) in found.values():
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-        assert all(map(torch.equal, state, others))
+        # Keys that differ in their last bit may be other codes, and then a gate may decide otherwise.
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-2 if kv_dtype else 1e-4)
+        assert kv_dtype or all(map(torch.equal, state, others))
+        assert torch.equal(state[1], others[1])
 
 
 @pytest.mark.parametrize("keep", [0, 1, 5])
