@@ -254,6 +254,13 @@ def test_what_is_no_model_is_refused():
         attach(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_masks_of_three_dimensions_are_refused(use_cache):
+    model, ids = attach(tiny_model()), tokens(1, 6)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="3-D"):
+        model(ids, attention_mask=torch.ones(1, 6, 6), use_cache=use_cache)
+
+
 def test_bad_calls_are_refused_clearly():
     model = attach(tiny_model())
     ids = tokens(1, 30)

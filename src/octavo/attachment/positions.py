@@ -35,11 +35,13 @@ def check_shapes(kwargs: dict[str, Any], batch: int, seen: int, columns: int) ->
     neither of the `seen` columns of a cache and the new ones nor of these alone, and UnsupportedModelError for a mask
     that is not one tensor.
 
-    A mask of more dimensions is refused elsewhere, by what attention computes.
+    A mask of four dimensions is refused elsewhere, by what attention computes.
     """
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, dict):
         raise UnsupportedModelError("masks made beforehand are not supported; pass a 2-D padding mask")
+    if isinstance(mask, Tensor) and mask.ndim == 3:  # which transformers would pass by; it hands down those of four
+        raise UnsupportedModelError("3-D attention masks are not supported; pass a 2-D padding mask")
     fitting = (batch, seen + columns), (batch, columns)
     if isinstance(mask, Tensor) and mask.ndim in (1, 2) and mask.shape not in fitting:
         found = f"the attention mask has shape {list(mask.shape)}; expected {list(fitting[0])}"
