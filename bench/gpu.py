@@ -24,12 +24,13 @@ from transformers import DynamicCache
 
 import octavo
 from octavo.attachment.adapters import load_adapter
+from octavo.attachment.prompt_graphs import OFTEN
 from octavo.cli.demo import TEXT
 from octavo.models import load_plain
 from octavo.retrofit.data import read_text
 
 PLAIN = "unattached"
-WARM = 3  # rounds in which kernels are compiled and graphs are captured
+WARM = OFTEN  # rounds in which kernels are compiled and graphs are captured
 
 
 def models(base: Any, adapter: str, kv_dtype: str | None) -> dict[str, Any]:

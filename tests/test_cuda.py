@@ -8,7 +8,7 @@ from octavo.attachment import prompt_graphs, require_attachment
 from octavo.dms import SoftGates
 from octavo.engine import Engine, SamplingParams
 from octavo.kv import hosted
-from tiny import feed, tiny_adapter, tiny_model, tokens
+from tiny import check_answers, feed, in_pieces, tiny_adapter, tiny_model, tokens
 from tiny_swift import LAYERS, full, model_of, pair, swiftkv_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -194,16 +194,10 @@ def test_decode_steps_from_graphs_answer_as_eager_ones(shift, kv_dtype):
         assert torch.equal(eager, compiled)
 
 
-def in_pieces(model, ids, pieces, mask=None):
-    """(logits of all real tokens, visible slots, the cache) after some pieces of a prompt."""
-    cache, out, first = KVCache(model), [], 0
-    with torch.no_grad():
-        for columns in pieces:
-            seen = None if mask is None else mask[:, : first + columns]
-            out.append(model(ids[:, first : first + columns], attention_mask=seen, past_key_values=cache).logits)
-            first += columns
-    logits = torch.cat(out, 1)
-    return logits if mask is None else logits[mask[:, :first].bool()], cache.kept, cache
+def prompt_in_pieces(model, ids, pieces, mask=None):
+    """(logits of all real tokens, visible slots) after some pieces of a prompt."""
+    logits, cache = in_pieces(model, ids, pieces, mask)
+    return logits if mask is None else logits[mask[:, : sum(pieces)].bool()], cache.kept
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
@@ -221,7 +215,9 @@ def test_prompts_from_graphs_are_those_of_the_model(evict, kv_dtype, padded):
             for length in (90, 333):
                 ids = tokens(2, length + 260, seed=turn).cuda()
                 pieces = [length, 200, 1, 1, 1, 57]
-                found.setdefault((turn, length), []).append(in_pieces(model, ids, pieces, mask if padded else None)[:2])
+                found.setdefault((turn, length), []).append(
+                    prompt_in_pieces(model, ids, pieces, mask if padded else None)
+                )
         if graphs:
             captured = require_attachment(model).prompts._captured
             assert {(columns, goes_on) for _, columns, _, goes_on, *_ in captured} >= {
@@ -266,14 +262,14 @@ def test_places_for_longer_prompts_drop_the_graphs_of_shorter_ones(monkeypatch):
 def test_a_model_that_asks_the_device_runs_without_graphs():
     model, ids, asked = evicting(cuda_graphs=True), tokens(1, 90).cuda(), []
     hook = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: asked.append(bool(out.sum() > 0)))
-    first, kept, _ = in_pieces(model, ids, [90])
+    first, kept = prompt_in_pieces(model, ids, [90])
     options = {"max_new_tokens": 4, "min_new_tokens": 4}
     with pytest.warns(UserWarning, match="asks the device"):
-        others = [in_pieces(model, ids, [90]) for _ in range(3)]
+        others = [prompt_in_pieces(model, ids, [90]) for _ in range(3)]
     with pytest.warns(UserWarning, match="asks the device"):  # decode steps
         answer = model.generate(ids, do_sample=False, **options)
-    others.append(in_pieces(model, ids, [90]))
-    for got, left, _ in others:
+    others.append(prompt_in_pieces(model, ids, [90]))
+    for got, left in others:
         torch.testing.assert_close(got, first, rtol=0, atol=1e-5)
         assert torch.equal(left, kept)
     assert require_attachment(model).prompts._captured == {}
@@ -313,10 +309,7 @@ def test_the_engine_on_the_gpu_answers_as_generate(at_once):
     engine.preempt(requests[1])
     while engine.unfinished:
         engine.step()
-    for request in requests:
-        ids, count = torch.tensor([request.prompt]).cuda(), request.params.max_tokens
-        expected = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
-        assert request.output.tokens == expected[0, ids.shape[1] :].tolist()
+    check_answers(model, requests)
 
 
 @pytest.mark.parametrize("small", [0, hosted.SMALL])

@@ -1,5 +1,6 @@
 """Tiny random models of every tested family, and gates that evict."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,27 @@ def tiny_adapter(
 
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def in_pieces(
+    model: PreTrainedModel, ids: torch.Tensor, pieces: Sequence[int], mask: torch.Tensor | None = None
+) -> Any:
+    """Logits of all tokens [B, T, vocab] from pieces of so many columns each, padded as `mask` says; and the cache."""
+    cache, parts, first = KVCache(model), [], 0
+    with torch.no_grad():
+        for columns in pieces:
+            seen = None if mask is None else mask[:, : first + columns]
+            parts.append(model(ids[:, first : first + columns], attention_mask=seen, past_key_values=cache).logits)
+            first += columns
+    return torch.cat(parts, 1), cache
+
+
+def check_answers(model: PreTrainedModel, requests: Sequence[Any]) -> None:
+    """An engine's greedy requests, which end at no token, have got what `generate` answers to each alone."""
+    for request in requests:
+        ids, count = torch.tensor([request.prompt], device=model.device), request.params.max_tokens
+        whole = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        assert request.output.tokens == whole[0, ids.shape[1] :].tolist()
 
 
 def feed(model: PreTrainedModel, ids: torch.Tensor, prompt: int, cache: KVCache | None = None) -> Any:

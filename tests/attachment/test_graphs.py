@@ -37,7 +37,7 @@ from octavo.attention.cuda.launch import Launcher
 from octavo.engine import Engine, SamplingParams
 from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
 from octavo.kv.fused_step import Replayed
-from tiny import tiny_adapter, tiny_model, tokens
+from tiny import check_answers, tiny_adapter, tiny_model, tokens
 from tiny_windows import windowed_model
 
 
@@ -320,10 +320,7 @@ def test_the_engine_answers_as_generate_with_arrivals_and_preemptions(by_hand):
     captured = require_attachment(model).graphs._captured
     assert sum(each.graph.replays for each in captured.values()) > 3
     attach(model, tiny_adapter(model, window=8))
-    for request in requests:
-        ids, count = torch.tensor([request.prompt]), request.params.max_tokens
-        whole = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
-        assert request.output.tokens == whole[0, ids.shape[1] :].tolist()
+    check_answers(model, requests)
 
 
 def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(monkeypatch):

@@ -19,7 +19,7 @@ from octavo.attachment.graphs import Graphs
 from octavo.attention import cuda
 from octavo.engine import Engine, SamplingParams
 from octavo.errors import CacheBudgetError
-from tiny import tiny_adapter, tiny_model, tokens
+from tiny import check_answers, in_pieces, tiny_adapter, tiny_model, tokens
 from tiny_swift import full, model_of, pair
 
 
@@ -51,18 +51,6 @@ def replays(model):
     return {kind: each.graph.replays for kind, each in require_attachment(model).prompts._captured.items()}
 
 
-def read(model, ids, pieces, mask=None, **settings):
-    """(logits of all pieces, the cache): how many columns each piece has."""
-    cache, out, first = KVCache(model, **settings), [], 0
-    with torch.no_grad():
-        for columns in pieces:
-            seen = None if mask is None else mask[:, : first + columns]
-            piece = ids[:, first : first + columns]
-            out.append(model(piece, attention_mask=seen, past_key_values=cache).logits)
-            first += columns
-    return torch.cat(out, 1), cache
-
-
 def state_of(cache):
     """What later steps go on from: visible slots, positions, and what can be taken back."""
     sequences = cache.sequences
@@ -82,7 +70,7 @@ def test_prompts_and_what_follows_them_are_those_of_the_model(evict, kv_dtype, p
         attach(model, adapter, cuda_graphs=graphs, **settings)
         for length in (19, 20, 23):
             ids = tokens(2, length + 41, seed=length)
-            logits, cache = read(model, ids, [length, 23, 1, 17], mask if padded else None)
+            logits, cache = in_pieces(model, ids, [length, 23, 1, 17], mask if padded else None)
             found.setdefault(length, []).append((logits[mask[:, : length + 41].bool()], *state_of(cache)))
         if graphs:
             assert sorted((columns, goes_on) for _, columns, _, goes_on, *_ in replays(model)) == [
@@ -128,10 +116,7 @@ def test_the_engine_answers_as_generate():
         engine.step()
     assert sum(replays(model).values()) > 2
     attach(model, tiny_adapter(model, window=8))
-    for request in requests:
-        ids, count = torch.tensor([request.prompt]), request.params.max_tokens
-        whole = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
-        assert request.output.tokens == whole[0, ids.shape[1] :].tolist()
+    check_answers(model, requests)
 
 
 def test_a_store_finds_boundaries_within_replayed_prompts():
@@ -166,7 +151,7 @@ def test_positions_that_are_given_are_those_of_the_graph():
         expected = model(ids, position_ids=positions, past_key_values=KVCache(model)).logits
     for got in found:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-    assert (expected - read(model, ids, [22])[0]).abs().max() > 0.1
+    assert (expected - in_pieces(model, ids, [22])[0]).abs().max() > 0.1
 
 
 def test_a_budget_that_is_reached_leaves_the_cache_as_it_was():
@@ -202,8 +187,8 @@ def test_a_model_that_cannot_be_captured_runs_as_before(monkeypatch):
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
-            parts = [read(model, ids, [40])[0]]
-        parts += [read(model, ids, [40])[0] for _ in range(2)]  # nobody tries again
+            parts = [in_pieces(model, ids, [40])[0]]
+        parts += [in_pieces(model, ids, [40])[0] for _ in range(2)]  # nobody tries again
     for got in parts:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     assert replays(model) == {}
@@ -214,13 +199,13 @@ def test_a_model_that_asks_the_device_is_not_captured():
     attach(model, tiny_adapter(model, window=8), cuda_graphs=True)
     hook = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: (bool(out.sum() > 0), None)[1])
     with pytest.warns(UserWarning, match="asks the device for values"):
-        first, cache = read(model, ids, [40])
+        first, cache = in_pieces(model, ids, [40])
     assert replays(model) == {}
     assert cache.seen == 40
-    again, _ = read(model, ids, [40])  # nobody tries again
+    again, _ = in_pieces(model, ids, [40])  # nobody tries again
     assert torch.equal(again, first)
     hook.remove()
-    read(model, ids, [20])
+    in_pieces(model, ids, [20])
     assert len(replays(model)) == 1
 
 
@@ -228,13 +213,13 @@ def test_graphs_are_made_anew_where_parameters_move_and_the_last_used_stay(monke
     model, ids = tiny_model(), tokens(1, 60)
     attach(model, cuda_graphs=True)
     for _ in range(2):
-        read(model, ids, [40])
+        in_pieces(model, ids, [40])
     before = require_attachment(model).prompts._captured.copy()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data * 1.01
         expected = model(ids[:, :40], use_cache=False).logits
-    got, _ = read(model, ids, [40])
+    got, _ = in_pieces(model, ids, [40])
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     (kind,) = before
     assert require_attachment(model).prompts._captured[kind] is not before[kind]
@@ -245,14 +230,14 @@ def test_where_all_places_are_taken_what_comes_twice_as_often_gets_one(monkeypat
     attach(model, cuda_graphs=True)
     monkeypatch.setattr(prompt_graphs, "GRAPHS", 2)
     for length in (20, 40, 18, 39):
-        read(model, ids, [length])
+        in_pieces(model, ids, [length])
     kinds = [[each[1] for each in replays(model)]]
     for _ in range(5):  # the oldest has come twice
-        read(model, ids, [50])
+        in_pieces(model, ids, [50])
         kinds.append([each[1] for each in replays(model)])
     assert kinds == [[24, 40]] * 5 + [[40, 56]]
     monkeypatch.setattr(prompt_graphs, "HALVED", 10)
-    read(model, ids, [50])
+    in_pieces(model, ids, [50])
     assert sum(require_attachment(model).prompts._came.values()) == 1 + 1 + 3  # 2, 2 and 6
 
 
@@ -300,9 +285,9 @@ def test_too_little_memory_for_a_graph_is_no_verdict(monkeypatch):
     attach(model, cuda_graphs=True)
     with monkeypatch.context() as patch:
         patch.setattr(prompt_graphs, "recorded", fails)
-        first, _ = read(model, ids, [24])
+        first, _ = in_pieces(model, ids, [24])
     assert replays(model) == {}
-    second, _ = read(model, ids, [24])
+    second, _ = in_pieces(model, ids, [24])
     assert len(replays(model)) == 1
     torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
 
@@ -318,8 +303,8 @@ def test_a_warning_that_is_an_error_is_given_once(monkeypatch):
     model, ids = tiny_model(), tokens(1, 24)
     attach(model, cuda_graphs=True)
     with pytest.raises(UserWarning):  # as this project's tests have it
-        read(model, ids, [24])
-    _, cache = read(model, ids, [24])
+        in_pieces(model, ids, [24])
+    _, cache = in_pieces(model, ids, [24])
     assert (cache.seen, len(tried)) == (24, 1)
 
 

@@ -218,6 +218,14 @@ class Attachment:
         """Bytes of device memory that all caches of the model hold: pages, free or in use, and tables."""
         return 0 if self._memory is None else self._memory.nbytes
 
+    def forward_on(self, cache: KVCache, keep: int, **more: Any) -> Forward:
+        """A forward on a cache under the gates and the transform of the cache's mode; `keep` and `more`: see there."""
+        on, modes = cache.swiftkv_on, self.modes
+        transform = modes.transform() if on else None
+        return Forward(
+            self.layout, cache, modes.folded(on), keep=keep, transform=transform, borrowed=self.borrowed, **more
+        )
+
     def run(self, forward: Forward, **kwargs: Any) -> Any:
         """The decoder's own forward, whose attention finds `forward`, and whose masks that there is one."""
         told = {"octavo_forward": forward} if self.layout.keywords else {}

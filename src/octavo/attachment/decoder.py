@@ -224,24 +224,18 @@ def _step(
     replayed = None if pictures else _replayed(attachment, cache, kwargs, size[1], valid, keep, trains)
     if replayed is not None:
         return replayed
-    gates = attachment.modes.folded(cache.swiftkv_on)
-    transform = attachment.modes.transform() if cache.swiftkv_on else None
     given = kwargs.get("position_ids")
     try:
         cache.begin(*size, valid, trains)
         moved = cache.moved if given is None else cache.moved_by(given)
         if given is None and (counted := positions.next_in(cache, valid)) is not None:
             kwargs = {**kwargs, "position_ids": counted}
-        forward = Forward(
-            attachment.layout,
+        forward = attachment.forward_on(
             cache,
-            gates,
+            keep,
             policy=attachment.oracle(cache.swiftkv_on)[0] if pictures else None,
             valid=valid if pictures else None,
             pictures=pictures,
-            keep=keep,
-            transform=transform,
-            borrowed=attachment.borrowed,
         )
         with attachment.pieces(size[1], trains):
             out = attachment.run(forward, **kwargs)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.attachment.compiled import compiled
-from octavo.attachment.forward import Forward, asked_for
+from octavo.attachment.forward import asked_for
 from octavo.attachment.layout import decoder_of
 from octavo.attention import cuda
 from octavo.kv.fused_step import Replayed
@@ -32,12 +32,10 @@ if TYPE_CHECKING:
     from octavo.attachment.attachment import Attachment
     from octavo.attachment.cache import KVCache
 
-_PLAIN = {  # arguments of a forward that a replayed one knows
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
+_PLAIN = {  # arguments of a forward that a replayed one knows; padding travels beside, and other masks are refused
+    "input_ids", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-
-
 _ASKING = {  # operations whose result's size or value the host must know
     "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim",
     "unique_consecutive", "equal", "is_nonzero",
@@ -161,18 +159,9 @@ class Graphs:
         A `rehearsal` runs it at once, for nobody, so that nothing is compiled or loaded while a graph is captured.
         """
         attachment = self._attachment
-        gates = attachment.modes.folded(cache.swiftkv_on)
-        transform = attachment.modes.transform() if cache.swiftkv_on else None
         try:
             step = cache.begin_capture(rows, search)
-            forward = Forward(
-                attachment.layout,
-                cache,
-                gates,
-                keep=1,
-                transform=transform,
-                borrowed=attachment.borrowed,
-            )
+            forward = attachment.forward_on(cache, keep=1)
             out = attachment.run(
                 forward, input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
             )
@@ -196,8 +185,6 @@ def replayable(attachment: "Attachment", cache: "KVCache", kwargs: dict[str, Any
     if tokens is None or not cuda.available(device) or (positions is not None and positions.ndim > 2):
         return False
     if capturing(device) or torch.is_autocast_enabled("cuda"):
-        return False
-    if kwargs.get("attention_mask") is not None:  # no padding mask, which travels beside; others are refused elsewhere
         return False
     if any(value is not None and name not in _PLAIN for name, value in kwargs.items()):
         return False

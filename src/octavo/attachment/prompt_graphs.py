@@ -11,12 +11,12 @@ products have other shapes than those of the prompts before it, so in bfloat16 l
 """
 
 import functools
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from octavo.attachment.forward import Forward
 from octavo.attachment.graphs import Places, check_waits, moved, places, recorded, refused, replayable
 from octavo.dms import FoldedGates
 from octavo.kv.recorded_chunk import Made, RecordedChunk
@@ -192,20 +192,16 @@ class PromptGraphs:
         span = Span(*(torch.full((B,), n, dtype=torch.int32, device=device) for n in (0, N, 0)))
         rows = cache.sequences.row_ids.long() if goes_on else None
         made, window = self._made(cache, B, N), cache.eviction.window if cache.eviction else 0
-        gates = attachment.modes.folded(cache.swiftkv_on)
-        transform = attachment.modes.transform() if cache.swiftkv_on else None
-        kinds: list[type] = []
+        told: list[tuple[type, FoldedGates | None, SwiftKV | None]] = []
 
         def run() -> Tensor:
             step = RecordedChunk(cache.tables, window, span, rows, made)
-            forward = Forward(
-                attachment.layout, cache, gates, keep=(0, 1, N)[kept], transform=transform, borrowed=attachment.borrowed
-            )
+            forward = attachment.forward_on(cache, keep=(0, 1, N)[kept])
             with cache.recording(step):
                 out = attachment.run(
                     forward, input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
                 )
-            kinds.append(type(out))
+            told.append((type(out), forward.gates, forward.transform))
             hidden: Tensor = out.last_hidden_state
             return hidden
 
@@ -216,9 +212,9 @@ class PromptGraphs:
             self._checked = True
         with attachment.pieces(N, trains=False):
             graph, hidden = recorded(run, run, device, self._pool)
-        tables = cache.tables
+        tables, (made_kind, gates, transform) = cache.tables, told[-1]
         return _Captured(
-            graph, tokens, positions, span, rows, made, hidden, kinds[0], tables, tables.generation,
+            graph, tokens, positions, span, rows, made, hidden, made_kind, tables, tables.generation,
             places(attachment.model), (gates, transform),
         )  # fmt: skip
 
@@ -226,14 +222,13 @@ class PromptGraphs:
         """Where graphs leave keys, values and marks; where that must grow, all are captured anew."""
         shape = cache.shape
         size = shape.cached_layers, sequences, shape.kv_heads, columns
-        nbytes = sequences * columns * _token_nbytes(cache)
+        nbytes, each = sequences * columns * _token_nbytes(cache), prod(size) * shape.head_dim * shape.dtype.itemsize
         if self._place is None or len(self._place) < nbytes:
             self._captured.clear()
             self._place = None  # given back before there is another
             self._place = torch.empty(
                 max(SMALLEST, 1 << (nbytes - 1).bit_length()), dtype=torch.uint8, device=shape.device
             )
-        each = (nbytes - _MARK * size[0] * size[1] * size[2] * size[3]) // 2
         parts = self._place[:each], self._place[each : 2 * each]
         key, value = (part.view(shape.dtype).view(*size, shape.head_dim) for part in parts)
         marked = self._place[2 * each : nbytes].view(torch.bool).view(size) if cache.eviction else None

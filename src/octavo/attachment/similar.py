@@ -16,7 +16,6 @@ from torch import Tensor
 from octavo.attachment.blend import deviating, without
 from octavo.attachment.cache import KVCache
 from octavo.attachment.compiled import ROTARY
-from octavo.attachment.forward import Forward
 from octavo.kv.ragged import between
 from octavo.kv.restoring import layout_of
 from octavo.kv.scattered import begin_between, complete
@@ -80,20 +79,11 @@ def fill_between(attachment: "Attachment", cache: KVCache, tokens: Any, taken: S
     device, chunk = attachment.model.device, attachment.settings.chunk
     position = torch.as_tensor(computed, dtype=torch.int32)
     ids = torch.as_tensor(tokens, dtype=torch.int64)[position.long()].to(device)
-    gates = attachment.modes.folded(cache.swiftkv_on)
-    transform = attachment.modes.transform() if cache.swiftkv_on else None
     for first in range(0, len(position), chunk):
         part = position[first : first + chunk]
         after = int(position[first + chunk]) if first + chunk < len(position) else limit
         begin_between(cache, part, after)
-        forward = Forward(
-            attachment.layout,
-            cache,
-            gates,
-            keep=0,
-            transform=transform,
-            borrowed=attachment.borrowed,
-        )
+        forward = attachment.forward_on(cache, keep=0)
         attachment.original(
             input_ids=ids[None, first : first + chunk],
             position_ids=part[None].long().to(device),

@@ -82,8 +82,7 @@ def _of_shape(
 
     dtype, device = chosen
     made = subject(shape, read_text(text or TEXT), device, dtype_of(dtype))
-    on_gpu = made.model.device.type == "cuda"
-    octavo.attach(made.model, made.gates, cuda_graphs=on_gpu, reuse=octavo.ReuseStore("4GiB"))
+    octavo.attach(made.model, made.gates, cuda_graphs=True, reuse=octavo.ReuseStore("4GiB"))
     measured = first_tokens(made.model, Cuts(made.text.tolist(), 0), document, rounds, None, clock)
     return {**_told(made.model, made.name, made.gates.name), "clock": clock, "first": measured.figures}
 
@@ -107,8 +106,6 @@ def _with_model(
     timing: tuple[str, str | None],
     chosen: tuple[Any, ...],
 ) -> dict[str, Any]:
-    import torch
-
     import octavo
     from octavo.bench.reuse.measure import first_tokens, stored_bytes, timed
     from octavo.bench.reuse.traces import Cuts, traces
@@ -118,7 +115,7 @@ def _with_model(
     name, adapter, dtype, device = chosen
     named: dict[str, Any] = {
         "model": name, "adapter": None if adapter == "none" else adapter, "device": device,
-        "cuda_graphs": torch.device(device).type == "cuda" if device else torch.cuda.is_available(),
+        "cuda_graphs": True,
     }  # fmt: skip
     model, tokenizer = octavo.load(**named, dtype=dtype_of(dtype), reuse=octavo.ReuseStore("4GiB"))
     ids = tokenizer(read_text(text or TEXT), verbose=False)["input_ids"]

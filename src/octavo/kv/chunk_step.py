@@ -150,10 +150,9 @@ class ChunkStep:
         self._ready += [layer for layer in sorted(self._held) if layer not in self._ready]
         self._store_ready()
         if self._made is not None:
-            key, value, marked = (None if each is None else each.transpose(0, 1) for each in self._made)
-            assert key is not None
-            assert value is not None
-            self._store_layers(slice(0, self.filled), key, value, marked)
+            key, value, marked = self._made
+            marks = None if marked is None else marked.transpose(0, 1)
+            self._store_layers(slice(0, self.filled), key.transpose(0, 1), value.transpose(0, 1), marks)
         tables = self.batch.tables
         with tables.pool.lock:
             tables.position[self.batch.index] = self.new.after

@@ -32,7 +32,7 @@ class Made(NamedTuple):
 class RecordedChunk:
     """The running step while a graph is captured; nothing of it changes tables or pages.
 
-    `span`: where each sequence's tokens are among the columns, in front of which there is padding. `rows` [B] int32:
+    `span`: where each sequence's tokens are among the columns, in front of which there is padding. `rows` [B] int64:
     their rows of the tables, whose slots they see too; None where nothing is cached.
     """
 
