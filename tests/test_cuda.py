@@ -227,8 +227,14 @@ def test_prompts_from_graphs_are_those_of_the_model(evict, kv_dtype, padded):
             }
     for (expected, kept), *others in found.values():
         for got, left in others:
-            torch.testing.assert_close(got, expected, rtol=0, atol=2e-2 if kv_dtype else 2e-3)  # a code may be another
-            assert (left - kept).abs().max() <= (2 if kv_dtype else 0)  # and then a gate may decide otherwise
+            differ = (got - expected).abs().amax(-1)
+            if kv_dtype:  # where a code rounds otherwise, a gate may decide otherwise: a few tokens see another slot
+                assert (differ > 2e-3).float().mean() <= 0.1
+                assert differ.max() <= 0.2
+                assert (left - kept).abs().max() <= 2
+            else:
+                assert differ.max() <= 2e-3
+                assert torch.equal(left, kept)
 
 
 def test_skipping_prompts_from_graphs_are_the_full_forward():

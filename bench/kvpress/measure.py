@@ -130,6 +130,18 @@ def measure(
     return summed(cases, out, None if make is None else sum(held) / len(held))
 
 
+def begun(out: Path, ours: LongEvaluation, sets: list[tuple[str, int]]) -> list[PolicyResult]:
+    """The rows of an interrupted or earlier run over the same `sets`, (name, length); none where there was none."""
+    if not out.exists():
+        return []
+    found = LongEvaluation.from_json(json.loads(out.read_text()), str(out))
+    if (found.model, found.settings) != (ours.model, ours.settings) or any(
+        [(each.name, each.length) for each in row.sets] != sets for row in found.policies
+    ):
+        raise SystemExit(f"{out} is of another run: other cases, lengths or model; name another file")
+    return found.policies
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="JSON of 'octavo evaluate --suite long', whose cases are read")
@@ -138,7 +150,7 @@ def main() -> None:
     parser.add_argument("--code", type=Path, help="and the code")
     parser.add_argument("--press", nargs="*", help="some of them; all by default")
     parser.add_argument("--lengths", type=int, nargs="*", help="some of its lengths; all by default")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="record; rows that it has already are not read again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     ours = LongEvaluation.from_json(json.loads(args.record.read_text()), str(args.record))
@@ -160,8 +172,10 @@ def main() -> None:
     )
     sets, head, theirs = list(task_sets(tokenizer, texts, settings)), readout(model), found[args.gates]
     kept = {(each.name, each.length): each.kept for each in theirs.sets}
-    policies: list[PolicyResult] = []
+    policies = begun(args.out, ours, [(each.name, each.length) for each in sets])
     for name, make in [("dense", None), *made.items()]:
+        if name in {row.policy for row in policies}:
+            continue
         start = time.perf_counter()
         row = [measure(model, head, each, make, kept[each.name, each.length]) for each in sets]
         dense = found["dense"] if make is None else theirs  # what it may hold is what the gates hold

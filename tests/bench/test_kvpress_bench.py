@@ -1,16 +1,20 @@
 """bench/kvpress reads a case over what a press has left. Stand-ins for presses: kvpress needs another environment."""
 
 import importlib.util
+import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from octavo.retrofit.suite import LongEvaluation
 from tiny import tiny_model, tokens
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "kvpress" / "measure.py"
+RECORD = SCRIPT.parents[1] / "results" / "adapters-h200.json"
 FIRST, LENGTH = 60, 90  # of the answers, and of all
 
 
@@ -73,3 +77,16 @@ def test_without_a_press_a_case_is_read_as_ever(script):
         expected = model.base_model(ids[None]).last_hidden_state[0]
     torch.testing.assert_close(states[FIRST - 1 :], expected[FIRST - 1 :])
     assert held == LENGTH
+
+
+def test_a_record_goes_on_where_it_stopped(script, tmp_path):
+    """Rows of the same cases are taken over; a record of other lengths or another model is no beginning."""
+    ours = LongEvaluation.from_json(json.loads(RECORD.read_text()), "ours")
+    sets = [(each.name, each.length) for each in ours.policies[0].sets]
+    assert script.begun(tmp_path / "new.json", ours, sets) == []
+    out = tmp_path / "theirs.json"
+    out.write_text(json.dumps(replace(ours, policies=ours.policies[:1]).to_json()))
+    assert [row.policy for row in script.begun(out, ours, sets)] == ["dense"]
+    for other, cases in ((ours, sets[:-1]), (replace(ours, model="another"), sets)):
+        with pytest.raises(SystemExit, match="is of another run"):
+            script.begun(out, other, cases)

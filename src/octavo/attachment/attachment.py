@@ -238,11 +238,11 @@ class Attachment:
         finally:
             RUNNING.reset(token)
 
-    def pieces(self, columns: int, trains: bool) -> AbstractContextManager[None]:
+    def pieces(self, columns: int, trains: bool, sums: bool = False) -> AbstractContextManager[None]:
         """What a forward of so many tokens of each sequence on a cache runs in: with compiled pieces, or as it is."""
         if not self.settings.compiled or columns <= FEW or trains or not self._compiles():
             return nullcontext()
-        return compiled(decoder_of(self.model), self.layout.attention, lengths_vary=True)
+        return compiled(decoder_of(self.model), self.layout.attention, lengths_vary=True, sums=sums)
 
     def _compiles(self) -> bool:
         """Whether code compiled for other calls fits this one: on a GPU, without gradients or autocast."""

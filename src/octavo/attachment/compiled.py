@@ -22,11 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.attachment.projections import computed_once, gated_as_one, shared_products
+from octavo.attachment.projections import computed_once, gated_as_one, shared_products, watched
+from octavo.attachment.sums import normed, waiting, with_sum
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
-PIECES = ("Norm", "MLP")  # how the classes end whose modules are compiled
+NORM = "Norm"
+PIECES = (NORM, "MLP")  # how the classes end whose modules are compiled
+OUTPUT = "o_proj"  # what transformers calls attention's last projection in nearly every model
 CHOOSING = ("Experts", "Router")  # and of modules in them that do something else with each token; these are left out
+TOGETHER = {"combo_kernels": True}  # what Inductor is asked for
 COMPILATIONS = 64  # of one function, for sizes and dtypes; PyTorch gives up after eight otherwise
 
 _Place = tuple[dict[str, Any], str]  # where a function is looked up: a module's own names, or a Python module's
@@ -37,17 +41,21 @@ _NOTHING = object()
 
 
 @contextmanager
-def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool = False) -> Iterator[None]:
+def compiled(
+    base: nn.Module, attention: Sequence[nn.Module], *, lengths_vary: bool = False, sums: bool = False
+) -> Iterator[None]:
     """Let the norms and MLPs of a decoder and the rotary function of its attention run compiled inside the block.
 
-    `lengths_vary`: compile once for all numbers of tokens, rather than first for the one that comes.
+    `lengths_vary`: compile once for all numbers of tokens, rather than first for the one that comes. `sums`: compute
+    what layers add together with the norm that reads it (`octavo.attachment.sums`); what the decoder returns may be a
+    `Sum` then.
     """
     entered: list[_Place] = []
     before = _inside.get()
     try:
         _inside.set(True)
         with _patching:
-            for place, own, made in list(_places(base, attention, True if lengths_vary else None)):
+            for place, own, made in list(_places(base, attention, True if lengths_vary else None, sums)):
                 _put(place, functools.partial(_either, own, made), entered)
         with torch._dynamo.config.patch(recompile_limit=max(COMPILATIONS, torch._dynamo.config.recompile_limit)):
             yield
@@ -62,15 +70,23 @@ def compiled(base: nn.Module, attention: Sequence[nn.Module], lengths_vary: bool
 
 
 def _places(
-    base: nn.Module, attention: Sequence[nn.Module], dynamic: bool | None
+    base: nn.Module, attention: Sequence[nn.Module], dynamic: bool | None, sums: bool
 ) -> Iterator[tuple[_Place, Callable[..., Any], Callable[..., Any]]]:
     """(place, what the model has there, what is put there) of each piece."""
     for module in base.modules():
         if _is_piece(module):
-            made = _compiled(type(module).forward, dynamic)
-            yield (module.__dict__, "forward"), _bound(module), functools.partial(made, gated_as_one(module))
+            made: Callable[..., Any] = functools.partial(_compiled(type(module).forward, dynamic), gated_as_one(module))
+            if sums and type(module).__name__.endswith(NORM):
+                both = _compiled(_with_sum(type(module).forward), dynamic)
+                made = functools.partial(normed, made, functools.partial(both, module))
+            elif sums:
+                made = functools.partial(waiting, made)
+            yield (module.__dict__, "forward"), _bound(module), made
     for module, taken in shared_products(attention, _other_forward):
         yield (module.__dict__, "forward"), _bound(module), taken
+    for out in (getattr(module, OUTPUT, None) for module in attention if sums):
+        if type(out) is nn.Linear and not watched(out) and not _other_forward(out):
+            yield (out.__dict__, "forward"), _bound(out), functools.partial(waiting, _bound(out))
     seen: set[int] = set()
     for module in attention:
         names = getattr(type(module).forward, "__globals__", {})
@@ -142,7 +158,11 @@ def _compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[..
     return made
 
 
+_with_sum = functools.cache(with_sum)  # a function for each class, of which there is one compilation
+
+
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """The compiler that `torch.compile` uses when none is named, without products that are computed twice."""
-    made: Callable[..., Any] = torch._inductor.compile(computed_once(graph), inputs)
+    """The compiler that `torch.compile` uses when none is named, without products that are computed twice, and with one
+    kernel for what it would do in several side by side (queries and keys of a rotary embedding)."""
+    made: Callable[..., Any] = torch._inductor.compile(computed_once(graph), inputs, options=TOGETHER)
     return made

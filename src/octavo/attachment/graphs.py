@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from octavo.attachment.compiled import compiled
 from octavo.attachment.forward import asked_for
 from octavo.attachment.layout import decoder_of
+from octavo.attachment.sums import computed
 from octavo.attention import cuda
 from octavo.kv.fused_step import Replayed
 from octavo.kv.late import capturing
@@ -146,15 +147,17 @@ class Graphs:
             check_waits(rehearse, device)
             self._checked = True
         compiles = attachment.settings.compiled
-        with compiled(decoder_of(attachment.model), attachment.layout.attention) if compiles else nullcontext():
-            graph, (step, out) = recorded(rehearse, run, device, self._pool)
-        hidden, generation = out.last_hidden_state, cache.tables.generation
-        return _Captured(graph, tokens, positions, step, type(out), hidden, generation, places(attachment.model))
+        decoder, attention = decoder_of(attachment.model), attachment.layout.attention
+        with compiled(decoder, attention, sums=True) if compiles else nullcontext():
+            graph, (step, kind, hidden) = recorded(rehearse, run, device, self._pool)
+        return _Captured(
+            graph, tokens, positions, step, kind, hidden, cache.tables.generation, places(attachment.model)
+        )
 
     def _step(
         self, cache: "KVCache", tokens: Tensor, positions: Tensor, rows: Tensor, search: Tensor, rehearsal: bool = False
-    ) -> tuple[Replayed, Any]:
-        """What a graph does: (the step as the host sees it, what the decoder returns).
+    ) -> tuple[Replayed, type, Tensor]:
+        """What a graph does: (the step as the host sees it, the kind of what the decoder returns, its hidden states).
 
         A `rehearsal` runs it at once, for nobody, so that nothing is compiled or loaded while a graph is captured.
         """
@@ -165,13 +168,14 @@ class Graphs:
             out = attachment.run(
                 forward, input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
             )
+            hidden = computed(out.last_hidden_state)
             if rehearsal:
                 step.rehearse(forward.decided())
             else:
                 forward.commit()
         finally:
             cache.sequences.step = None
-        return step, out
+        return step, type(out), hidden
 
 
 def bucket(sequences: int) -> int:

@@ -148,7 +148,12 @@ def _joined(modules: Sequence[nn.Linear]) -> Tensor | None:
 
 def _plain(module: nn.Linear) -> bool:
     """Whether nobody watches a module, and its weight is a matrix in memory."""
-    return not (module._forward_hooks or module._forward_pre_hooks) and _own(module.weight)
+    return not watched(module) and _own(module.weight)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks look at what a module is given or returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _own(weight: Tensor) -> bool:

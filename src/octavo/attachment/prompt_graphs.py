@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from octavo.attachment.graphs import Places, check_waits, moved, places, recorded, refused, replayable
+from octavo.attachment.sums import computed
 from octavo.dms import FoldedGates
 from octavo.kv.recorded_chunk import Made, RecordedChunk
 from octavo.kv.tables import Tables
@@ -202,15 +203,14 @@ class PromptGraphs:
                     forward, input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
                 )
             told.append((type(out), forward.gates, forward.transform))
-            hidden: Tensor = out.last_hidden_state
-            return hidden
+            return computed(out.last_hidden_state)
 
         if not self._captured and device.type == "cuda":  # the memory of graphs that are all gone cannot be shared
             self._pool = torch.cuda.graph_pool_handle()
         if not self._checked:
             check_waits(run, device)
             self._checked = True
-        with attachment.pieces(N, trains=False):
+        with attachment.pieces(N, trains=False, sums=True):
             graph, hidden = recorded(run, run, device, self._pool)
         tables, (made_kind, gates, transform) = cache.tables, told[-1]
         return _Captured(
