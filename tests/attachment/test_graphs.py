@@ -32,6 +32,7 @@ from octavo.attachment import compiled as compiled_code
 from octavo.attachment.forward import Forward
 from octavo.attachment.projections import computed_once
 from octavo.attachment.prompt_graphs import PromptGraphs
+from octavo.attachment.sums import Sum
 from octavo.attention import cuda
 from octavo.attention.cuda.launch import Launcher
 from octavo.engine import Engine, SamplingParams
@@ -484,10 +485,12 @@ def test_threads_that_compile_at_once_do_not_disturb_each_other(monkeypatch):
 
     @torch.no_grad()
     def compiles():
-        for _ in range(20):
+        for turn in range(20):
             before = calls.count(threading.current_thread().name)
-            with compiled_code.compiled(model.model, attention):
-                model(ids, use_cache=False)
+            with compiled_code.compiled(model.model, attention, sums=turn % 3 == 0):
+                out = model(ids, use_cache=False, output_hidden_states=turn % 3 != 0)
+            if any(isinstance(x, Sum) for x in out.hidden_states or ()):
+                failed.append("sums in a thread that did not ask for them")
             if calls.count(threading.current_thread().name) - before != each:
                 failed.append(calls.count(threading.current_thread().name) - before)
 
@@ -529,7 +532,7 @@ def test_prompts_run_with_compiled_pieces_and_few_tokens_without(monkeypatch, fa
         model(ids[:, :1], past_key_values=cache)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     norms = 4 if family == "qwen3" else 2
-    assert pieces == 2 * ((norms + 4) * len(model.model.layers) + 2)  # of three chunks the last is of 11 tokens
+    assert pieces == 2 * ((norms + 5) * len(model.model.layers) + 2)  # of three chunks the last is of 11 tokens
     assert len(entered) == pieces
     model(ids, past_key_values=KVCache(model))
     assert len(entered) == pieces  # gradients were wanted

@@ -35,6 +35,7 @@ COMPILATIONS = 64  # of one function, for sizes and dtypes; PyTorch gives up aft
 
 _Place = tuple[dict[str, Any], str]  # where a function is looked up: a module's own names, or a Python module's
 _inside: ContextVar[bool] = ContextVar("octavo_compiled", default=False)  # whether this thread runs compiled pieces
+_sums: ContextVar[bool] = ContextVar("octavo_sums", default=False)  # and whether additions wait for norms in it
 _patching = threading.Lock()  # for the few moments in which functions are replaced
 _replaced: dict[tuple[int, str], tuple[set[int], dict[str, Any], Any]] = {}  # by place: which blocks, names, original
 _NOTHING = object()
@@ -51,11 +52,12 @@ def compiled(
     `Sum` then.
     """
     entered: list[_Place] = []
-    before = _inside.get()
+    before = _inside.get(), _sums.get()
     try:
         _inside.set(True)
+        _sums.set(sums)
         with _patching:
-            for place, own, made in list(_places(base, attention, True if lengths_vary else None, sums)):
+            for place, own, made in list(_places(base, attention, True if lengths_vary else None)):
                 _put(place, functools.partial(_either, own, made), entered)
         with torch._dynamo.config.patch(recompile_limit=max(COMPILATIONS, torch._dynamo.config.recompile_limit)):
             yield
@@ -66,27 +68,28 @@ def compiled(
             _take_back(entered)
             raise
         finally:
-            _inside.set(before)
+            _inside.set(before[0])
+            _sums.set(before[1])
 
 
 def _places(
-    base: nn.Module, attention: Sequence[nn.Module], dynamic: bool | None, sums: bool
+    base: nn.Module, attention: Sequence[nn.Module], dynamic: bool | None
 ) -> Iterator[tuple[_Place, Callable[..., Any], Callable[..., Any]]]:
     """(place, what the model has there, what is put there) of each piece."""
     for module in base.modules():
         if _is_piece(module):
             made: Callable[..., Any] = functools.partial(_compiled(type(module).forward, dynamic), gated_as_one(module))
-            if sums and type(module).__name__.endswith(NORM):
+            if type(module).__name__.endswith(NORM):
                 both = _compiled(_with_sum(type(module).forward), dynamic)
                 made = functools.partial(normed, made, functools.partial(both, module))
-            elif sums:
-                made = functools.partial(waiting, made)
+            else:
+                made = functools.partial(_waiting, made)
             yield (module.__dict__, "forward"), _bound(module), made
     for module, taken in shared_products(attention, _other_forward):
         yield (module.__dict__, "forward"), _bound(module), taken
-    for out in (getattr(module, OUTPUT, None) for module in attention if sums):
+    for out in (getattr(module, OUTPUT, None) for module in attention):
         if type(out) is nn.Linear and not watched(out) and not _other_forward(out):
-            yield (out.__dict__, "forward"), _bound(out), functools.partial(waiting, _bound(out))
+            yield (out.__dict__, "forward"), _bound(out), functools.partial(_waiting, _bound(out))
     seen: set[int] = set()
     for module in attention:
         names = getattr(type(module).forward, "__globals__", {})
@@ -149,6 +152,11 @@ def _take_back(entered: list[_Place]) -> None:
 def _either(original: Callable[..., Any], made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The compiled function in a thread that asked for it, the model's own in others."""
     return (made if _inside.get() else original)(*args, **kwargs)
+
+
+def _waiting(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a forward returns; as a sum that can wait, in a thread that asked for that."""
+    return waiting(forward(*args, **kwargs)) if _sums.get() else forward(*args, **kwargs)
 
 
 @functools.cache
