@@ -230,11 +230,60 @@ def test_the_gpu_tables_are_the_records() -> None:
         expected = expected[::2] if name == "unattached" else expected
         said = [float(x) for cell in line.split("|")[2:-1] for x in re.findall(r"[\d.]+", cell)]
         assert said == pytest.approx(expected, abs=0.051)
-    first = json.loads((results / "engine-h200-smollm2-first.json").read_text())
-    peer = {p["T"]: p["prefill_ms"] for p in first["peers"] if p.get("what") == "prefill"}
-    ours = {(s["name"], s["context"]): s["prefill_ms"] for s in first["steps"]}
+
+
+def engine_record(name: str) -> tuple[dict[tuple[str, int, int], float], dict[tuple[str, str, int, int], float]]:
+    """(milliseconds of a step by model, batch and context; a peer's by what, KV, batch and context)."""
+    found = json.loads((Path(__file__).parents[1] / "bench" / "results" / f"engine-h200-{name}.json").read_text())
+    ours = {(s["name"].partition(", ")[2], s["batch"], s["context"]): s["decode_ms"] for s in found["steps"]}
+    ours |= {("prefill of " + s["name"].partition(", ")[2], 1, s["context"]): s["prefill_ms"] for s in found["steps"]}
+    peers = [p for p in found["peers"] if p["what"] != "end"]
+    return ours, {(p["what"], p["kv"], p["B"], p["T"]): p[p["what"] + "_ms"] for p in peers}
+
+
+def test_the_engine_s_tables_are_the_records() -> None:
+    lines = re.findall(r"^\| (8B|SmolLM2), (\d+) x ([\d,]+) \| (.*) \| \d+% \|$", README, re.M)
+    assert len(lines) == 6
+    for subject, batch, context, cells in lines:
+        B, T = int(batch), int(context.replace(",", ""))
+        gates = "made-up" if subject == "8B" else "dms-8x-v1"
+        ours, peers = engine_record("smollm2" if subject == "SmolLM2" else "llama8b" if T == 32768 else "llama8b-8k")
+        kinds = ("nothing evicted", gates, f"{gates}, int8", f"{gates}, fp8")
+        expected = [peers["decode", kv, B, T] for kv in ("auto", "fp8") if ("decode", kv, B, T) in peers]
+        expected += [ours[kind, B, T] for kind in kinds]
+        assert [float(x) for x in re.findall(r"[\d.]+", cells)] == pytest.approx(expected, abs=0.0051)
+    ours, peers = engine_record("smollm2")
     table = re.findall(r"^\| ([\d,]+) \| (.*) \|$", README[README.index("| tokens | vLLM |") :], re.M)[:3]
     for size, cells in table:
         n = int(size.replace(",", ""))
-        expected = [peer[n], ours["octavo, nothing evicted", n], ours["octavo, dms-8x-v1", n]]
+        kinds = ("prefill of nothing evicted", "prefill of dms-8x-v1")
+        expected = [peers["prefill", "auto", 1, n], *(ours[kind, 1, n] for kind in kinds)]
         assert [float(x) for x in re.findall(r"[\d.]+", cells)] == pytest.approx(expected, abs=0.051)
+
+
+def test_what_memory_buys_and_long_prompts_are_the_records() -> None:
+    ours, peers = engine_record("llama8b-equal-memory")
+    second = [1000 * 12 / peers["decode", "auto", 12, 32768], 2000 * 12 / peers["decode", "fp8", 12, 32768]]
+    said = re.search(r"12 x 32,768 in bf16 \(52 GB\) \| (\d+) / at most ([\d,]+) \| \*\*([\d,]+)\*\*", README)
+    assert said is not None
+    found = [float(x.replace(",", "")) for x in said.groups()]
+    assert found == pytest.approx([*second, 1000 * 84 / ours["made-up", 84, 32768]], rel=1e-3)
+    ours, peers = engine_record("llama8b-prefill")
+    said = re.search(r"a prompt of 32,768 tokens \| ([\d,]+) / ([\d,]+) ms \| ([\d,]+) ms;.*?\*\*(\d+) ms", README)
+    assert said is not None
+    expected = [peers["prefill", kv, 1, 32768] for kv in ("auto", "fp8")]
+    expected += [ours[f"prefill of {kind}", 1, 32768] for kind in ("made-up", "half + made-up")]
+    assert [float(x.replace(",", "")) for x in said.groups()] == pytest.approx(expected, abs=0.51)
+
+
+def test_the_table_beside_kvpress_is_the_records() -> None:
+    theirs = json.loads((Path(__file__).parents[1] / "bench" / "results" / "kvpress-h200.json").read_text())
+    policies = {row["policy"]: row for row in (*theirs["policies"], POLICIES["dms-8x"])}
+    header, _, *lines = re.findall(r"^\|.*\|$", README[README.index("| | dense | dms-8x | TOVA |") :], re.M)[:6]
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
+    for line, name in zip(lines, ("facts", "several needles", "table", "edit"), strict=True):
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        found = [s for c in columns for s in policies[c]["sets"] if (s["name"], s["length"]) == (name, 4096)]
+        assert cells == [f"{100 * each['exact']:.1f}%" for each in found]
+    ours, dense = case_set("dense", "facts", 4096), policies["dense"]["sets"][-1]
+    assert dense["nll"] == pytest.approx(ours["nll"], abs=1e-3), "both read the same cases"
