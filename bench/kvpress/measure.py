@@ -32,6 +32,7 @@ from octavo.retrofit.suite.run import summed
 from octavo.retrofit.suite.scoring import Scores, score_case
 from octavo.retrofit.suite.tasks import task_sets
 
+SAME = 0.01  # nats by which machines may differ
 LEAST = 64  # slots of a context that every press keeps: windows of the newest tokens are as long
 
 
@@ -86,29 +87,29 @@ def over_what_is_left(model: PreTrainedModel, cache: DynamicCache, tokens: int) 
 def read(model: PreTrainedModel, press: Any, ids: Tensor, first: int) -> tuple[Tensor, float]:
     """(last hidden states [T, hidden], zero before token `first` - 1; slots per head at the end, mean over layers).
 
-    `ids` [T]; `press` None keeps everything. The token before the first answer is read over what is left, too.
+    `ids` [T]; `press` None keeps everything. All tokens before the first answer are the prefill, whose last state says
+    the answer's first token; as in kvpress's own use, it has seen everything.
     """
     cache, base = DynamicCache(config=model.config), model.base_model
-    at = first - 1
     ids = ids.to(model.device)[None]
     with nullcontext() if press is None else press(model):
-        base(input_ids=ids[:, :at], past_key_values=cache, use_cache=True)
+        read_first = base(input_ids=ids[:, :first], past_key_values=cache, use_cache=True).last_hidden_state[0]
     modules = [layer.self_attn for layer in base.layers]
     gone = [getattr(module, "masked_key_indices", None) for module in modules]
-    rest = ids.shape[1] - at
+    rest = ids.shape[1] - first
     kv_heads = model.config.num_key_value_heads
     left = [
         layer.keys.shape[2] - (0 if hidden is None else len(hidden[0]) / kv_heads)
         for layer, hidden in zip(cache.layers, gone, strict=True)
     ]
-    positions = torch.arange(at, ids.shape[1], device=model.device)
+    positions = torch.arange(first, ids.shape[1], device=model.device)
     with over_what_is_left(model, cache, rest):
         out = base(
-            input_ids=ids[:, at:], past_key_values=cache, use_cache=True, position_ids=positions[None],
+            input_ids=ids[:, first:], past_key_values=cache, use_cache=True, position_ids=positions[None],
             cache_position=positions,
         ).last_hidden_state  # fmt: skip
     states = torch.zeros(ids.shape[1], out.shape[-1], dtype=out.dtype, device=out.device)
-    states[at:] = out[0]
+    states[first - 1], states[first:] = read_first[-1], out[0]
     return states, sum(left) / len(left) + rest
 
 
@@ -118,7 +119,7 @@ def measure(
     """One press (None: dense) on a set of cases; `kept`: slots per head that it may hold at the end of a case."""
     out, held = Scores([], [], [], [], None), []
     for ids, spans in zip(cases.ids, cases.spans, strict=True):
-        context = spans[0][0] - 1
+        context = spans[0][0]
         press = None
         if make is not None:
             assert kept is not None
@@ -130,16 +131,29 @@ def measure(
     return summed(cases, out, None if make is None else sum(held) / len(held))
 
 
-def begun(out: Path, ours: LongEvaluation, sets: list[tuple[str, int]]) -> list[PolicyResult]:
-    """The rows of an interrupted or earlier run over the same `sets`, (name, length); none where there was none."""
+def begun(out: Path, ours: LongEvaluation, gates: str, sets: list[tuple[str, int]]) -> list[PolicyResult]:
+    """The rows of an interrupted or earlier run over the same `sets`, (name, length), at the slots of the same gates;
+    none where there was none."""
     if not out.exists():
         return []
     found = LongEvaluation.from_json(json.loads(out.read_text()), str(out))
     if (found.model, found.settings) != (ours.model, ours.settings) or any(
-        [(each.name, each.length) for each in row.sets] != sets for row in found.policies
+        [(each.name, each.length) for each in row.sets] != sets or row.budget_of not in (None, gates)
+        for row in found.policies
     ):
-        raise SystemExit(f"{out} is of another run: other cases, lengths or model; name another file")
+        raise SystemExit(f"{out} is of another run: other cases, lengths, gates or model; name another file")
     return found.policies
+
+
+def check_same(dense: list[SetResult], ours: list[SetResult]) -> None:
+    """Exit where the dense model does not read the cases as it did in Octavo's record."""
+    expected = {(each.name, each.length): each.nll for each in ours}
+    for each in dense:
+        if abs(each.nll - expected[each.name, each.length]) > SAME:
+            raise SystemExit(
+                f"{each.name} at {each.length} has NLL {each.nll:.4f}, in the record {expected[each.name, each.length]:.4f}: "
+                "give the same texts and the same model"
+            )
 
 
 def main() -> None:
@@ -172,12 +186,14 @@ def main() -> None:
     )
     sets, head, theirs = list(task_sets(tokenizer, texts, settings)), readout(model), found[args.gates]
     kept = {(each.name, each.length): each.kept for each in theirs.sets}
-    policies = begun(args.out, ours, [(each.name, each.length) for each in sets])
+    policies = begun(args.out, ours, args.gates, [(each.name, each.length) for each in sets])
     for name, make in [("dense", None), *made.items()]:
         if name in {row.policy for row in policies}:
             continue
         start = time.perf_counter()
         row = [measure(model, head, each, make, kept[each.name, each.length]) for each in sets]
+        if make is None:
+            check_same(row, found["dense"].sets)
         dense = found["dense"] if make is None else theirs  # what it may hold is what the gates hold
         policies.append(
             PolicyResult(

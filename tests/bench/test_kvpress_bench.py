@@ -58,12 +58,13 @@ def test_what_is_gone_is_not_seen_by_what_follows(script, cut, heads, slots):
     model, ids = tiny_model(), tokens(1, LENGTH)[0]
     states, held = script.read(model, press(cut), ids, FIRST)
     mask = torch.ones(1, 6, LENGTH, LENGTH, dtype=torch.bool).tril()
-    mask[:, list(heads), FIRST - 1 :, :10] = False
+    mask[:, list(heads), FIRST:, :10] = False  # the prompt's last token has seen all
     with torch.no_grad():
         expected = model.base_model(ids[None], attention_mask=mask, past_key_values=DynamicCache()).last_hidden_state[0]
         plain = model.base_model(ids[None]).last_hidden_state[0]
     torch.testing.assert_close(states[FIRST - 1 :], expected[FIRST - 1 :])
-    assert (plain - expected)[FIRST - 1 :].abs().max() > 0.1
+    assert (plain - expected)[FIRST:].abs().max() > 0.1
+    torch.testing.assert_close(states[FIRST - 1], plain[FIRST - 1])
     assert held == slots
     assert not hasattr(model.base_model.layers[0].self_attn, "masked_key_indices") or (
         model.base_model.layers[0].self_attn.masked_key_indices is None
@@ -80,13 +81,23 @@ def test_without_a_press_a_case_is_read_as_ever(script):
 
 
 def test_a_record_goes_on_where_it_stopped(script, tmp_path):
-    """Rows of the same cases are taken over; a record of other lengths or another model is no beginning."""
+    """Rows of the same cases are taken over; a record of other lengths, gates or another model is no beginning."""
     ours = LongEvaluation.from_json(json.loads(RECORD.read_text()), "ours")
-    sets = [(each.name, each.length) for each in ours.policies[0].sets]
-    assert script.begun(tmp_path / "new.json", ours, sets) == []
+    sets, dense = [(each.name, each.length) for each in ours.policies[0].sets], ours.policies[0]
+    assert script.begun(tmp_path / "new.json", ours, "dms-8x", sets) == []
     out = tmp_path / "theirs.json"
-    out.write_text(json.dumps(replace(ours, policies=ours.policies[:1]).to_json()))
-    assert [row.policy for row in script.begun(out, ours, sets)] == ["dense"]
-    for other, cases in ((ours, sets[:-1]), (replace(ours, model="another"), sets)):
+    press = replace(dense, policy="SnapKV", budget_of="dms-8x")
+    out.write_text(json.dumps(replace(ours, policies=[dense, press]).to_json()))
+    assert [row.policy for row in script.begun(out, ours, "dms-8x", sets)] == ["dense", "SnapKV"]
+    for other, gates, cases in (
+        (ours, "dms-8x", sets[:-1]), (replace(ours, model="another"), "dms-8x", sets), (ours, "dms-16x", sets),
+    ):  # fmt: skip
         with pytest.raises(SystemExit, match="is of another run"):
-            script.begun(out, other, cases)
+            script.begun(out, other, gates, cases)
+
+
+def test_other_texts_or_another_model_are_noticed(script):
+    ours = LongEvaluation.from_json(json.loads(RECORD.read_text()), "ours").policies[0].sets
+    script.check_same(ours[:3], ours)
+    with pytest.raises(SystemExit, match="same texts"):
+        script.check_same([replace(ours[3], nll=ours[3].nll + 0.02)], ours)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from octavo.attachment.projections import computed_once, gated_as_one, shared_products, watched
-from octavo.attachment.sums import normed, waiting, with_sum
+from octavo.attachment.sums import as_tensors, normed, waiting, with_sum
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
 NORM = "Norm"
@@ -156,6 +156,7 @@ def _either(original: Callable[..., Any], made: Callable[..., Any], *args: Any, 
 
 def _waiting(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a forward returns; as a sum that can wait, in a thread that asked for that."""
+    args, kwargs = as_tensors(args, kwargs)
     return waiting(forward(*args, **kwargs)) if _sums.get() else forward(*args, **kwargs)
 
 

@@ -138,3 +138,5 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(path, dpi=130)
     except OSError as e:
         raise OutputFileError(f"cannot write {path}: {e.strerror or e}") from e
+    except ValueError as e:  # no such format
+        raise OutputFileError(f"cannot write {path}: {e}") from e

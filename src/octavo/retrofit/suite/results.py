@@ -114,7 +114,10 @@ def merged(results: Sequence[LongEvaluation], common: bool = False) -> LongEvalu
         theirs = other.policies[0]
         same = [abs(a.nll - b.nll) < 0.01 for a, b in zip(dense.sets, theirs.sets, strict=False)]
         if (other.model, _kind(other)) != (first.model, _kind(first)) or not all(same):
-            raise ConfigError("records of other models, settings or cases cannot stand in one table")
+            raise ConfigError(
+                "records of other models, settings or cases cannot stand in one table; --common leaves out the sets of "
+                "cases that not all of them have"
+            )
         policies = {row.policy: row for row in other.policies} | policies
         notes |= dict.fromkeys(other.notes)
     ordered = [row for result in results for row in result.policies]
@@ -123,14 +126,20 @@ def merged(results: Sequence[LongEvaluation], common: bool = False) -> LongEvalu
 
 
 def _with_common(result: LongEvaluation, results: Sequence[LongEvaluation]) -> LongEvaluation:
-    names = [[(s.name, s.length, s.cases) for s in each.policies[0].sets] for each in results]
+    names, sets = [list(map(_cases, each.policies[0].sets)) for each in results], result.policies[0].sets
     shared = set(names[0]).intersection(*names[1:])
     if not shared:
         raise ConfigError("these records have no set of cases in common")
     kept = [
-        replace(row, sets=[s for s in row.sets if (s.name, s.length, s.cases) in shared]) for row in result.policies
+        replace(row, sets=[s for s, base in zip(row.sets, sets, strict=True) if _cases(base) in shared])
+        for row in result.policies
     ]
     return replace(result, policies=kept)
+
+
+def _cases(measured: SetResult) -> tuple[str, int, int, int]:
+    """What tells a set of cases from another; chats of a model's own have other answers each time they are sampled."""
+    return measured.name, measured.length, measured.cases, measured.answers
 
 
 def _kind(result: LongEvaluation) -> Mapping[str, Any]:
@@ -138,7 +147,7 @@ def _kind(result: LongEvaluation) -> Mapping[str, Any]:
     s = asdict(result.settings)
     for name in ("batch_tokens", "baselines", "every_budget"):
         del s[name]
-    return {**s, "sets": [(each.name, each.length, each.cases) for each in result.policies[0].sets]}
+    return {**s, "sets": list(map(_cases, result.policies[0].sets))}
 
 
 def cells(result: LongEvaluation) -> list[list[str]]:
