@@ -149,10 +149,11 @@ def check_same(dense: list[SetResult], ours: list[SetResult]) -> None:
     """Exit where the dense model does not read the cases as it did in Octavo's record."""
     expected = {(each.name, each.length): each.nll for each in ours}
     for each in dense:
-        if abs(each.nll - expected[each.name, each.length]) > SAME:
+        wanted = expected[each.name, each.length]
+        if abs(each.nll - wanted) > SAME:
             raise SystemExit(
-                f"{each.name} at {each.length} has NLL {each.nll:.4f}, in the record {expected[each.name, each.length]:.4f}: "
-                "give the same texts and the same model"
+                f"{each.name} at {each.length} has NLL {each.nll:.4f}, in the record {wanted:.4f}: give the same texts "
+                "and the same model"
             )
 
 
