@@ -438,6 +438,25 @@ def test_compiled_pieces_compute_the_same_and_leave_nothing_behind(monkeypatch):
     compiled_code._compiled.cache_clear()
 
 
+def test_steps_are_captured_with_additions_that_wait_for_norms(monkeypatch):
+    """A stand-in for the capture says how it was called, as an error; the step then runs as usual."""
+
+    def recorded(rehearse, run, device, pool):
+        raise RuntimeError(f"sums {compiled_code._sums.get()}")
+
+    monkeypatch.setattr(cuda, "available", lambda device: True)
+    monkeypatch.setattr(PromptGraphs, "suits", lambda *args: False)
+    monkeypatch.setattr(graphs, "recorded", recorded)
+    monkeypatch.setattr(graphs, "check_waits", lambda run, device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for compiles in (True, False):
+        model = tiny_model()
+        attach(model, tiny_adapter(model), cuda_graphs=True, compile=compiles)
+        with pytest.warns(UserWarning, match=f"without a CUDA graph: sums {compiles}"):
+            model.generate(tokens(1, 9), max_new_tokens=4, do_sample=False)
+    assert not compiled_code._sums.get()
+
+
 def test_compiled_pieces_are_gone_after_an_error_and_leave_out_what_is_watched(monkeypatch):
     compiled_code._compiled.cache_clear()
     monkeypatch.setattr(compiled_code, "_inductor", lambda graph, inputs: computed_once(graph))

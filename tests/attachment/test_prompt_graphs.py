@@ -13,8 +13,9 @@ if torch.cuda.is_available():
     pytest.skip("tests/test_cuda.py captures real graphs", allow_module_level=True)
 
 from octavo import KVCache, ReuseStore, attach
+from octavo.attachment import compiled as compiled_code
 from octavo.attachment import prompt_graphs, require_attachment
-from octavo.attachment.attachment import fill
+from octavo.attachment.attachment import Attachment, fill
 from octavo.attachment.graphs import Graphs
 from octavo.attention import cuda
 from octavo.engine import Engine, SamplingParams
@@ -100,6 +101,25 @@ def test_skipping_prompts_are_the_full_forward(keep):
         torch.testing.assert_close(torch.cat([first, rest], 1), expected[:, 36 - (keep or 1) :], rtol=0, atol=1e-4)
     kept = {kind[2] for kind in replays(model)}
     assert kept == {0: {0, 1, 2}, 1: {1, 2}, 5: {2}}[keep]
+
+
+def test_prompts_are_captured_with_additions_that_wait_for_norms(monkeypatch):
+    fused, real = [], compiled_code._with_sum
+    monkeypatch.setattr(compiled_code, "_compiled", lambda function, dynamic: function)
+    monkeypatch.setattr(Attachment, "_compiles", lambda self: True)
+    monkeypatch.setattr(compiled_code, "_with_sum", lambda norm: lambda *args: fused.append(norm) or real(norm)(*args))
+    monkeypatch.setattr(prompt_graphs, "OFTEN", 2)
+    model, ids = tiny_model(), tokens(2, 40)
+    adapter = tiny_adapter(model, window=8)
+    attach(model, adapter)
+    expected = in_pieces(model, ids, [40])[0]
+    attach(model, adapter, cuda_graphs=True, compile=True)
+    found = []
+    for _ in range(3):
+        torch.testing.assert_close(in_pieces(model, ids, [40])[0], expected, rtol=0, atol=1e-5)
+        found.append(len(fused))
+    assert found[0] == 0, "as it is, where nothing is captured"
+    assert found[1] == found[2] == 2 * len(model.model.layers)
 
 
 def test_the_engine_answers_as_generate():
