@@ -70,6 +70,11 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def attention_of(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of all layers."""
+    return [layer.self_attn for layer in model.model.layers]
+
+
 def in_pieces(
     model: PreTrainedModel, ids: torch.Tensor, pieces: Sequence[int], mask: torch.Tensor | None = None
 ) -> Any:

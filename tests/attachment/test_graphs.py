@@ -38,7 +38,7 @@ from octavo.attention.cuda.launch import Launcher
 from octavo.engine import Engine, SamplingParams
 from octavo.errors import CacheBudgetError, ConfigError, UnsupportedModelError
 from octavo.kv.fused_step import Replayed
-from tiny import check_answers, tiny_adapter, tiny_model, tokens
+from tiny import attention_of, check_answers, tiny_adapter, tiny_model, tokens
 from tiny_windows import windowed_model
 
 
@@ -469,7 +469,7 @@ def test_compiled_pieces_are_gone_after_an_error_and_leave_out_what_is_watched(m
     rotary = modeling_qwen3.apply_rotary_pos_emb
 
     def fails():
-        with compiled_code.compiled(model.model, [layer.self_attn for layer in model.model.layers]):
+        with compiled_code.compiled(model.model, attention_of(model)):
             assert not any("forward" in m.__dict__ for m in own)
             assert isinstance(model.model.layers[0].self_attn.q_norm.forward, functools.partial)
             model(tokens(1, 9), use_cache=False)
@@ -499,7 +499,7 @@ def test_threads_that_compile_at_once_do_not_disturb_each_other(monkeypatch):
         lambda function, dynamic: lambda *args: calls.append(threading.current_thread().name) or function(*args),
     )
     model, rotary, failed = tiny_model(), modeling_llama.apply_rotary_pos_emb, []
-    attention, ids = [layer.self_attn for layer in model.model.layers], tokens(1, 5)
+    attention, ids = attention_of(model), tokens(1, 5)
     each = 4 * len(attention) + 1  # two norms, an MLP and a rotary embedding for each layer, and a last norm: compiled
 
     @torch.no_grad()

@@ -14,15 +14,11 @@ from transformers.models.llama import modeling_llama
 
 from octavo.attachment import compiled as compiled_code
 from octavo.attachment.projections import GATED, NAMES, computed_once, gated_as_one, shared_products
-from tiny import tiny_model, tokens
+from tiny import attention_of, tiny_model, tokens
 
 
 def nobody(module):
     return False
-
-
-def attention_of(model):
-    return [layer.self_attn for layer in model.model.layers]
 
 
 def products(model, replaced=nobody):

@@ -104,10 +104,10 @@ def test_skipping_prompts_are_the_full_forward(keep):
 
 
 def test_prompts_are_captured_with_additions_that_wait_for_norms(monkeypatch):
-    fused, real = [], compiled_code._with_sum
+    fused, real = [], compiled_code.with_sum
     monkeypatch.setattr(compiled_code, "_compiled", lambda function, dynamic: function)
     monkeypatch.setattr(Attachment, "_compiles", lambda self: True)
-    monkeypatch.setattr(compiled_code, "_with_sum", lambda norm: lambda *args: fused.append(norm) or real(norm)(*args))
+    monkeypatch.setattr(compiled_code, "with_sum", lambda norm: lambda *args: fused.append(norm) or real(norm)(*args))
     monkeypatch.setattr(prompt_graphs, "OFTEN", 2)
     model, ids = tiny_model(), tokens(2, 40)
     adapter = tiny_adapter(model, window=8)

@@ -8,7 +8,7 @@ from transformers import GemmaConfig, GraniteConfig, Olmo2Config, Phi3Config, Qw
 
 from octavo.attachment import compiled as compiled_code
 from octavo.attachment.sums import Sum, computed, normed, waiting
-from tiny import FAMILIES, SHAPE, tiny_model, tokens
+from tiny import FAMILIES, SHAPE, attention_of, tiny_model, tokens
 
 OTHERS = {  # that scale what they add, norm it before, choose among experts, or name their projections otherwise
     "granite": lambda: GraniteConfig(**SHAPE),
@@ -26,7 +26,7 @@ PLAIN = {*FAMILIES, "gemma", "phi3", "smollm3"}  # whose layers add what attenti
 @pytest.fixture
 def fused(monkeypatch):
     """Pieces as the model has them instead of compiled; the list gets each sum that is computed with its norm."""
-    seen, with_sum = [], compiled_code._with_sum
+    seen, with_sum = [], compiled_code.with_sum
 
     def counted(norm):
         both = with_sum(norm)
@@ -38,15 +38,13 @@ def fused(monkeypatch):
         return run
 
     monkeypatch.setattr(compiled_code, "_compiled", lambda function, dynamic: function)
-    monkeypatch.setattr(compiled_code, "_with_sum", counted)
+    monkeypatch.setattr(compiled_code, "with_sum", counted)
     return seen
 
 
-def run(model, ids, layers=None):
+def run(model, ids):
     """The last hidden states of a decoder whose pieces are compiled."""
-    layers = model.model.layers if layers is None else layers
-    attention = [layer.self_attn for layer in layers]
-    with torch.no_grad(), compiled_code.compiled(model.base_model, attention, sums=True):
+    with torch.no_grad(), compiled_code.compiled(model.base_model, attention_of(model), sums=True):
         return computed(model.base_model(ids, use_cache=False).last_hidden_state)
 
 
@@ -104,7 +102,7 @@ def test_a_norm_may_be_called_by_name(fused):
     norm = model.model.norm
     with torch.no_grad():
         expected = norm(a + b)
-        with compiled_code.compiled(model.base_model, [layer.self_attn for layer in model.model.layers], sums=True):
+        with compiled_code.compiled(model.base_model, attention_of(model), sums=True):
             assert torch.equal(norm(hidden_states=a + b), expected)
             assert torch.equal(norm(hidden_states=a + Sum(b)), expected)
             assert torch.equal(norm(a + Sum(b)), expected)
@@ -113,7 +111,7 @@ def test_a_norm_may_be_called_by_name(fused):
 
 def test_a_block_s_mode_ends_with_it(fused):
     model, ids = tiny_model(), tokens(1, 9)
-    attention = [layer.self_attn for layer in model.model.layers]
+    attention = attention_of(model)
 
     def fuses():
         before = len(fused)

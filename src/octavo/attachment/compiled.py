@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from octavo.attachment.projections import computed_once, gated_as_one, shared_products, watched
-from octavo.attachment.sums import as_tensors, normed, waiting, with_sum
+from octavo.attachment.sums import called, normed, waiting, with_sum
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every model that has one
 NORM = "Norm"
@@ -80,7 +80,7 @@ def _places(
         if _is_piece(module):
             made: Callable[..., Any] = functools.partial(_compiled(type(module).forward, dynamic), gated_as_one(module))
             if type(module).__name__.endswith(NORM):
-                both = _compiled(_with_sum(type(module).forward), dynamic)
+                both = _compiled(with_sum(type(module).forward), dynamic)
                 made = functools.partial(normed, made, functools.partial(both, module))
             else:
                 made = functools.partial(_waiting, made)
@@ -112,7 +112,7 @@ def _is_piece(module: nn.Module) -> bool:
     """
     if not type(module).__name__.endswith(PIECES) or any(type(m).__name__.endswith(CHOOSING) for m in module.modules()):
         return False
-    return not any(m._forward_hooks or m._forward_pre_hooks or _other_forward(m) for m in module.modules())
+    return not any(watched(m) or _other_forward(m) for m in module.modules())
 
 
 def _other_forward(module: nn.Module) -> bool:
@@ -156,8 +156,8 @@ def _either(original: Callable[..., Any], made: Callable[..., Any], *args: Any, 
 
 def _waiting(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a forward returns; as a sum that can wait, in a thread that asked for that."""
-    args, kwargs = as_tensors(args, kwargs)
-    return waiting(forward(*args, **kwargs)) if _sums.get() else forward(*args, **kwargs)
+    out = called(forward, *args, **kwargs)
+    return waiting(out) if _sums.get() else out
 
 
 @functools.cache
@@ -165,9 +165,6 @@ def _compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[..
     """One compilation serves all modules of a class, since parameters are its inputs."""
     made: Callable[..., Any] = torch.compile(function, dynamic=dynamic, backend=_inductor)
     return made
-
-
-_with_sum = functools.cache(with_sum)  # a function for each class, of which there is one compilation
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ changed in place while it waited raises RuntimeError, and the model runs without
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -45,7 +46,7 @@ class Sum(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.add.Tensor and not kwargs and _alike(*args):
             return cls(*map(computed, args))
-        args, kwargs = as_tensors(args, kwargs or {})
+        args, kwargs = tree_map_only(cls, computed, (args, kwargs or {}))
         out = func(*args, **kwargs)
         if func._schema.is_mutable:  # PyTorch counts changes above this place alone
             increment_version([each for each in args if isinstance(each, Tensor)])
@@ -70,10 +71,9 @@ def computed(x: Tensor) -> Tensor:
     return x._terms[0]
 
 
-def as_tensors(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Arguments of a call with all sums in them computed."""
-    made: tuple[Any, Any] = tree_map_only(Sum, computed, (args, kwargs))
-    return made
+def called(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a module's forward returns where sums that it is given are computed before."""
+    return forward(*map(computed, args), **{name: computed(value) for name, value in kwargs.items()})
 
 
 def waiting(out: Any) -> Any:
@@ -81,6 +81,7 @@ def waiting(out: Any) -> Any:
     return Sum(out) if type(out) is Tensor and out.is_contiguous() else out
 
 
+@functools.cache  # a function for each class of norms, of which there is one compilation
 def with_sum(norm: Callable[..., Tensor]) -> Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Of a norm's forward what computes (a + b, its norm) from a module and two terms a and b [..., hidden]."""
 
@@ -98,8 +99,7 @@ def normed(plain: Callable[..., Any], both: Callable[..., tuple[Tensor, Tensor]]
         total, out = both(*args[0]._terms)
         args[0]._set(total)
         return out
-    args, kwargs = as_tensors(args, kwargs)
-    return plain(*args, **kwargs)
+    return called(plain, *args, **kwargs)
 
 
 def _alike(*terms: Any) -> bool:
