@@ -274,3 +274,17 @@ def test_what_memory_buys_and_long_prompts_are_the_records() -> None:
     expected = [peers["prefill", kv, 1, 32768] for kv in ("auto", "fp8")]
     expected += [ours[f"prefill of {kind}", 1, 32768] for kind in ("made-up", "half + made-up")]
     assert [float(x.replace(",", "")) for x in said.groups()] == pytest.approx(expected, abs=0.51)
+
+
+def test_the_table_beside_kvpress_is_the_records() -> None:
+    theirs = json.loads((Path(__file__).parents[1] / "bench" / "results" / "kvpress-h200.json").read_text())
+    policies = {row["policy"]: row for row in (*theirs["policies"], POLICIES["dms-8x"])}
+    header, _, *lines = re.findall(r"^\|.*\|$", README[README.index("| | dense | dms-8x | TOVA |") :], re.M)[:6]
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
+    for line, name in zip(lines, ("facts", "several needles", "table", "edit"), strict=True):
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        found = [s for c in columns for s in policies[c]["sets"] if (s["name"], s["length"]) == (name, 4096)]
+        assert cells == [f"{100 * each['exact']:.1f}%" for each in found]
+    for each in policies["dense"]["sets"]:
+        ours = case_set("dense", each["name"], each["length"])
+        assert each["nll"] == pytest.approx(ours["nll"], abs=1e-3), "both read the same cases"
