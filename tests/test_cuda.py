@@ -34,11 +34,12 @@ def test_eviction_on_the_gpu_is_the_mask_and_the_cpu(chunk, shift):
     assert cache.memory.pool.pages.key.is_cuda
 
 
+@pytest.mark.parametrize("before", [0, 40])
 @pytest.mark.parametrize("evict", [False, True])
 @pytest.mark.parametrize("chunk", [64, 512])
-def test_skipping_prefill_on_the_gpu_is_the_full_forward(chunk, evict):
+def test_skipping_prefill_on_the_gpu_is_the_full_forward(chunk, evict, before):
     model, ids = model_of(), tokens(2, 230).cuda()
-    adapters = pair(model, 2, evict)
+    adapters = pair(model, 2, evict, before=before)
     attach(model.cuda(), adapters, chunk=chunk)
     expected, cache = full(model, ids), KVCache(model)
     with torch.no_grad():
@@ -237,9 +238,10 @@ def test_prompts_from_graphs_are_those_of_the_model(evict, kv_dtype, padded):
                 assert torch.equal(left, kept)
 
 
-def test_skipping_prompts_from_graphs_are_the_full_forward():
+@pytest.mark.parametrize("before", [0, 40])
+def test_skipping_prompts_and_steps_from_graphs_are_the_full_forward(before):
     model = model_of()
-    adapters = pair(model, 2, True)
+    adapters = pair(model, 2, True, before=before)
     attach(model.cuda(), adapters, cuda_graphs=True)
     for turn in range(6):
         ids, cache = tokens(2, 230, seed=turn).cuda(), KVCache(model)

@@ -27,9 +27,9 @@ def model_of(family="llama", **changes):
     )
 
 
-def swiftkv_for(model, kv_layers=2, group=1, name="swift", seed=11):
-    """Random weights, far from the base model's."""
-    transform = initial(model, kv_layers, group)
+def swiftkv_for(model, kv_layers=2, group=1, name="swift", seed=11, before=0):
+    """Random weights, far from the base model's; `before`: numbers that tokens hand on."""
+    transform = initial(model, kv_layers, group, before)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name_, parameter in transform.named_parameters():
@@ -51,8 +51,8 @@ def gates_for(model, transform, window=20, shift=0, rate=0.5):
     return Adapter("gates", gates, fingerprint(model), 2.0, made_on=transform.fingerprint())
 
 
-def pair(model, group, evict, **options):
-    swift = swiftkv_for(model, group=group)
+def pair(model, group, evict, before=0, **options):
+    swift = swiftkv_for(model, group=group, before=before)
     return [swift, gates_for(model, swift.transform, **options)] if evict else [swift]
 
 

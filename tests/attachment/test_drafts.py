@@ -31,23 +31,24 @@ def made(kind):
     if kind == "int8":
         model = tiny_model().double()
         return attach(model, tiny_adapter(model, window=9), chunk=16, kv_dtype="int8")
-    if kind == "swiftkv":
+    if kind.startswith("swiftkv"):
         model = model_of()
-        return attach(model, pair(model, 1, True, window=9), chunk=16)
+        return attach(model, pair(model, 1, True, window=9, before=40 * ("hands" in kind)), chunk=16)
     if kind == "windows":
         return attach(windowed_model("gemma2"), chunk=16)
     model = windowed_model("qwen3")
     return attach(model, tiny_adapter(model, window=20), chunk=16)
 
 
-KINDS = ["gates", "chunks, shift 1", "int8", "swiftkv", "windows", "windows and gates"]
+KINDS = ["gates", "chunks, shift 1", "int8", "swiftkv", "swiftkv that hands on", "windows", "windows and gates"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_lookup_and_early_exit_answer_as_plain_decoding(kind):
     model, ids = made(kind), repetitive(50)
     expected = model.generate(ids, **GREEDY)
-    for drafted in ({"prompt_lookup_num_tokens": 5}, {"prompt_lookup_num_tokens": 20}, {"assistant_early_exit": 2}):
+    exits = [{"assistant_early_exit": layers} for layers in ((2, 4) if kind.startswith("swiftkv") else (2,))]
+    for drafted in ({"prompt_lookup_num_tokens": 5}, {"prompt_lookup_num_tokens": 20}, *exits):
         assert torch.equal(model.generate(ids, **drafted, **GREEDY), expected), drafted
 
 

@@ -86,10 +86,11 @@ def test_prompts_and_what_follows_them_are_those_of_the_model(evict, kv_dtype, p
         assert torch.equal(state[1], others[1])
 
 
+@pytest.mark.parametrize("before", [0, 40])
 @pytest.mark.parametrize("keep", [0, 1, 5])
-def test_skipping_prompts_are_the_full_forward(keep):
+def test_skipping_prompts_are_the_full_forward(keep, before):
     model = model_of()
-    attach(model, pair(model, 2, True), cuda_graphs=True)
+    attach(model, pair(model, 2, True, before=before), cuda_graphs=True)
     for turn in range(2):
         ids, cache = tokens(1, 54, seed=turn), KVCache(model)
         expected = full(model, ids)

@@ -12,6 +12,7 @@ from octavo.engine.request import Output, Request
 from octavo.engine.scheduler import together
 from octavo.errors import CacheBudgetError, ConfigError, PromptError
 from tiny import tiny_adapter, tiny_model, tokens
+from tiny_swift import model_of, pair
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -43,10 +44,15 @@ def finish(engine, most=3000):
     raise AssertionError("the engine does not get on")
 
 
-@pytest.mark.parametrize("evict", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "gates", "swiftkv that hands on"])
 @pytest.mark.parametrize("seed", range(5))
-def test_any_mix_of_requests_answers_as_generate(evict, seed):
-    dice, model = random.Random(seed), attached(evict)
+def test_any_mix_of_requests_answers_as_generate(kind, seed):
+    dice = random.Random(seed)
+    if kind == "swiftkv that hands on":
+        model = model_of()
+        attach(model, pair(model, 2, True, window=12, before=40))
+    else:
+        model = attached(kind == "gates")
     engine = Engine(model, max_batch=dice.choice([1, 3, 8]), step_tokens=dice.choice([1, 7, 64, 200]))
     engine.scheduler.padding = dice.choice([0.0, 1.5, 4.0])
     requests, cancelled = [], []

@@ -123,6 +123,9 @@ MODELS = {
     "swiftkv": lambda: swift(False),
     "swiftkv, gates": lambda: swift(True),
     "swiftkv, gates, shift 1, int8": lambda: swift(True, kv_dtype="int8", shift=1),
+    "swiftkv that hands on": lambda: swift(False, before=40),
+    "swiftkv that hands on, gates, shift 1": lambda: swift(True, shift=1, before=40),
+    "swiftkv that hands on, gates, int8": lambda: swift(True, kv_dtype="int8", before=40),
 }
 LENGTH = 150
 
@@ -137,10 +140,10 @@ def gated(shift, **options):
     return attach(model, tiny_adapter(model, window=9, shift=shift), chunk=16, **options)
 
 
-def swift(evict, kv_dtype=None, shift=0):
+def swift(evict, kv_dtype=None, shift=0, before=0):
     model = model_of() if kv_dtype is None else model_of().double()
     options = {"window": 9, "shift": shift} if evict else {}
-    return attach(model, pair(model, 2, evict, **options), chunk=16, kv_dtype=kv_dtype)
+    return attach(model, pair(model, 2, evict, before=before, **options), chunk=16, kv_dtype=kv_dtype)
 
 
 def turns(dice):

@@ -13,11 +13,12 @@ from octavo.attachment import attachment_of, require_attachment
 from octavo.cli.training import save
 from octavo.dms import Gates
 from octavo.errors import AdapterMismatchError, ConfigError, RetrofitError, RetrofitInterrupted
+from octavo.retrofit.card import card_text
 from octavo.retrofit.checkpoint import LOG
 from octavo.retrofit.data import Source
 from octavo.retrofit.packing import Packer, Rows
 from octavo.retrofit.regression import fit_gates, fit_keys_values
-from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings, kv_layers_for, shape_for
+from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings, before_for, kv_layers_for, shape_for
 from octavo.retrofit.trainer import Retrofit
 from octavo.swiftkv import SwiftKVAdapter, initial, load_swiftkv_adapter
 from tiny import tiny_adapter, tiny_model
@@ -280,6 +281,34 @@ def test_regression_finds_a_planted_map(family, sources):
             torch.testing.assert_close(swiftkv.kv_bias[which], expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("start", ["published", "regression"])
+def test_the_token_before_helps_and_is_trained(start, model, sources, tmp_path):
+    found = {}
+    for before in (0, 12):
+        swift = replace(SWIFT, start=start, before=before)
+        trained = run(model, sources, tmp_path / str(before), replace(SETTINGS, steps=25, swiftkv=swift))
+        found[before] = [line["loss"] for line in losses(tmp_path / str(before))]
+    if start == "regression":
+        assert found[12][0] < 0.97 * found[0][0]
+    else:
+        assert found[12][0] == pytest.approx(found[0][0]), "nothing is made of it yet"
+    assert sum(found[12][-4:]) < sum(found[0][-4:])
+    (adapter,) = trained.adapters("mine")
+    assert adapter.transform.hand.shape == (12, 96)
+    assert not torch.equal(adapter.transform.hand, initial(model, 2, before=12).hand)
+    assert adapter.transform.kv_before.any()
+    assert "Tokens hand 12 numbers" in card_text(adapter)
+    again = Retrofit(model, None, sources, replace(SETTINGS, swiftkv=swift), tmp_path / "again", init=[adapter])
+    assert torch.equal(again.transform.kv_before, adapter.transform.kv_before)
+
+
+def test_what_is_handed_on_is_as_in_the_adapter_that_a_run_starts_from(model):
+    adapter = SwiftKVAdapter("a", initial(model, 2, before=7), {})
+    assert (before_for(None, [adapter]), before_for(None), before_for(3, [adapter])) == (7, 0, 3)
+    with pytest.raises(ConfigError, match="before must not be negative"):
+        replace(SWIFT, before=-1)
+
+
 @pytest.mark.parametrize("group", [1, 2])
 def test_regression_starts_lower_than_averages(model, sources, tmp_path, group):
     begun = {}
@@ -368,7 +397,7 @@ def test_adapters_that_do_not_fit_the_run_are_refused(model, sources, tmp_path):
     assert shape_for(4, None, None, None, [other]) == (2, 2)
     gates = tiny_adapter(model, window=8)
     on_other = replace(gates, made_on=spec.fingerprint())
-    with pytest.raises(ConfigError, match="K=2 and groups of 2"):
+    with pytest.raises(ConfigError, match="K=2, groups of 2 and before=0"):
         Retrofit(model, None, sources, SETTINGS, tmp_path, init=[other])
     with pytest.raises(ConfigError, match="does not train"):
         Retrofit(model, None, sources, SETTINGS, tmp_path, init=[gates])

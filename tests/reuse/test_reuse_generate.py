@@ -27,10 +27,10 @@ def gated(shift=0, window=30, **options):
     return attach(model, tiny_adapter(model, window=window, shift=shift), chunk=16, **options)
 
 
-def swift(evict, shift=0, **options):
+def swift(evict, shift=0, before=0, **options):
     model = model_of()
     gates = {"window": 30, "shift": shift} if evict else {}
-    return attach(model, pair(model, 2, evict, **gates), chunk=16, **options)
+    return attach(model, pair(model, 2, evict, before=before, **gates), chunk=16, **options)
 
 
 MODELS = {
@@ -41,6 +41,8 @@ MODELS = {
     "gates, short window, shift 1": lambda **o: gated(1, window=9, **o),
     "swiftkv": lambda **o: swift(False, **o),
     "swiftkv, gates, shift 1": lambda **o: swift(True, 1, **o),
+    "swiftkv that hands on": lambda **o: swift(False, before=40, **o),
+    "swiftkv that hands on, gates": lambda **o: swift(True, before=40, **o),
     "gates, int8": lambda **o: gated(0, kv_dtype="int8", **o),
 }
 EXACT = [name for name in MODELS if "int8" not in name]

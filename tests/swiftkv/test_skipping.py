@@ -14,13 +14,14 @@ from tiny import tiny_adapter, tiny_model, tokens
 from tiny_swift import LAYERS, SWIFT_FAMILIES, full, gates_for, model_of, pair, swiftkv_for
 
 
+@pytest.mark.parametrize("before", [0, 40])
 @pytest.mark.parametrize("evict", [False, True])
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("chunk", [7, 64, 512])
-def test_skipping_prefill_and_decode_equal_the_full_forward(chunk, group, evict):
+def test_skipping_prefill_and_decode_equal_the_full_forward(chunk, group, evict, before):
     model, ids = model_of(), tokens(2, 230)
     base = full(model, ids)
-    attach(model, pair(model, group, evict), chunk=chunk)
+    attach(model, pair(model, group, evict, before=before), chunk=chunk)
     expected = full(model, ids)
     assert (expected - base).abs().max() > 0.1, "SwiftKV must matter for this test to mean anything"
     cache = KVCache(model)
@@ -28,18 +29,21 @@ def test_skipping_prefill_and_decode_equal_the_full_forward(chunk, group, evict)
         parts = [model(ids[:, :200], past_key_values=cache, logits_to_keep=3).logits[:, -3:]]
         parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(200, 230)]
     torch.testing.assert_close(torch.cat(parts, 1), expected[:, 197:], rtol=0, atol=1e-4)
-    assert cache.kept.shape[1] == 2 + 4 // group
+    layers = 2 + 4 // group
+    assert cache.kept.shape[1] == layers + (before > 0), "what tokens hand on has a KV layer of its own"
+    assert bool((cache.kept[:, layers:] == (20 if evict else 230)).all())
     if evict:
         marked = torch.stack(attachment_of(model).policy.marked)
         stays = (~marked | (torch.arange(230) >= 210)).sum(-1).transpose(0, 1)
-        assert torch.equal(cache.kept, stays), "what the cache holds is what the gates keep"
+        assert torch.equal(cache.kept[:, :layers], stays), "what the cache holds is what the gates keep"
 
 
+@pytest.mark.parametrize("before", [0, 7])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("family", SWIFT_FAMILIES)
-def test_every_family_skips_exactly(family, shift):
+def test_every_family_skips_exactly(family, shift, before):
     model, ids = model_of(family), tokens(1, 150)
-    attach(model, pair(model, 2, True, shift=shift), chunk=32)
+    attach(model, pair(model, 2, True, shift=shift, before=before), chunk=32)
     expected = full(model, ids)
     cache = KVCache(model)
     with torch.no_grad():
@@ -105,11 +109,12 @@ def test_whoever_needs_all_positions_gets_the_full_forward(ask):
         assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("before", [0, 40])
 @pytest.mark.parametrize("evict", [False, True])
 @pytest.mark.parametrize("chunk", [16, 512])
-def test_left_padded_generation_equals_each_prompt_alone(chunk, evict):
+def test_left_padded_generation_equals_each_prompt_alone(chunk, evict, before):
     model, ids = model_of(), tokens(3, 170)
-    attach(model, pair(model, 2, evict), chunk=chunk)
+    attach(model, pair(model, 2, evict, before=before), chunk=chunk)
     mask = torch.ones_like(ids)
     for row, length in enumerate((170, 101, 30)):
         mask[row, : 170 - length] = 0
@@ -121,10 +126,11 @@ def test_left_padded_generation_equals_each_prompt_alone(chunk, evict):
         assert torch.equal(logits.argmax(-1), got[row]), f"prompt of {length}"
 
 
+@pytest.mark.parametrize("before", [0, 40])
 @pytest.mark.parametrize("evict", [False, True])
-def test_multi_turn_equals_one_forward(evict):
+def test_multi_turn_equals_one_forward(evict, before):
     model, ids = model_of(), tokens(1, 400)
-    attach(model, pair(model, 4, evict), chunk=48)
+    attach(model, pair(model, 4, evict, before=before), chunk=48)
     expected = full(model, ids)
     cache, at, got = KVCache(model), 0, {}
     with torch.no_grad():

@@ -162,7 +162,7 @@ def _checked(
     swiftkv = next((a for a in adapters if isinstance(a, SwiftKVAdapter)), None)
     if swiftkv is not None:
         spec = swiftkv.transform.spec
-        if spec != spec_for(model, spec.kv_layers, spec.group):
+        if spec != spec_for(model, spec.kv_layers, spec.group, spec.before):
             raise AdapterMismatchError(f"adapter {swiftkv.name} has other shapes than this model: {spec}")
     _check_borrowed(model, gates, swiftkv)
     if gates is not None:

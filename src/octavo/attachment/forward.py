@@ -22,7 +22,7 @@ from octavo.dms import FoldedGates, Policy
 from octavo.errors import NotAttachedError, UnsupportedModelError
 from octavo.kv import PagedCache
 from octavo.swiftkv import SwiftKV
-from octavo.swiftkv.transform import Rotary
+from octavo.swiftkv.transform import Rotary, shifted
 
 NAME = "octavo"
 RUNNING: ContextVar["Forward | None"] = ContextVar("octavo_forward", default=None)  # see `Attachment.run`
@@ -85,7 +85,10 @@ class Forward:
 
     def decided(self) -> Tensor | None:
         """The marks [L, B, H, N] bool that waited for the end, None: there are none."""
-        return self._decided(0, self.undecided) if self.undecided else None
+        marked = self._decided(0, self.undecided) if self.undecided else None
+        if marked is None or self.cache is None or not self.cache.shape.hands:
+            return marked
+        return torch.cat([marked, torch.ones_like(marked[:1])])  # see `_hand_on`
 
     def _decided(self, first: int, hidden: list[Tensor]) -> Tensor | None:
         """What the gates forget of KV layers `first`...: marks [l, B, H, N] bool; None: they forget nothing."""
@@ -153,19 +156,45 @@ class Forward:
         assert self.transform is not None
         spec = self.transform.spec
         n = self.transform.normalised(residual)
-        keys, values = self.transform.keys_values(n, self.layout.attention, rotary)
+        handed = self.transform.handed(n) if spec.before else None
+        given = None if handed is None else self._given(handed)
+        keys, values = self.transform.keys_values(n, self.layout.attention, rotary, given)
         if self.cache is None:
             for i, layer in enumerate(range(spec.kv_layers, spec.cached_layers)):
                 log_keep = self.policy.log_keep(layer, n, keys[i]) if self.policy else None
                 self.shared[layer] = (keys[i], values[i], log_keep)
             return
-        upper = range(spec.kv_layers, self.cache.shape.cached_layers)  # fewer than all where generation exits early
+        last = self.cache.shape.cached_layers - self.cache.shape.hands
+        upper = range(spec.kv_layers, last)  # fewer than all where generation exits early
         for i, layer in enumerate(upper):
             self.cache.update(keys[i], values[i], layer)
         self.store(spec.kv_layers, [n] * len(upper), keys[: len(upper)].unbind(), values[: len(upper)].unbind())
         if self.keep == 0:  # no layer reads what was stored
             for layer in upper:
                 self.cache.step.settle(layer)
+        if handed is not None:
+            self._hand_on(last, handed)
+
+    def _given(self, handed: Tensor) -> Tensor:
+        """What the token before each handed on, [B, N, before], where they themselves hand on `handed`."""
+        if self.cache is None:
+            return shifted(handed, None if self.packed is None else self.packed.document, self.valid)
+        assert self.transform is not None
+        step = self.cache.step
+        first = self.transform.from_slots(*step.newest(self.cache.shape.cached_layers - 1, handed.dtype))
+        return shifted(handed, valid=step.valid, first=first)
+
+    def _hand_on(self, layer: int, handed: Tensor) -> None:
+        """Store what tokens hand on in a KV layer of its own; gates, where there are any, mark all of it, since nobody
+        asks for more than the newest, and what may be taken back."""
+        assert self.transform is not None
+        assert self.cache is not None
+        key, value = self.cache.update(*self.transform.as_slots(handed), layer)
+        step, marked = self.cache.step, None
+        if self.gates is not None and not step.decides_at_commit:
+            marked = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+        step.update(layer, key, value, marked)
+        step.settle(layer)
 
     def masked(
         self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float,

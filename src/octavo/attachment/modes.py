@@ -43,11 +43,15 @@ class Modes:
         """What a cache of this mode must look like, where the model lies now."""
         layout, there = self.layout, self.model.config.num_hidden_layers
         layers = sum(layer < there for layer in layout.stores)  # fewer than all while generation exits early
-        cached = self.swiftkv.transform.spec.kv_layer_of(layers - 1) + 1 if self.swiftkv and skips else layers
+        cached, hands = layers, False
+        if self.swiftkv and skips:
+            spec = self.swiftkv.transform.spec
+            hands = spec.before > 0 and layers > spec.kv_layers
+            cached = spec.kv_layer_of(layers - 1) + 1 + hands
         where = self.model.dtype, self.device
         lives = layout.lifetimes[:cached]
         heads = layout.heads[:cached]
-        return CacheShape(layers, cached, layout.kv_heads, layout.head_dim, *where, lives, heads)
+        return CacheShape(layers, cached, layout.kv_heads, layout.head_dim, *where, lives, heads, hands)
 
     def oracle(self, skips: bool) -> tuple[Policy | None, SwiftKV | None]:
         """What a forward without a cache must run under to equal one with a cache of this mode."""

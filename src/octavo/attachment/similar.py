@@ -1,8 +1,9 @@
 """A prompt out of similar ones: keys turned to their new positions, and one forward over what is missing.
 
 RoPE turns a key by its position, K_i = R(i) k, so K_i = R(i - j) K_j. Where that is not so (frequencies that depend on
-the length, positions of several axes), or where slots hold codes of few bits, which would be rounded a second time,
-nothing is put together. Sequences so made are approximate; see `octavo.reuse.similar` for what is lost.
+the length, positions of several axes), where slots hold codes of few bits, which would be rounded a second time, or
+where tokens hand something to the one after them, which need not follow them here, nothing is put together. Sequences
+so made are approximate; see `octavo.reuse.similar` for what is lost.
 """
 
 import copy
@@ -34,7 +35,7 @@ def begin_similar(store: Any, cache: KVCache, tokens: Sequence[int]) -> Any:
     Raises CacheBudgetError; the cache is empty then.
     """
     similar, attachment = getattr(store, "similar", None), cache.attachment
-    if similar is None or attachment.needs_whole or not turns(attachment):
+    if similar is None or attachment.needs_whole or cache.shape.hands or not turns(attachment):
         return None
     identity, layout = cache.identity(), layout_of(cache.tables, cache.sequences.shift)
     draft = similar.draft(identity, layout, tokens, lambda ids: mean_embedding(attachment, ids))

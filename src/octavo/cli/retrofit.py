@@ -36,6 +36,10 @@ Window = Annotated[int, typer.Option(help="Tokens a marked one stays visible.")]
 Skip = Annotated[float | None, typer.Option(help="Share of layers to skip at least; 0.33, or --init's, if left out.")]
 KvLayers = Annotated[int | None, typer.Option(help="Layers that keep their own keys and values, instead of --skip.")]
 Group = Annotated[int | None, typer.Option(help="Skipped layers that share keys and values; 1, or --init's.")]
+Before = Annotated[
+    int | None,
+    typer.Option(help="Numbers that each token hands to the one after it, for half of the layers; 0, or --init's."),
+]
 Temperature = Annotated[float, typer.Option(help="Of the KL; 2 in the paper, 1 learns faster here.")]
 MseWeight = Annotated[float, typer.Option(help="Of the error of the hidden states before the last layer.")]
 Start = Annotated[str, typer.Option(help="'regression' fits keys and values first; 'published' averages.")]
@@ -105,6 +109,7 @@ def swiftkv(
     skip: Skip = None,
     kv_layers: KvLayers = None,
     group: Group = None,
+    before: Before = None,
     steps: int = 900,
     batch: Batch = 32,
     micro_batch: MicroBatch = 16,
@@ -129,7 +134,7 @@ def swiftkv(
     """Distil weights with which prompt tokens skip the later layers (SwiftKV)."""
     from octavo.cli.training import find_skip, train
     from octavo.cli.training_text import TrainingText
-    from octavo.retrofit.settings import RetrofitSettings, SwiftSettings, exercises_for, shape_for
+    from octavo.retrofit.settings import RetrofitSettings, SwiftSettings, before_for, exercises_for, shape_for
 
     if search and (skip is not None or kv_layers is not None or init or name is not None):
         raise ConfigError("--search takes --shares and --group, not --skip, --kv-layers, --init or --name")
@@ -140,11 +145,12 @@ def swiftkv(
     adapters = adapters_of(init or [])
     loaded, tokenizer = load_plain(model, dtype, device)
     layers = loaded.config.num_hidden_layers
-    shape = shape_for(layers, skip, kv_layers, group, adapters)
+    shape, handed = shape_for(layers, skip, kv_layers, group, adapters), before_for(before, adapters)
     settings = RetrofitSettings(
-        None, SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start), steps=steps,
-        batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed, checkpoint_every=100,
-        exercises=exercises_for(recall, exercises),
+        None,
+        SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start, before=handed),
+        steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
+        checkpoint_every=100, exercises=exercises_for(recall, exercises),
     )  # fmt: skip
     if search:
         allowed = LIMIT if limit is None else limit
@@ -163,6 +169,7 @@ def swiftkv_and_dms(
     skip: Skip = None,
     kv_layers: KvLayers = None,
     group: Group = None,
+    before: Before = None,
     target: Target = 8.0,
     steps: int = 200,
     batch: Batch = 8,
@@ -188,15 +195,23 @@ def swiftkv_and_dms(
     """Distil SwiftKV weights and eviction gates together; the gates go to a folder inside the adapter's."""
     from octavo.cli.training import train
     from octavo.cli.training_text import TrainingText
-    from octavo.retrofit.settings import GateSettings, RetrofitSettings, SwiftSettings, exercises_for, shape_for
+    from octavo.retrofit.settings import (
+        GateSettings,
+        RetrofitSettings,
+        SwiftSettings,
+        before_for,
+        exercises_for,
+        shape_for,
+    )
 
     text = TrainingText(data or [], sampled, sample_tokens)
     adapters = adapters_of(init or [])
     loaded, tokenizer = load_plain(model, dtype, device)
     shape = shape_for(loaded.config.num_hidden_layers, skip, kv_layers, group, adapters)
+    handed = before_for(before, adapters)
     settings = RetrofitSettings(
         GateSettings(target, window, gates_lr),
-        SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start),
+        SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start, before=handed),
         steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
         exercises=exercises_for(recall, exercises),
     )  # fmt: skip

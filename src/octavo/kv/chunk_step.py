@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo.attention import Chunk, Scoring, attend, causal, cuda, slots, write
 from octavo.config import NEVER
 from octavo.kv.holes import Holes, holes_in, ranked
+from octavo.kv.newest import stored_at
 from octavo.kv.plan import append, extended, found, grown, owned_many, place
 from octavo.kv.pool import pages_for
 from octavo.kv.recorded_chunk import Made
@@ -138,6 +139,17 @@ class ChunkStep:
             return None
         every = torch.ones((), dtype=torch.bool, device=position.device)
         return every.expand(len(position), batch.tables.length.shape[2], position.shape[1]), life.length - 1
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which of the new tokens are no padding, [B, N] bool; None: all."""
+        return self.new.valid
+
+    def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
+        tables, batch = self.batch.tables, self.batch
+        table, length = tables.table[batch.index, layer], tables.length[batch.index, layer]
+        return stored_at(tables.pool.pages, table[..., : batch.columns], length, self.new.start - 1, dtype)
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""

@@ -6,9 +6,11 @@ but the batch size, so one CUDA graph serves every step.
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from octavo.attention import Scoring, write
+from octavo.kv.newest import stored_at
 from octavo.kv.plan import found, named_elsewhere
 from octavo.kv.step import Batch, Later, New
 
@@ -72,6 +74,17 @@ class FusedStep:
         return self._decode.attend(
             query, self.new.at, pages, table, length, scale, begin, new, self.rows, scoring=scoring
         )
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which of the new tokens are no padding, [B, N] bool; None: all."""
+        return self.new.valid
+
+    def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What is stored in one layer of the token before each sequence's new one, each [B, H, D] in `dtype`."""
+        table, length, *_ = self._layers[layer]
+        rows = self.rows.long().clamp(min=0)
+        return stored_at(self.batch.tables.pool.pages, table[rows], length[rows], self.new.start - 1, dtype)
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""

@@ -6,9 +6,11 @@ done as for any other piece, once the graph has run. See `octavo.kv.chunk_step`.
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from octavo.attention import Scoring
+from octavo.kv.newest import stored_at
 from octavo.kv.tables import Tables
 
 if TYPE_CHECKING:
@@ -66,6 +68,21 @@ class RecordedChunk:
         if self._past is not None:
             past = self._pages, self._past[0][:, layer], self._past[1][:, layer]
         return attend(query, key, value, self._span, scale, marked, self._window, *past, scoring)
+
+    @property
+    def valid(self) -> Tensor:
+        """Which columns are tokens, [B, N] bool; the others are padding."""
+        first, columns, _ = (n[:, None] for n in self._span)
+        column = torch.arange(self.made.key.shape[3], device=first.device)
+        return (column >= first) & (column < first + columns)
+
+    def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
+        if self._past is None:
+            nothing = torch.zeros_like(self.made.key[layer, :, :, 0], dtype=dtype)
+            return nothing, nothing
+        table, length = (each[:, layer] for each in self._past)
+        return stored_at(self._pages, table, length, self._span.start - 1, dtype)
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's tokens any more; the graph may use their memory again."""

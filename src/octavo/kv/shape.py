@@ -15,7 +15,8 @@ class CacheShape:
     """What a cache must know of a model. `dtype` is what the model computes in; `layers` may share `cached_layers`.
 
     `lifetimes`: of each KV layer, None where it attends to everything; empty where all do. `heads`: how many of the
-    `kv_heads` each KV layer really has; empty where all have all.
+    `kv_heads` each KV layer really has; empty where all have all. `hands`: the last KV layer is one that no layer
+    attends to: it holds what each token hands to the one after it (`octavo.swiftkv`).
     """
 
     layers: int
@@ -26,6 +27,7 @@ class CacheShape:
     device: torch.device
     lifetimes: tuple[Lifetime | None, ...] = ()
     heads: tuple[int, ...] = ()
+    hands: bool = False
 
     @property
     def windowed(self) -> bool:

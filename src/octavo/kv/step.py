@@ -93,6 +93,11 @@ class New(NamedTuple):
     after: Tensor  # [B] int32, position of the next query after this forward
     padded: bool  # whether any may be padding
 
+    @property
+    def valid(self) -> Tensor | None:
+        """Which of them are no padding, [B, N] bool; None: all."""
+        return self.position >= 0 if self.padded else None
+
 
 def counted(start: Tensor, columns: int, valid: Tensor | None) -> New:
     """Positions of `columns` new tokens per sequence; `valid` [B, N] bool marks the real ones, None: all are."""

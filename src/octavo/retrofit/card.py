@@ -31,9 +31,10 @@ def _what(adapter: Adapter | SwiftKVAdapter) -> list[str]:
     if isinstance(adapter, SwiftKVAdapter):
         spec = adapter.transform.spec
         shared = "" if spec.group == 1 else f", in groups of {spec.group} that share keys and values"
+        handed = f" Tokens hand {spec.before} numbers to the one after them." if spec.before else ""
         return [
             f"SwiftKV weights for a {kind} model: prompt tokens skip {spec.upper} of {spec.layers} layers "
-            f"({spec.upper / spec.layers:.0%}; K={spec.kv_layers}){shared}."
+            f"({spec.upper / spec.layers:.0%}; K={spec.kv_layers}){shared}.{handed}"
         ]
     gates = adapter.gates.spec
     on = f", made on SwiftKV with K={adapter.made_on['kv_layers']}" if adapter.made_on else ""

@@ -2,7 +2,9 @@
 
 The only input is n, the normalised residual stream that enters layer K. Keys and values of each KV layer from K on
 are fitted by ridge regression to what the teacher's own projections give (before RoPE and any key norm; the mean over
-a group). Gates of these KV layers are fitted to what gates made for the base model say of each layer's own input.
+a group). Where tokens hand numbers on, the fit is to n and to the n of the token before, of which as many directions
+are kept as there are numbers: those that explain most of what n alone does not. Gates of these KV layers are fitted to
+what gates made for the base model say of each layer's own input.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +20,7 @@ from octavo.retrofit.lesson import embedded_tokens
 from octavo.retrofit.packing import Rows
 from octavo.swiftkv import SwiftKV
 from octavo.swiftkv.initial import projections
+from octavo.swiftkv.transform import shifted
 
 CERTAIN = 3.0  # gate logits are clamped to this: past it the decision is the same, and the fit would spend itself there
 Total = Callable[[Tensor], Tensor]
@@ -42,8 +45,15 @@ def fit_keys_values(
     for rows in parts:
         keep = rows.counted.bool()
         n, streams = _streams(attachment, transform, rows)
-        fit.add(n[keep], _projected(attachment, transform, streams)[keep])
-    weight, bias = fit.solve(total)
+        inputs = torch.cat([shifted(n, rows.document), n], -1) if spec.before else n
+        fit.add(inputs[keep], _projected(attachment, transform, streams)[keep])
+    if transform.hand is None or transform.kv_before is None:
+        weight, bias = fit.solve(total)
+    else:
+        blocks = 2 * spec.groups * spec.kv_heads  # keys of one layer and head are as large as each other, not as others
+        hand, made, weight, bias = fit.solve_handed(total, spec.hidden, spec.before, blocks)
+        transform.hand.copy_(hand)
+        transform.kv_before.copy_(made.reshape(transform.kv_before.shape))
     transform.kv.copy_(weight.reshape(transform.kv.shape))
     if transform.kv_bias is not None and bias is not None:
         transform.kv_bias.copy_(bias.reshape(transform.kv_bias.shape))
@@ -93,6 +103,7 @@ class _Fit:
         self.ridge, self.constant = ridge, constant
         self.xx: Tensor | None = None
         self.xy: Tensor | None = None
+        self.yy: Tensor | None = None  # [out], of squares
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Count more tokens: [n, in] and [n, out]."""
@@ -103,14 +114,50 @@ class _Fit:
             xx, xy = x.T @ x, x.T @ wanted.double()
             self.xx = xx if self.xx is None else self.xx + xx
             self.xy = xy if self.xy is None else self.xy + xy
+            yy = wanted.double().square().sum(0)
+            self.yy = yy if self.yy is None else self.yy + yy
 
     def solve(self, total: Total) -> tuple[Tensor, Tensor | None]:
         """(weight [out, in], bias [out] where there is a constant)."""
         assert self.xx is not None
         assert self.xy is not None
-        xx, xy = total(self.xx), total(self.xy)
-        # In proportion to each input's own size: channels of the residual stream differ a hundredfold.
-        solved = torch.linalg.solve(xx + torch.diag(xx.diagonal() * self.ridge + 1e-12), xy).T
+        xx, xy = self._ridged(total(self.xx)), total(self.xy)
+        return self._parted(torch.linalg.solve(xx, xy).T)
+
+    def solve_handed(
+        self, total: Total, first: int, rank: int, blocks: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The same where the weights of the `first` inputs are a product of rank `rank`.
+
+        (hand [rank, first], made [out, rank], weight [out, in - first], bias), with weights made @ hand of the first
+        inputs: reduced-rank regression of what the other inputs leave, in which each of `blocks` equal parts of the
+        outputs weighs the same.
+        """
+        assert self.xx is not None
+        assert self.xy is not None
+        assert self.yy is not None
+        xx, xy, yy = self._ridged(total(self.xx)), total(self.xy), total(self.yy)
+        by_others = torch.linalg.solve(xx[first:, first:], torch.cat([xx[first:, :first], xy[first:]], 1))
+        left = torch.cat([xx[:first, :first], xy[:first]], 1) - xx[:first, first:] @ by_others
+        whole = torch.linalg.solve(left[:, :first], left[:, first:])  # [first, out]
+        size = yy.view(blocks, -1).mean(1).sqrt().clamp(min=1e-12).repeat_interleave(len(yy) // blocks)
+        root = torch.linalg.cholesky((left[:, :first] + left[:, :first].T) / 2)  # inputs @ root have products of one
+        directions = torch.linalg.svd((root.T @ whole / size).T, full_matrices=False)[0][:, :rank]  # [out, rank]
+        hand = directions.T @ (whole / size).T  # [rank, first]
+        made = directions * size[:, None]  # [out, rank]
+        balance = (made.square().mean(0) / hand.square().mean(1).clamp(min=1e-30)).sqrt().sqrt()
+        hand, made = hand * balance[:, None], made / balance  # as large as each other, or Adam moves one far too much
+        weight, bias = self._parted(
+            torch.linalg.solve(xx[first:, first:], xy[first:] - xx[first:, :first] @ (made @ hand).T).T
+        )
+        return hand, made, weight, bias
+
+    def _ridged(self, xx: Tensor) -> Tensor:
+        """With the ridge in proportion to each input's own size: channels of the stream differ a hundredfold."""
+        return xx + torch.diag(xx.diagonal() * self.ridge + 1e-12)
+
+    def _parted(self, solved: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of [out, in] weights of which the last is the constant's, where there is one."""
         return (solved[:, :-1], solved[:, -1]) if self.constant else (solved, None)
 
 

@@ -58,7 +58,7 @@ class SwiftSettings:
     The learning rate rises over the share `warmup` of the steps, then falls linearly to nearly zero. `lr` 0 keeps
     the weights as they are, for gates that learn on them. `temperature` is that of the KL; `mse_weight` multiplies
     the error of the hidden states before the last layer. `start`: the published recipe's averages, or keys and
-    values fitted in closed form (`regression.py`).
+    values fitted in closed form (`regression.py`). `before`: numbers that tokens hand on, as in `SwiftSpec`.
     """
 
     kv_layers: int
@@ -68,6 +68,7 @@ class SwiftSettings:
     temperature: float = 2.0
     mse_weight: float = 1.0
     start: str = "published"
+    before: int = 0
 
     def __post_init__(self) -> None:
         _check_finite(self)
@@ -77,6 +78,8 @@ class SwiftSettings:
             raise ConfigError(f"lr must lie in [0, 1] and warmup in [0, 1), not {self.lr:g} and {self.warmup:g}")
         if not self.temperature > 0 or not self.mse_weight >= 0:
             raise ConfigError("temperature must be positive and mse_weight must not be negative")
+        if self.before < 0:
+            raise ConfigError(f"before must not be negative, but is {self.before}")
         if self.start not in ("published", "regression"):
             raise ConfigError(f"start must be published or regression, not {self.start!r}")
 
@@ -170,6 +173,12 @@ def shape_for(
             else kv_layers_for(layers, 0.33 if skip is None else skip, group)
         )
     return kv_layers, group
+
+
+def before_for(before: int | None, init: Sequence[Adapter | SwiftKVAdapter] = ()) -> int:
+    """Numbers that tokens hand on: `before`, or where that is None as in the SwiftKV adapter of `init`, else 0."""
+    given = [a.transform.spec.before for a in init if isinstance(a, SwiftKVAdapter)]
+    return before if before is not None else given[0] if given else 0
 
 
 def kv_layers_for(layers: int, skip: float, group: int = 1) -> int:

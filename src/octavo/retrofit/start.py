@@ -69,8 +69,10 @@ def made_with(
         f"source {i}": {"name": source.name, "share": source.share, "tokens": len(source.tokens)}
         for i, source in enumerate(sources, 1)
     }
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"settings": asdict(settings), "model": fingerprint(model), "init": init, "data": data, "dtype": dtype}
+    dtype, told = str(model.dtype).removeprefix("torch."), asdict(settings)
+    if told["swiftkv"] and not told["swiftkv"]["before"]:
+        del told["swiftkv"]["before"]  # checkpoints of earlier versions do not say it
+    return {"settings": told, "model": fingerprint(model), "init": init, "data": data, "dtype": dtype}
 
 
 def first_transform(model: PreTrainedModel, settings: RetrofitSettings, init: SwiftKVAdapter | None) -> SwiftKV | None:
@@ -78,13 +80,13 @@ def first_transform(model: PreTrainedModel, settings: RetrofitSettings, init: Sw
     s = settings.swiftkv
     if s is None:
         return None
-    transform = initial(model, s.kv_layers, s.group)
+    transform = initial(model, s.kv_layers, s.group, s.before)
     if init is not None:
         given = init.transform.spec
-        if (given.kv_layers, given.group) != (s.kv_layers, s.group):
+        if (given.kv_layers, given.group, given.before) != (s.kv_layers, s.group, s.before):
             raise ConfigError(
-                f"adapter {init.name} has K={given.kv_layers} and groups of {given.group}; "
-                f"this run trains K={s.kv_layers} and groups of {s.group}"
+                f"adapter {init.name} has K={given.kv_layers}, groups of {given.group} and before={given.before}; "
+                f"this run trains K={s.kv_layers}, groups of {s.group} and before={s.before}"
             )
         transform.load_state_dict(init.transform.state_dict())
     return transform.requires_grad_(s.lr > 0)

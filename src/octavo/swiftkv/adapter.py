@@ -20,6 +20,7 @@ KIND = "swiftkv"
 FORMAT = 1
 Storage = Literal["int8", "bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_MATRICES = ("q", "kv", "hand", "kv_before")
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,21 @@ def save_swiftkv_adapter(adapter: SwiftKVAdapter, folder: str | Path, storage: S
         raise ConfigError(f"storage must be int8, bf16 or fp32, not {storage!r}")
     tensors: dict[str, Tensor] = {}
     for name, parameter in adapter.transform.named_parameters():
-        if name not in ("q", "kv"):
+        if name not in _MATRICES:
             tensors[name] = parameter.detach().float()
         elif storage == "int8":
             tensors[name], tensors[f"{name}_scale"] = quantised(parameter.detach())
         else:
             tensors[name] = parameter.detach().to(_DTYPES[storage])
+    spec = asdict(adapter.transform.spec)
+    if not spec["before"]:
+        del spec["before"]  # unknown to versions that read all other adapters
     settings = {
         "format": FORMAT,
         "kind": KIND,
         "name": adapter.name,
         "model": adapter.fingerprint,
-        "spec": asdict(adapter.transform.spec),
+        "spec": spec,
         "card": adapter.card,
     }
     write_adapter(folder, settings, tensors)
@@ -101,7 +105,7 @@ def check_pair(gates: str, made_on: dict[str, Any] | None, adapter: SwiftKVAdapt
     assert made_on is not None
     assert adapter is not None
     ours = adapter.transform.fingerprint()
-    same = all(made_on.get(key) == ours[key] for key in ("kv_layers", "group"))
+    same = all(made_on.get(key, 0) == ours.get(key, 0) for key in ("kv_layers", "group", "before"))
     if not same or not relative_distance(ours["sample"], made_on.get("sample", [])) < TOLERANCE:
         raise AdapterMismatchError(
             f"gates {gates} were distilled on another SwiftKV adapter (K={made_on.get('kv_layers')}, "
@@ -112,9 +116,10 @@ def check_pair(gates: str, made_on: dict[str, Any] | None, adapter: SwiftKVAdapt
 def as_stored(transform: SwiftKV) -> SwiftKV:
     """A frozen copy on the CPU whose matrices hold the values that an int8 file gives back."""
     copied = copy.deepcopy(transform).cpu().requires_grad_(False)
-    for weight in (copied.q, copied.kv):
-        values, scale = quantised(weight)
-        weight.copy_(values * scale[..., None])
+    for weight in (getattr(copied, name) for name in _MATRICES):
+        if weight is not None:
+            values, scale = quantised(weight)
+            weight.copy_(values * scale[..., None])
     return copied
 
 

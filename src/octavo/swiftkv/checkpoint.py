@@ -109,6 +109,10 @@ def write_published(
     `dtype` is that of all tensors, `shard` the largest size of one file. Raises UnsupportedModelError where no
     published layout exists for the model, OutputFileError where `folder` is not empty or cannot be written.
     """
+    if transform.spec.before:
+        raise UnsupportedModelError(
+            "this SwiftKV adapter's tokens hand numbers to the one after them, which no published layout has"
+        )
     settings = _published_settings(model, transform.spec, dtype)
     write_checkpoint(model, settings, tensors(transform), folder, tokenizer, dtype=dtype, shard=shard)
 

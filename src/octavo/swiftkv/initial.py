@@ -12,7 +12,7 @@ from octavo.swiftkv.transform import SwiftKV, SwiftSpec, has_rotary
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "granite", "smollm3")
 
 
-def spec_for(model: PreTrainedModel, kv_layers: int, group: int = 1) -> SwiftSpec:
+def spec_for(model: PreTrainedModel, kv_layers: int, group: int = 1, before: int = 0) -> SwiftSpec:
     """The transform's shape for a model. Raises UnsupportedModelError and ConfigError."""
     config = model.config
     if config.model_type not in MODEL_TYPES:
@@ -31,6 +31,7 @@ def spec_for(model: PreTrainedModel, kv_layers: int, group: int = 1) -> SwiftSpe
         head_dim=attention.head_dim,
         bias=projections(attention)[0][1] is not None,
         eps=config.rms_norm_eps,
+        before=before,
     )
     for first in range(kv_layers, spec.layers, group):
         if len({has_rotary(layer.self_attn) for layer in base.layers[first : first + group]}) > 1:
@@ -57,17 +58,21 @@ def projections(attention: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
 
 
 @torch.no_grad()
-def initial(model: PreTrainedModel, kv_layers: int, group: int = 1) -> SwiftKV:
+def initial(model: PreTrainedModel, kv_layers: int, group: int = 1, before: int = 0) -> SwiftKV:
     """The published recipe's start: the norm of layer K, each layer's queries, keys and values averaged per group.
 
-    `kv_layers` is K. The weights are float32, on the model's device (arXiv 2410.03960).
+    `kv_layers` is K. With `before`, what tokens hand on is a random projection of n, of which nothing is made at first.
+    The weights are float32, on the model's device (arXiv 2410.03960).
     Raises UnsupportedModelError and ConfigError.
     """
-    spec = spec_for(model, kv_layers, group)
+    spec = spec_for(model, kv_layers, group, before)
     transform = SwiftKV(spec).to(model.device)
     layers: Any = model.base_model.layers
     upper = [projections(layer.self_attn) for layer in layers[kv_layers:]]
     transform.norm.copy_(layers[kv_layers].input_layernorm.weight)
+    if transform.hand is not None:
+        drawn = torch.randn(transform.hand.shape, generator=torch.Generator().manual_seed(0))
+        transform.hand.copy_(drawn * spec.hidden**-0.5)
     for i, (query, _, _) in enumerate(upper):
         transform.q[i].copy_(query[0])
         if transform.q_bias is not None and query[1] is not None:
