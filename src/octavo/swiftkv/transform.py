@@ -194,14 +194,13 @@ def shifted(
     `document` [B, N] tells packed documents apart, each of which begins anew with zeros. `valid` [B, N] bool: False is
     padding, which is no token; what it gets has no meaning.
     """
-    if first is None:
-        first = torch.zeros_like(x[:, :1]).squeeze(1)
-    moved = torch.cat([first[:, None], x[:, :-1]], 1)
+    begin = x.new_zeros(len(x), 1, x.shape[-1]) if first is None else first[:, None]
     if valid is not None:
         columns = torch.arange(x.shape[1], device=x.device)
         latest = columns.where(valid, -1).cummax(1).values  # the last token up to each column, -1: none
         latest = F.pad(latest, (1, -1), value=-1)[..., None]
-        return x.gather(1, latest.clamp(min=0).expand_as(x)).where(latest >= 0, first[:, None])
+        return x.gather(1, latest.clamp(min=0).expand_as(x)).where(latest >= 0, begin)
+    moved = torch.cat([begin, x[:, :-1]], 1)
     if document is None:
         return moved
     begins = document.diff(dim=1, prepend=document[:, :1] - 1) != 0
