@@ -13,6 +13,7 @@ import torch
 
 from octavo.attachment.adapters import load_adapter
 from octavo.models import default_dtype
+from octavo.retrofit.suite import results
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -288,3 +289,22 @@ def test_the_table_beside_kvpress_is_the_records() -> None:
     for each in policies["dense"]["sets"]:
         ours = case_set("dense", each["name"], each["length"])
         assert each["nll"] == pytest.approx(ours["nll"], abs=1e-3), "both read the same cases"
+
+
+def test_the_page_beside_kvpress_is_the_record() -> None:
+    bench = Path(__file__).parents[1] / "bench"
+    page, record = (bench / "kvpress" / "README.md").read_text(), bench / "results" / "kvpress-h200.json"
+    theirs = json.loads(record.read_text())
+    columns = [cell.strip() for cell in re.findall(r"^\|  \| dense \| .*$", page, re.M)[0].split("|")[2:-1]]
+    sets = {(each["name"], each["length"]) for each in theirs["policies"][0]["sets"]}
+    policies = {row["policy"]: row for row in theirs["policies"]}
+    rows = []
+    for name in columns:
+        row = policies.get(name) or POLICIES[name]
+        rows.append({**row, "sets": [each for each in row["sets"] if (each["name"], each["length"]) in sets]})
+    _, *lines = results.cells(results.LongEvaluation.from_json({**theirs, "policies": rows}, str(record)))
+    assert set(columns) >= set(policies), "all presses that were measured"
+    assert len(lines) - 1 == len(sets)
+    for title, *figures in lines[1:]:  # behind bytes
+        task = title.removesuffix(", NLL").removesuffix(" 4,096")
+        assert f"| {task} | {' | '.join(figures)} |" in page

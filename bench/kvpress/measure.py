@@ -3,9 +3,10 @@
 It needs an environment of its own, since kvpress wants one version of transformers (see README.md here), and writes a
 record that `octavo compare --common` sets beside Octavo's own.
 
-A case is read as kvpress is used: all tokens before the first answer are one prefill, in which every token attends to
-all before it; then the press takes away what it will; then questions and answers are read over what is left. So it
-sees the first question before it chooses, and chooses once. Gates choose while they read and have seen no question.
+All tokens of a case before the first answer are one prefill, in which every token attends to all before it; then the
+press takes away what it will; then questions and answers are read over what is left. So, unlike in kvpress's pipeline,
+which shows a press no question, it sees the first one before it chooses, and chooses once. Gates choose while they read
+and have seen no question.
 Slots are counted at the end of a case: the press keeps so many of the context that with all tokens after it there are
 as many as the gates hold, on average over heads.
 """
@@ -88,7 +89,7 @@ def read(model: PreTrainedModel, press: Any, ids: Tensor, first: int) -> tuple[T
     """(last hidden states [T, hidden], zero before token `first` - 1; slots per head at the end, mean over layers).
 
     `ids` [T]; `press` None keeps everything. All tokens before the first answer are the prefill, whose last state says
-    the answer's first token; as in kvpress's own use, it has seen everything.
+    the answer's first token: it was computed before anything was taken away.
     """
     cache, base = DynamicCache(config=model.config), model.base_model
     ids = ids.to(model.device)[None]

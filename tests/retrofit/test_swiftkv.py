@@ -305,7 +305,7 @@ def test_the_token_before_helps_and_is_trained(start, model, sources, tmp_path):
 def test_what_is_handed_on_is_as_in_the_adapter_that_a_run_starts_from(model):
     adapter = SwiftKVAdapter("a", initial(model, 2, before=7), {})
     assert (before_for(None, [adapter]), before_for(None), before_for(3, [adapter])) == (7, 0, 3)
-    with pytest.raises(ConfigError, match="before must not be negative"):
+    with pytest.raises(ConfigError, match="before must be a whole number"):
         replace(SWIFT, before=-1)
 
 

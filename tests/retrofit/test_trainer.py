@@ -261,11 +261,13 @@ model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=500, hidden_size
 tokens = np.random.default_rng(0).integers(5, 499, 4000).astype(np.uint16)
 source = Source("r", tokens, None, 1.0, np.arange(25, 4001, 25))
 common = dict(steps=3, batch=4, micro_batch=2, length=70, recall=0.0)
-both = {"gates": (GateSettings(3, 8, 1e-3), None), "swiftkv": (None, SwiftSettings(1, start="regression"))}
+both = {"gates": (GateSettings(3, 8, 1e-3), None), "swiftkv": (None, SwiftSettings(1, start="regression")),
+        "handing": (None, SwiftSettings(1, start="regression", before=6))}
 for name, parts in both.items():
     run = Retrofit(model, None, [source], RetrofitSettings(*parts, **common), f"{sys.argv[1]}/{name}")
     run.run()
-    total = sum(p.detach().double().abs().sum().item() for p in run._parts()[name].parameters())
+    part = run.gates if name == "gates" else run.transform
+    total = sum(p.detach().double().abs().sum().item() for p in part.parameters())
     with open(f"{sys.argv[1]}/{name}-{run.accelerator.process_index}-of-{run.accelerator.num_processes}", "w") as f:
         f.write(repr(total))
 """
@@ -276,7 +278,7 @@ def test_two_processes_agree(tmp_path):
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     out = subprocess.run([*launch, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
-    for name in ("gates", "swiftkv"):
+    for name in ("gates", "swiftkv", "handing"):
         files = sorted(Path(tmp_path / "run").glob(f"{name}-*"))
         assert [file.name for file in files] == [f"{name}-0-of-2", f"{name}-1-of-2"], out.stderr[-2000:]
         totals = [float(file.read_text()) for file in files]

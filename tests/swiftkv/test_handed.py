@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo import KVCache, ReuseStore, attach, save_published
+from octavo.adapter_file import read_adapter, write_adapter
 from octavo.attachment.supported import fingerprint
-from octavo.errors import AdapterMismatchError, ConfigError, UnsupportedModelError
+from octavo.errors import AdapterFileError, AdapterMismatchError, CacheStateError, ConfigError, UnsupportedModelError
 from octavo.retrofit.regression import _Fit
 from octavo.reuse import SimilarSettings
 from octavo.swiftkv import SwiftKVAdapter, initial, load_swiftkv_adapter, save_swiftkv_adapter
@@ -104,7 +105,35 @@ def test_as_stored_is_what_a_file_gives_back(tmp_path):
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("before", [-1, 65])
+def changed(folder, change):
+    """The adapter of a folder with other tensors or another spec, whole otherwise."""
+    settings, tensors = read_adapter(folder, "swiftkv", (1,))
+    change(settings["spec"], tensors)
+    write_adapter(folder, {k: v for k, v in settings.items() if k != "sha256"}, tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec, tensors: spec.pop("before"),
+        lambda spec, tensors: spec.update(before=0),
+        lambda spec, tensors: spec.update(before=False),
+        lambda spec, tensors: spec.update(before=4),
+        lambda spec, tensors: tensors.pop("hand"),
+        lambda spec, tensors: tensors.pop("hand_scale"),
+        lambda spec, tensors: tensors.update(kv_before_scale=tensors["kv_before_scale"][:1, :1, :1]),
+        lambda spec, tensors: tensors.update(kv_scale=tensors["kv_scale"][..., :1]),
+        lambda spec, tensors: tensors.update(norm_scale=tensors["norm"] * 2),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(change, tmp_path):
+    save_swiftkv_adapter(swiftkv_for(model_of(), before=5), tmp_path)
+    changed(tmp_path, change)
+    with pytest.raises(AdapterFileError):
+        load_swiftkv_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("before", [-1, 65, 1.5, True])
 def test_numbers_that_no_cache_could_hold_are_refused(before):
     with pytest.raises(ConfigError, match="0 to 64 numbers"):  # two heads of 16 elements, as keys and as values
         initial(model_of(), 2, before=before)
@@ -122,7 +151,7 @@ def test_gates_of_a_transform_that_hands_nothing_on_do_not_fit_one_that_does():
     plain, handing = swiftkv_for(model, seed=3), swiftkv_for(model, before=5, seed=3)
     with torch.no_grad():
         handing.transform.kv.copy_(plain.transform.kv)
-    with pytest.raises(AdapterMismatchError, match="another SwiftKV adapter"):
+    with pytest.raises(AdapterMismatchError, match=r"group 1\) than swift \(K=2, group 1, before=5"):
         attach(model, [handing, gates_for(model, plain.transform)])
     attach(model, [handing, gates_for(model, handing.transform)])
 
@@ -152,6 +181,23 @@ def test_crop_and_fork_go_on_from_the_token_before():
         for each in (cache, twin):
             got = model(ids[:, 50:], past_key_values=each).logits
             torch.testing.assert_close(got, expected[:, 50:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_what_only_the_layer_of_the_handed_lost_does_not_keep_from_taking_back(shift):
+    model, ids = model_of(), tokens(1, 420)
+    attach(model, pair(model, 2, True, before=40, shift=shift, rate=-50.0))  # gates that mark nothing
+    expected, cache = full(model, ids), KVCache(model)
+    with torch.no_grad():
+        model(tokens(1, 399), past_key_values=cache)
+        model(ids[:, 399:], past_key_values=cache)
+        for remove in (15, 3):
+            cache.crop(-remove)
+            now = cache.seen
+            got = model(ids[:, now:], past_key_values=cache).logits
+            torch.testing.assert_close(got, expected[:, now:], rtol=0, atol=1e-4)
+        with pytest.raises(CacheStateError, match="already evicted"):
+            cache.crop(-200)
 
 
 def test_a_forward_that_fails_leaves_what_was_handed_on():
@@ -184,6 +230,8 @@ def test_similar_prompts_are_put_together_where_nothing_is_handed_on(before):
     store = ReuseStore("20MB", shortest=8, similar=SimilarSettings(least=8, first=4, last=0, most=1.0, audit=0.0))
     model = attach(model_of(), swiftkv_for(model_of(), before=before), reuse=store)
     text = tokens(1, 120)
-    for prompt in (text, torch.cat([tokens(1, 9, seed=4), text[:, 20:]], 1)):
+    prompts = text, torch.cat([tokens(1, 9, seed=4), text[:, 20:]], 1)
+    for prompt in prompts:
         model.generate(prompt, max_new_tokens=2, do_sample=False)
+        assert ("similar" in store.explain(prompts[1]).reason) == (before == 0)
     assert store.stats().similar_hits == (before == 0)

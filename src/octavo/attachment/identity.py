@@ -68,6 +68,7 @@ def identity(attachment: "Attachment", shape: CacheShape, swiftkv: bool) -> dict
         "shift": eviction.shift if eviction else None,
         "swiftkv_first": transform.spec.kv_layers if transform else None,
         "swiftkv_group": transform.spec.group if transform else None,
+        **({"swiftkv_before": transform.spec.before} if transform and transform.spec.before else {}),
         "swiftkv": attachment.digests.of("swiftkv", transform) if transform else None,
         "gates": attachment.digests.of("gates", gates.gates, folded) if gates else None,
         **{f"config.{name}": value for name, value in _configured(model.config.to_dict()).items()},

@@ -35,7 +35,7 @@ def begin_similar(store: Any, cache: KVCache, tokens: Sequence[int]) -> Any:
     Raises CacheBudgetError; the cache is empty then.
     """
     similar, attachment = getattr(store, "similar", None), cache.attachment
-    if similar is None or attachment.needs_whole or cache.shape.hands or not turns(attachment):
+    if similar is None or attachment.needs_whole or not turns(attachment):
         return None
     identity, layout = cache.identity(), layout_of(cache.tables, cache.sequences.shift)
     draft = similar.draft(identity, layout, tokens, lambda ids: mean_embedding(attachment, ids))

@@ -38,7 +38,7 @@ KvLayers = Annotated[int | None, typer.Option(help="Layers that keep their own k
 Group = Annotated[int | None, typer.Option(help="Skipped layers that share keys and values; 1, or --init's.")]
 Before = Annotated[
     int | None,
-    typer.Option(help="Numbers that each token hands to the one after it, for half of the layers; 0, or --init's."),
+    typer.Option(help="Numbers that each token hands to the next, for half of the layers skipped; 0, or --init's."),
 ]
 Temperature = Annotated[float, typer.Option(help="Of the KL; 2 in the paper, 1 learns faster here.")]
 MseWeight = Annotated[float, typer.Option(help="Of the error of the hidden states before the last layer.")]

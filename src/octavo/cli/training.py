@@ -155,6 +155,8 @@ def find_skip(
         raise ConfigError(f"limit must be a finite number, not {limit}")
     assert settings.swiftkv is not None
     kv_layers = candidates(model.config.num_hidden_layers, shares, settings.swiftkv.group)
+    for k in kv_layers:
+        chosen(model, replace(settings, swiftkv=replace(settings.swiftkv, kv_layers=k)), ())
     tokens = _held_out(held_out, tokenizer, settings.length)
     measure = replace(card_settings(settings, 16), lengths=(), baselines=False)
     for k in kv_layers if not resume else ():

@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.attention import Chunk, Scoring, attend, causal, cuda, slots, write
 from octavo.config import NEVER
 from octavo.kv.holes import Holes, holes_in, ranked
-from octavo.kv.newest import stored_at
+from octavo.kv.newest import stored_before
 from octavo.kv.plan import append, extended, found, grown, owned_many, place
 from octavo.kv.pool import pages_for
 from octavo.kv.recorded_chunk import Made
@@ -147,9 +147,8 @@ class ChunkStep:
 
     def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
-        tables, batch = self.batch.tables, self.batch
-        table, length = tables.table[batch.index, layer], tables.length[batch.index, layer]
-        return stored_at(tables.pool.pages, table[..., : batch.columns], length, self.new.start - 1, dtype)
+        batch = self.batch
+        return stored_before(batch.tables, batch.index, layer, self.new.start, batch.shift, dtype)
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""

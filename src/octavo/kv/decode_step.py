@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.attention import Scoring, attend, cuda, write
 from octavo.kv.holes import holes_in
-from octavo.kv.newest import stored_at
+from octavo.kv.newest import stored_before
 from octavo.kv.plan import Placed, append, copies, extended, found, grown, owned, place, take_over
 from octavo.kv.pool import WASTE, pages_for
 from octavo.kv.step import Batch, Later, counted, newest_slot
@@ -106,8 +106,8 @@ class DecodeStep:
 
     def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
-        pages = self.batch.tables.pool.pages
-        return stored_at(pages, *self._over[layer], self.new.start - 1, dtype)
+        batch = self.batch
+        return stored_before(batch.tables, batch.index, layer, self.new.start, batch.shift, dtype)
 
     def attend(self, layer: int, query: Tensor, scale: float, scoring: Scoring | None = None) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""

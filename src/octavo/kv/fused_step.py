@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention import Scoring, write
-from octavo.kv.newest import stored_at
+from octavo.kv.newest import stored_before
 from octavo.kv.plan import found, named_elsewhere
 from octavo.kv.step import Batch, Later, New
 
@@ -82,9 +82,8 @@ class FusedStep:
 
     def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What is stored in one layer of the token before each sequence's new one, each [B, H, D] in `dtype`."""
-        table, length, *_ = self._layers[layer]
-        rows = self.rows.long().clamp(min=0)
-        return stored_at(self.batch.tables.pool.pages, table[rows], length[rows], self.new.start - 1, dtype)
+        batch = self.batch
+        return stored_before(batch.tables, self.rows.long().clamp(min=0), layer, self.new.start, batch.shift, dtype)
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""

@@ -130,6 +130,16 @@ class Held:
         """Which columns seen are no padding, [B, seen] bool."""
         return self.state.columns_read(self.shape.device)
 
+    def _lost(self) -> Tensor:
+        """Where sequences cannot be taken back to, nor before, since a token seen there is gone, int32 [B, L, H].
+
+        Of what was handed on a position needs the token before it alone, which expires a window later.
+        """
+        lost = self.tables.lost[self.index]
+        if self.shape.hands and self.eviction:
+            lost = torch.cat([lost[:, :-1], lost[:, -1:] - self.eviction.window + 1], 1)
+        return lost
+
     def _batch(self, longest: int, expired: bool, scattered: bool) -> Batch:
         """These sequences for a step; see there."""
         return Batch(

@@ -91,10 +91,10 @@ class PagedCache(Cache):  # type: ignore[misc]
     @property
     @bookkeeping
     def kept(self) -> Tensor:
-        """Slots that the next query can see, int64 [batch, KV layers, kv_heads]."""
+        """Slots that the next query can see, int64 [batch, KV layers, kv_heads]; of layers that attention reads."""
         if self.sequences.step is None:
             self.sequences.settle()
-        return self.tables.visible(self.sequences.index)
+        return self.tables.visible(self.sequences.index)[:, : self.shape.cached_layers - self.shape.hands]
 
     # One forward
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention import Scoring
-from octavo.kv.newest import stored_at
+from octavo.kv.newest import stored_before
 from octavo.kv.tables import Tables
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class RecordedChunk:
 
     def __init__(self, tables: Tables, window: int, span: "Span", rows: Tensor | None, made: Made) -> None:
         self.made, self.filled = made, 0
-        self._pages = tables.pool.pages
+        self._pages, self._tables, self._rows = tables.pool.pages, tables, rows
         self._window, self._span = window, span
         self._held: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._past: tuple[Tensor, Tensor] | None = None
@@ -78,11 +78,10 @@ class RecordedChunk:
 
     def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
-        if self._past is None:
+        if self._rows is None:
             nothing = torch.zeros_like(self.made.key[layer, :, :, 0], dtype=dtype)
             return nothing, nothing
-        table, length = (each[:, layer] for each in self._past)
-        return stored_at(self._pages, table, length, self._span.start - 1, dtype)
+        return stored_before(self._tables, self._rows, layer, self._span.start, 0, dtype)
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's tokens any more; the graph may use their memory again."""

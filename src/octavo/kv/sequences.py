@@ -317,7 +317,7 @@ class Sequences(Held):
             return
         with pool.lock:
             now = tables.position[index] - self.columns_read()[:, -columns:].sum(1).int()
-            if bool((tables.lost[index] >= now[:, None, None]).any()):
+            if bool((self._lost() >= now[:, None, None]).any()):
                 raise CacheStateError(
                     f"cannot crop back to position {int(now.min())}: tokens visible from there are already evicted; "
                     f"this cache has undo={self.undo}; octavo.attach(model, ..., undo=N) lets N tokens be taken back"

@@ -38,6 +38,8 @@ def _what(adapter: Adapter | SwiftKVAdapter) -> list[str]:
         ]
     gates = adapter.gates.spec
     on = f", made on SwiftKV with K={adapter.made_on['kv_layers']}" if adapter.made_on else ""
+    if adapter.made_on and adapter.made_on.get("before"):
+        on += f" whose tokens hand on {adapter.made_on['before']} numbers"
     places = f"{gates.layers} layers" if not adapter.made_on else f"{gates.layers} KV layers"
     return [
         f"DMS gates for a {kind} model with {places}{on}; window "

@@ -78,8 +78,8 @@ class SwiftSettings:
             raise ConfigError(f"lr must lie in [0, 1] and warmup in [0, 1), not {self.lr:g} and {self.warmup:g}")
         if not self.temperature > 0 or not self.mse_weight >= 0:
             raise ConfigError("temperature must be positive and mse_weight must not be negative")
-        if self.before < 0:
-            raise ConfigError(f"before must not be negative, but is {self.before}")
+        if type(self.before) is not int or self.before < 0:
+            raise ConfigError(f"before must be a whole number, at least 0, not {self.before!r}")
         if self.start not in ("published", "regression"):
             raise ConfigError(f"start must be published or regression, not {self.start!r}")
 

@@ -13,8 +13,8 @@ from octavo.config import Eviction
 from octavo.dms import Adapter, Gates, GateSpec
 from octavo.errors import ConfigError
 from octavo.retrofit.data import Source
-from octavo.retrofit.settings import RetrofitSettings
-from octavo.swiftkv import SwiftKV, SwiftKVAdapter, SwiftSpec, initial
+from octavo.retrofit.settings import RetrofitSettings, SwiftSettings
+from octavo.swiftkv import SwiftKV, SwiftKVAdapter, SwiftSpec, initial, spec_for
 
 Init = Sequence[Adapter | SwiftKVAdapter]
 
@@ -47,7 +47,8 @@ def chosen(
 ) -> tuple[Adapter | None, SwiftKVAdapter | None]:
     """(gates, SwiftKV adapter) of what was given.
 
-    Raises AdapterMismatchError, and ConfigError for what this run does not train.
+    Raises AdapterMismatchError, UnsupportedModelError, and ConfigError for what this run does not train and for a shape
+    of SwiftKV weights that the model or the adapter does not have.
     """
     for adapter in init:
         check_fingerprint(adapter, fingerprint(model))
@@ -58,7 +59,21 @@ def chosen(
             raise ConfigError(f"adapter {found[0].name} holds {what}, which this run does not train")
         if len(found) > 1:
             raise ConfigError(f"two adapters with {what} to start from, {found[0].name} and {found[1].name}; give one")
-    return (gates[0] if gates else None), (transforms[0] if transforms else None)
+    found_gates, found_transform = (gates[0] if gates else None), (transforms[0] if transforms else None)
+    if settings.swiftkv is not None:
+        _check_shape(model, settings.swiftkv, found_transform)
+    return found_gates, found_transform
+
+
+def _check_shape(model: PreTrainedModel, s: SwiftSettings, init: SwiftKVAdapter | None) -> None:
+    spec_for(model, s.kv_layers, s.group, s.before)
+    given = None if init is None else init.transform.spec
+    if given is not None and (given.kv_layers, given.group, given.before) != (s.kv_layers, s.group, s.before):
+        assert init is not None
+        raise ConfigError(
+            f"adapter {init.name} has K={given.kv_layers}, groups of {given.group} and before={given.before}; "
+            f"this run trains K={s.kv_layers}, groups of {s.group} and before={s.before}"
+        )
 
 
 def made_with(
@@ -76,18 +91,12 @@ def made_with(
 
 
 def first_transform(model: PreTrainedModel, settings: RetrofitSettings, init: SwiftKVAdapter | None) -> SwiftKV | None:
-    """float32 weights on the model's device; None without SwiftKV. Raises ConfigError and UnsupportedModelError."""
+    """float32 weights on the model's device; None without SwiftKV. `init` is of the same shape (see `chosen`)."""
     s = settings.swiftkv
     if s is None:
         return None
     transform = initial(model, s.kv_layers, s.group, s.before)
     if init is not None:
-        given = init.transform.spec
-        if (given.kv_layers, given.group, given.before) != (s.kv_layers, s.group, s.before):
-            raise ConfigError(
-                f"adapter {init.name} has K={given.kv_layers}, groups of {given.group} and before={given.before}; "
-                f"this run trains K={s.kv_layers}, groups of {s.group} and before={s.before}"
-            )
         transform.load_state_dict(init.transform.state_dict())
     return transform.requires_grad_(s.lr > 0)
 
@@ -111,9 +120,11 @@ def first_gates(
         return gates, 1.0
     taken = cached
     if init.made_on is not None:
-        made = (init.made_on["kv_layers"], init.made_on["group"])
-        if spec is None or made != (spec.kv_layers, spec.group):
-            raise ConfigError(f"gates {init.name} were made on SwiftKV with K={made[0]} and groups of {made[1]}")
+        made = (init.made_on["kv_layers"], init.made_on["group"], init.made_on.get("before", 0))
+        if spec is None or made != (spec.kv_layers, spec.group, spec.before):
+            raise ConfigError(
+                f"gates {init.name} were made on SwiftKV with K={made[0]}, groups of {made[1]} and before={made[2]}"
+            )
     elif spec is not None:
         taken = spec.kv_layers
     given, offset = init.gates.spec, gates.spec.offset

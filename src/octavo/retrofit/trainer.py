@@ -51,7 +51,9 @@ from octavo.swiftkv import SwiftKVAdapter
 from octavo.swiftkv.adapter import as_stored
 
 DIVERGED = "begin again in another folder with a lower lr"
-FITTED_TOKENS = 256  # for a start by regression, per input, of which there are as many as the stream is wide
+FITTED_TOKENS = (
+    256  # for a start by regression, per element of the stream; fits to two tokens have half as many an input
+)
 
 
 @dataclass(frozen=True)

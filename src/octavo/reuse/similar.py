@@ -123,13 +123,13 @@ class Similar:
     def draft(self, identity: Mapping[str, Any], layout: SnapshotLayout, prompt: Any, embed: Embed) -> Draft | None:
         """How similar prompts help with one; None: too little, or not at all. `embed` is used where no other is set."""
         ids, space = token_array(prompt), Space(identity, self.store._terms.get().tenant).name
-        if not self._suits(layout, ids, 0):
+        if not self._suits(identity, layout, ids, 0):
             return None
         with self.store.lock:
             self.store._look()
             found = self.store.index.find(space, ids, layout)[1]
             exact = longest(found, layout, len(ids) - 1)
-        if not self._suits(layout, ids, exact):
+        if not self._suits(identity, layout, ids, exact):
             return None
         near = self._nominated(space, ids, self.settings.embed or embed)
         return self._drafted(space, ids, layout, near, exact)
@@ -137,14 +137,18 @@ class Similar:
     def helps(self, space: str, ids: Tokens, layout: SnapshotLayout, exact: int) -> int:
         """How many tokens would not be computed if embeddings nominate the right ones of the prompts that were used
         last; 0: similar prompts would not be used. Inside the store's lock."""
-        if not self._suits(layout, ids, exact):
-            return 0
         records = [r for r in self.store.index.records.values() if r.entry.space == space]
+        if not records or not self._suits(records[0].entry.identity, layout, ids, exact):
+            return 0
         last = sorted(records, key=lambda r: -r.order)[:LOOKED_INTO]
         draft = self._drafted(space, ids, layout, [r.key for r in last], exact)
         return 0 if draft is None else draft.reused
 
-    def _suits(self, layout: SnapshotLayout, ids: Tokens, exact: int) -> bool:
+    def _suits(self, identity: Mapping[str, Any], layout: SnapshotLayout, ids: Tokens, exact: int) -> bool:
+        if identity.get(
+            "swiftkv_before"
+        ):  # what a token handed on need not come before the token that stands there now
+            return False
         if self.off or layout.shift or not layout.dtype.is_floating_point or layout.dtype.itemsize < 2:
             return False
         return len(ids) - 1 - exact >= max(self.settings.least, self.store.shortest)

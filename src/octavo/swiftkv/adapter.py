@@ -71,10 +71,17 @@ def load_swiftkv_adapter(folder: str | Path) -> SwiftKVAdapter:
     settings, tensors = read_adapter(folder, KIND, (FORMAT,))
     try:
         transform = SwiftKV(SwiftSpec(**settings["spec"]))
-        for name, parameter in transform.named_parameters():
-            tensor = tensors[name].float()
-            if f"{name}_scale" in tensors:
-                tensor = tensor * tensors[f"{name}_scale"][..., None]
+        parameters = dict(transform.named_parameters())
+        known = {*parameters, *(f"{name}_scale" for name in parameters if name in _MATRICES)}
+        if strange := sorted(tensors.keys() - known):
+            raise ConfigError(f"it has tensors that its spec does not: {', '.join(strange)}")
+        for name, parameter in parameters.items():
+            tensor, scale = tensors[name], tensors.get(f"{name}_scale")
+            if tensor.is_floating_point() != (scale is None) or (
+                scale is not None and scale.shape != tensor.shape[:-1]
+            ):
+                raise ConfigError(f"{name} must be floats, or int8 with a scale for each of its rows")
+            tensor = tensor.float() if scale is None else tensor.float() * scale[..., None]
             if tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
                 raise ConfigError(
                     f"{name} must be finite with shape {tuple(parameter.shape)}, not {tuple(tensor.shape)}"
@@ -108,9 +115,15 @@ def check_pair(gates: str, made_on: dict[str, Any] | None, adapter: SwiftKVAdapt
     same = all(made_on.get(key, 0) == ours.get(key, 0) for key in ("kv_layers", "group", "before"))
     if not same or not relative_distance(ours["sample"], made_on.get("sample", [])) < TOLERANCE:
         raise AdapterMismatchError(
-            f"gates {gates} were distilled on another SwiftKV adapter (K={made_on.get('kv_layers')}, "
-            f"group {made_on.get('group')}) than {adapter.name} (K={ours['kv_layers']}, group {ours['group']})"
+            f"gates {gates} were distilled on another SwiftKV adapter ({_shape(made_on)}) than {adapter.name} "
+            f"({_shape(ours)})"
         )
+
+
+def _shape(fingerprint: dict[str, Any]) -> str:
+    """What a transform's fingerprint says, for people."""
+    said = f"K={fingerprint.get('kv_layers')}, group {fingerprint.get('group')}"
+    return f"{said}, before={fingerprint['before']}" if fingerprint.get("before") else said
 
 
 def as_stored(transform: SwiftKV) -> SwiftKV:

@@ -111,7 +111,8 @@ def write_published(
     """
     if transform.spec.before:
         raise UnsupportedModelError(
-            "this SwiftKV adapter's tokens hand numbers to the one after them, which no published layout has"
+            "this SwiftKV adapter's tokens hand numbers to the one after them, which no published layout has; "
+            "share it as an adapter (octavo.save_swiftkv_adapter), or train one with --before 0"
         )
     settings = _published_settings(model, transform.spec, dtype)
     write_checkpoint(model, settings, tensors(transform), folder, tokenizer, dtype=dtype, shard=shard)

@@ -5,9 +5,10 @@ n = norm(h). Every group of `group` layers from K on has one key and one value p
 these layers has a query projection of its own, of its own input. So a token whose logits nobody asks for is
 done when its keys and values are: it runs K layers, not all of them.
 
-With `before` = r, each token also hands r numbers, linear in its n, to the token after it, whose keys and values are
-made from them too. Later layers look for what followed a token, and have that token in their keys; half of a model's
-layers skipped, n alone holds too little of it (docs/experiments.md, "What half of the layers lack").
+With `before` = r, each token also hands r numbers, linear in its n, to the token after it, whose keys and values in
+all layers from K on are made from them too. Later layers look for what followed a token, and have that token in their
+keys; where half of a model's layers are skipped, n alone holds too little of it (docs/experiments.md, "What half of the
+layers lack").
 
 A KV layer is one set of cached keys and values. Each layer below K has its own, and each group from K on shares
 one. KV layers are numbered from 0 in the order of the layers that read them, so a cache has `cached_layers` of them.
@@ -60,8 +61,8 @@ class SwiftSpec:
                 "choose another group or first layer"
             )
         most = min(self.hidden, 2 * self.kv_heads * self.head_dim)  # a cache holds them where keys and values would be
-        if not 0 <= self.before <= most:
-            raise ConfigError(f"a token can hand 0 to {most} numbers to the one after it, not {self.before}")
+        if type(self.before) is not int or not 0 <= self.before <= most:
+            raise ConfigError(f"a token can hand 0 to {most} numbers to the one after it, not {self.before!r}")
 
     @property
     def upper(self) -> int:
