@@ -163,23 +163,52 @@ def test_the_vector_database_s_table_is_the_measured_file() -> None:
             )
 
 
-def test_the_swiftkv_table_is_the_cards() -> None:
-    every = load_adapter("swiftkv-half").card["evaluation"]["rows"]
-    rows = [row for row in every if row["policy"] == "dense" or row["policy"].startswith("swiftkv-half")]
-    section = README[README.index("## SwiftKV: prompt") : README.index("## The vector database")]
-    table = re.findall(
-        r"^\| ([\w +-]+) \| (\d+)% \| ([+-][\d.]+) \| ([\d. /]+) \| (.*?) \| (.*?) \| (1/[\d.]+|[\d.]+x) \|$",
-        section,
-        re.M,
-    )
-    assert [line[0] for line in table] == ["none", *(row["policy"] for row in rows[1:])]
-    for (_, skipped, nll, found, same, agreed, held), row in zip(table, rows, strict=True):
-        assert int(skipped) == round(100 * (row["skipped"] or 0))
-        assert float(nll) == pytest.approx(row["nll"] - rows[0]["nll"], abs=6e-5)
-        assert [float(x) for x in found.split("/")] == pytest.approx(list(row["needle"].values()), abs=6e-3)
-        assert [same, agreed] == [f"{100 * row[key]:.0f}%" for key in ("same", "agreed")]
-        share = row["nbytes"] / row["dense_nbytes"]
-        assert held == (f"{share:.2f}x" if share > 1 else f"1/{1 / share:.2f}")
+def test_the_swiftkv_table_is_the_record() -> None:
+    record = Path(__file__).parents[1] / "bench" / "results" / "swiftkv-half-h200.json"
+    policies = {row["policy"]: row for row in json.loads(record.read_text())["policies"]}
+    held, *lines = re.findall(r"^\|.*\|$", README[README.index("| | layers skipped: none |") :], re.M)[
+        2 : 3 + len(ROWS)
+    ]
+    shares = [policies[p]["nbytes"] / policies[p]["dense_nbytes"] for p in ("dense", "swiftkv", "swiftkv-half")]
+    assert [cell.strip() for cell in held.split("|")[2:-1]] == [f"{share:.2f}x" for share in shares]
+    for line, (begins, name) in zip(lines, ROWS.items(), strict=True):
+        label, *figures = (cell.strip() for cell in line.split("|")[1:-1])
+        assert label.startswith(begins)
+        for policy, cell in zip(("dense", "swiftkv", "swiftkv-half"), figures, strict=True):
+            lengths = [int(n.replace(",", "")) for n in re.findall(r"\d,\d{3}", label.replace("past 1,024", ""))]
+            for length, shown_ in zip(lengths, cell.split(" / "), strict=True):
+                dense, found = (
+                    next(s for s in policies[p]["sets"] if (s["name"], s["length"]) == (name, length))
+                    for p in ("dense", policy)
+                )
+                if found["metric"] == "exact":
+                    assert shown_ == f"{100 * found['exact']:.1f}%"
+                else:
+                    off = 0.0 if policy == "dense" else dense["nll"]
+                    assert float(shown_) == pytest.approx(found["nll"] - off, abs=6e-4)
+    suite, adapter = load_adapter("swiftkv-half").card["suite"], policies["swiftkv-half"]
+    assert [row[1:] for row in suite["rows"]] == [
+        row[1:]
+        for row in results.cells(
+            results.LongEvaluation.from_json(
+                {**json.loads(record.read_text()), "notes": [], "policies": [policies["dense"], adapter]}, str(record)
+            )
+        )[1:]
+    ], "the card is the record's"
+
+
+def test_what_the_gates_of_half_cost_is_the_record() -> None:
+    record = Path(__file__).parents[1] / "bench" / "results" / "swiftkv-half-gates-cpu.json"
+    dense, half, gated = json.loads(record.read_text())["policies"]
+    said = README[README.index("Its gates (`swiftkv-half+dms-8x`)") :].split("(4 texts")[0]
+    wanted = []
+    for names in (("books",), ("code",), ("repeat prose", "repeat code")):
+        for policy in (gated, half):
+            for name in names:
+                ours, base = (next(s["nll"] for s in p["sets"] if s["name"] == name) for p in (policy, dense))
+                wanted.append(ours - base)
+    assert [float(x) for x in re.findall(r"\+(\d\.\d+)", said)] == pytest.approx(wanted, abs=6e-4)
+    assert f"1/{gated['dense_nbytes'] / gated['nbytes']:.2f} of the bytes" in said
 
 
 def test_the_swiftkv_speeds_are_the_measured_file() -> None:
