@@ -405,7 +405,7 @@ def test_adapters_that_do_not_fit_the_run_are_refused(model, sources, tmp_path):
         Retrofit(model, None, sources, replace(JOINT, swiftkv=None), tmp_path, init=[swiftkv])
     with pytest.raises(ConfigError, match="two adapters"):
         Retrofit(model, None, sources, JOINT, tmp_path, init=[swiftkv, other])
-    with pytest.raises(ConfigError, match="K=2 and groups of 2"):
+    with pytest.raises(ConfigError, match="made on SwiftKV with K=2, groups of 2 and before=0"):
         Retrofit(model, None, sources, JOINT, tmp_path, init=[swiftkv, on_other])
     with pytest.raises(AdapterMismatchError):
         Retrofit(tiny_model(num_hidden_layers=5), None, sources, SETTINGS, tmp_path, init=[swiftkv])
