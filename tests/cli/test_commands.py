@@ -188,31 +188,14 @@ MISTAKES = {
     "leave --no-sampled out": ["retrofit", "swiftkv+dms", "run", "--data", "x", "--no-sampled", "--sample-tokens", "9"],
     "hand 0 to 384 numbers": ["retrofit", "swiftkv", "run", "--before", "400", "--device", "cpu"],
     "numbers to the one after it, not 999": [
-        "retrofit",
-        "swiftkv",
-        "run",
-        "--before",
-        "999",
-        "--search",
-        "--held-out",
-        __file__,
-        "--device",
-        "cpu",
+        "retrofit", "swiftkv", "run", "--before", "999", "--search", "--held-out", __file__, "--device", "cpu"
     ],
     "this run trains K=20, groups of 1 and before=3": [
-        "retrofit",
-        "swiftkv+dms",
-        "run",
-        "--before",
-        "3",
-        "--init",
-        "swiftkv",
-        "--device",
-        "cpu",
+        "retrofit", "swiftkv+dms", "run", "--before", "3", "--init", "swiftkv", "--device", "cpu"
     ],
     "--sample-tokens must be": ["retrofit", "dms", "run", "--sample-tokens", "0"],
     "cannot read /no/such.txt": ["retrofit", "dms", "run", "--data", __file__, "--held-out", "/no/such.txt"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", MISTAKES)

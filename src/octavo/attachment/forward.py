@@ -164,8 +164,7 @@ class Forward:
                 log_keep = self.policy.log_keep(layer, n, keys[i]) if self.policy else None
                 self.shared[layer] = (keys[i], values[i], log_keep)
             return
-        last = self.cache.shape.cached_layers - self.cache.shape.hands
-        upper = range(spec.kv_layers, last)  # fewer than all where generation exits early
+        upper = range(spec.kv_layers, self.cache.shape.read_layers)  # fewer than all where generation exits early
         for i, layer in enumerate(upper):
             self.cache.update(keys[i], values[i], layer)
         self.store(spec.kv_layers, [n] * len(upper), keys[: len(upper)].unbind(), values[: len(upper)].unbind())
@@ -173,7 +172,7 @@ class Forward:
             for layer in upper:
                 self.cache.step.settle(layer)
         if handed is not None:
-            self._hand_on(last, handed)
+            self._hand_on(handed)
 
     def _given(self, handed: Tensor) -> Tensor:
         """What the token before each handed on, [B, N, before], where they themselves hand on `handed`."""
@@ -181,14 +180,15 @@ class Forward:
             return shifted(handed, None if self.packed is None else self.packed.document, self.valid)
         assert self.transform is not None
         step = self.cache.step
-        first = self.transform.from_slots(*step.newest(self.cache.shape.cached_layers - 1, handed.dtype))
+        first = self.transform.from_slots(*step.newest(self.cache.shape.read_layers, handed.dtype))
         return shifted(handed, valid=step.valid, first=first)
 
-    def _hand_on(self, layer: int, handed: Tensor) -> None:
+    def _hand_on(self, handed: Tensor) -> None:
         """Store what tokens hand on in a KV layer of its own; gates, where there are any, mark all of it, since nobody
         asks for more than the newest, and what may be taken back."""
         assert self.transform is not None
         assert self.cache is not None
+        layer = self.cache.shape.read_layers
         key, value = self.cache.update(*self.transform.as_slots(handed), layer)
         step, marked = self.cache.step, None
         if self.gates is not None and not step.decides_at_commit:

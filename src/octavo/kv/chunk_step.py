@@ -12,12 +12,11 @@ from torch import Tensor
 from octavo.attention import Chunk, Scoring, attend, causal, cuda, slots, write
 from octavo.config import NEVER
 from octavo.kv.holes import Holes, holes_in, ranked
-from octavo.kv.newest import stored_before
 from octavo.kv.plan import append, extended, found, grown, owned_many, place
 from octavo.kv.pool import pages_for
 from octavo.kv.recorded_chunk import Made
 from octavo.kv.rewind import Overwritten
-from octavo.kv.step import Batch, Later, New, counted, newest_slot
+from octavo.kv.step import Batch, Later, New, OnPages, counted, newest_slot
 from octavo.kv.within import Within
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def spans(new: New, columns: int, valid: Tensor | None) -> "Span | None":
     return Span(first, count, new.start) if bool((valid == together).all()) else None
 
 
-class ChunkStep:
+class ChunkStep(OnPages):
     """Any number of new tokens, which attend to pages and to each other.
 
     `left` [] int32: the most slots of any row that are free and not known to `Tables.marks`, where that is known.
@@ -139,16 +138,6 @@ class ChunkStep:
             return None
         every = torch.ones((), dtype=torch.bool, device=position.device)
         return every.expand(len(position), batch.tables.length.shape[2], position.shape[1]), life.length - 1
-
-    @property
-    def valid(self) -> Tensor | None:
-        """Which of the new tokens are no padding, [B, N] bool; None: all."""
-        return self.new.valid
-
-    def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
-        batch = self.batch
-        return stored_before(batch.tables, batch.index, layer, self.new.start, batch.shift, dtype)
 
     def settle(self, layer: int) -> None:
         """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""

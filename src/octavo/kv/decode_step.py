@@ -9,13 +9,12 @@ from torch import Tensor
 
 from octavo.attention import Scoring, attend, cuda, write
 from octavo.kv.holes import holes_in
-from octavo.kv.newest import stored_before
 from octavo.kv.plan import Placed, append, copies, extended, found, grown, owned, place, take_over
 from octavo.kv.pool import WASTE, pages_for
-from octavo.kv.step import Batch, Later, counted, newest_slot
+from octavo.kv.step import Batch, Later, OnPages, counted, newest_slot
 
 
-class DecodeStep:
+class DecodeStep(OnPages):
     """At most as many new tokens as the window is long, so that each survives its own step.
 
     `left` [] int32: the most slots of any row that are free and not known to `Tables.marks`, where that is known.
@@ -98,16 +97,6 @@ class DecodeStep:
         """Write the new keys and values [B, H, N, D] of one layer into their slots."""
         self.filled += 1
         write(self.batch.tables.pool.pages, *self._into[layer], key, value)
-
-    @property
-    def valid(self) -> Tensor | None:
-        """Which of the new tokens are no padding, [B, N] bool; None: all."""
-        return self.new.valid
-
-    def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
-        batch = self.batch
-        return stored_before(batch.tables, batch.index, layer, self.new.start, batch.shift, dtype)
 
     def attend(self, layer: int, query: Tensor, scale: float, scoring: Scoring | None = None) -> Tensor:
         """Attention of the last n new tokens, [B, n, Hq, D]; `query` [B, Hq, n, D]."""

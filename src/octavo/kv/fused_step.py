@@ -6,19 +6,17 @@ but the batch size, so one CUDA graph serves every step.
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from octavo.attention import Scoring, write
-from octavo.kv.newest import stored_before
 from octavo.kv.plan import found, named_elsewhere
-from octavo.kv.step import Batch, Later, New
+from octavo.kv.step import Batch, Later, New, OnPages
 
 if TYPE_CHECKING:
     from octavo.attention.cuda.plan import State, When
 
 
-class FusedStep:
+class FusedStep(OnPages):
     """One new token for each sequence in `rows` [B] int32, lines of the batch's tables; -1: none, its output is zero.
 
     `left` [] int32: how many slots were found free that `Tables.marks` did not name, where that was looked for.
@@ -76,14 +74,9 @@ class FusedStep:
         )
 
     @property
-    def valid(self) -> Tensor | None:
-        """Which of the new tokens are no padding, [B, N] bool; None: all."""
-        return self.new.valid
-
-    def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What is stored in one layer of the token before each sequence's new one, each [B, H, D] in `dtype`."""
-        batch = self.batch
-        return stored_before(batch.tables, self.rows.long().clamp(min=0), layer, self.new.start, batch.shift, dtype)
+    def lines(self) -> Tensor:
+        """See `OnPages`; those of places without a sequence mean nothing."""
+        return self.rows.long().clamp(min=0)
 
     def settle(self, layer: int) -> None:
         """Nothing is held back."""

@@ -94,7 +94,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         """Slots that the next query can see, int64 [batch, KV layers, kv_heads]; of layers that attention reads."""
         if self.sequences.step is None:
             self.sequences.settle()
-        return self.tables.visible(self.sequences.index)[:, : self.shape.cached_layers - self.shape.hands]
+        return self.tables.visible(self.sequences.index)[:, : self.shape.read_layers]
 
     # One forward
 

@@ -30,6 +30,11 @@ class CacheShape:
     hands: bool = False
 
     @property
+    def read_layers(self) -> int:
+        """KV layers that attention reads: all but the last where that holds what is handed on."""
+        return self.cached_layers - self.hands
+
+    @property
     def windowed(self) -> bool:
         """Whether tokens of any layer, or of heads that a layer does not have, expire by themselves."""
         return bool(self.heads) or any(life is not None for life in self.lifetimes)

@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo.config import NEVER, Eviction
 from octavo.kv.late import capturing
 from octavo.kv.lifetimes import Lifetimes
+from octavo.kv.newest import stored_before
 from octavo.kv.pool import pages_for
 from octavo.kv.quota import Quota
 from octavo.kv.tables import Index, Tables
@@ -93,10 +94,26 @@ class New(NamedTuple):
     after: Tensor  # [B] int32, position of the next query after this forward
     padded: bool  # whether any may be padding
 
+
+class OnPages:
+    """What every forward on pages says of its new tokens, and of those before them."""
+
+    batch: Batch
+    new: New
+
+    @property
+    def lines(self) -> Index:
+        """Which rows of the tables its sequences have."""
+        return self.batch.index
+
     @property
     def valid(self) -> Tensor | None:
-        """Which of them are no padding, [B, N] bool; None: all."""
-        return self.position >= 0 if self.padded else None
+        """Which of the new tokens are no padding, [B, N] bool; None: all."""
+        return self.new.position >= 0 if self.new.padded else None
+
+    def newest(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What is stored in one layer of the token before each sequence's first new one, each [B, H, D] in `dtype`."""
+        return stored_before(self.batch.tables, self.lines, layer, self.new.start, self.batch.shift, dtype)
 
 
 def counted(start: Tensor, columns: int, valid: Tensor | None) -> New:

@@ -67,9 +67,10 @@ def chosen(
 
 def _check_shape(model: PreTrainedModel, s: SwiftSettings, init: SwiftKVAdapter | None) -> None:
     spec_for(model, s.kv_layers, s.group, s.before)
-    given = None if init is None else init.transform.spec
-    if given is not None and (given.kv_layers, given.group, given.before) != (s.kv_layers, s.group, s.before):
-        assert init is not None
+    if init is None:
+        return
+    given = init.transform.spec
+    if (given.kv_layers, given.group, given.before) != (s.kv_layers, s.group, s.before):
         raise ConfigError(
             f"adapter {init.name} has K={given.kv_layers}, groups of {given.group} and before={given.before}; "
             f"this run trains K={s.kv_layers}, groups of {s.group} and before={s.before}"
