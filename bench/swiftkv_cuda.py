@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--kv-layers", type=int, help="K; half of the layers if left out")
     parser.add_argument("--group", type=int, default=1)
+    parser.add_argument("--before", type=int, default=0, help="numbers that each token hands to the next")
     parser.add_argument("--chunk", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--sweep-runs", type=int, default=2)
@@ -77,23 +78,25 @@ def main() -> None:
     model = random_model(shape, device)
     kv_layers = args.kv_layers or shape["num_hidden_layers"] // 2
     with device:
-        adapter = SwiftKVAdapter("initial", initial(model, kv_layers, args.group), fingerprint(model))
+        transform = initial(model, kv_layers, args.group, args.before)
+        adapter = SwiftKVAdapter("initial", transform, fingerprint(model))
         ids = torch.randint(0, shape["vocab_size"], (1, args.tokens))
     rows = []
     for chunk in args.chunk:
         runs = args.runs if chunk == args.chunk[-1] else args.sweep_runs
         rows.append({"chunk": chunk, "runs": runs, **measured(model, [adapter], ids, runs, args.steps, chunk=chunk)})
-    del adapter
+    del adapter, transform
     kept = [held(model, g, ids, kv_layers, chunk=args.chunk[-1]) for g in (1, 2, 4)]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     about |= {"gpu": gpu, "cuda": torch.version.cuda, "shape": shape, "kv_layers": kv_layers, "group": args.group}
+    about["before"] = args.before
     print(json.dumps(record(args.out, **about, rows=rows, held=kept)))
     console = Console(width=140)
     for table in (*speed_tables(rows, "chunk"), held_table(kept)):
         console.print(table)
     console.print(
         f"{gpu or 'CPU'}: copies {about['copy_gb_s']:,.0f} GB/s, bf16 products {about['matmul_tflop_s']:,.1f} TFLOP/s; "
-        f"K = {kv_layers} of {shape['num_hidden_layers']} layers, group {args.group}"
+        f"K = {kv_layers} of {shape['num_hidden_layers']} layers, group {args.group}, before {args.before}"
     )
 
 

@@ -8,6 +8,7 @@ from octavo.attachment import prompt_graphs, require_attachment
 from octavo.dms import SoftGates
 from octavo.engine import Engine, SamplingParams
 from octavo.kv import hosted
+from octavo.swiftkv import initial
 from tiny import check_answers, feed, in_pieces, tiny_adapter, tiny_model, tokens
 from tiny_swift import LAYERS, full, model_of, pair, swiftkv_for
 
@@ -46,6 +47,15 @@ def test_skipping_prefill_on_the_gpu_is_the_full_forward(chunk, evict, before):
         parts = [model(ids[:, :200], past_key_values=cache, logits_to_keep=3).logits[:, -3:]]
         parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(200, 230)]
     torch.testing.assert_close(torch.cat(parts, 1), expected[:, 197:], rtol=0, atol=2e-3)
+
+
+def test_a_transform_begins_with_the_same_numbers_where_tensors_are_made_on_the_gpu():
+    model = model_of()
+    expected = initial(model, 2, before=40).hand
+    with torch.device("cuda"):
+        found = initial(model.cuda(), 2, before=40).hand
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
 
 
 def test_packed_documents_on_the_gpu_are_those_of_the_cpu():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.attachment.adapters import load_adapter
+from octavo.attachment.adapters import load_adapter, resolve
 from octavo.models import default_dtype
 from octavo.retrofit.suite import results
 
@@ -164,17 +164,20 @@ def test_the_vector_database_s_table_is_the_measured_file() -> None:
 
 
 def test_the_swiftkv_table_is_the_record() -> None:
-    record = Path(__file__).parents[1] / "bench" / "results" / "swiftkv-half-h200.json"
-    policies = {row["policy"]: row for row in json.loads(record.read_text())["policies"]}
+    path = Path(__file__).parents[1] / "bench" / "results" / "swiftkv-half-h200.json"
+    record = json.loads(path.read_text())
+    policies = {row["policy"]: row for row in record["policies"]}
+    columns = ("dense", "swiftkv", "swiftkv-half", "swiftkv-half + dms-8x")
     held, *lines = re.findall(r"^\|.*\|$", README[README.index("| | layers skipped: none |") :], re.M)[
         2 : 3 + len(ROWS)
     ]
-    shares = [policies[p]["nbytes"] / policies[p]["dense_nbytes"] for p in ("dense", "swiftkv", "swiftkv-half")]
-    assert [cell.strip() for cell in held.split("|")[2:-1]] == [f"{share:.2f}x" for share in shares]
+    shares = [policies[p]["nbytes"] / policies[p]["dense_nbytes"] for p in columns]
+    said = [f"{share:.2f}x" if share > 1 else f"1/{1 / share:.2f}" for share in shares]
+    assert [cell.strip() for cell in held.split("|")[2:-1]] == said
     for line, (begins, name) in zip(lines, ROWS.items(), strict=True):
         label, *figures = (cell.strip() for cell in line.split("|")[1:-1])
         assert label.startswith(begins)
-        for policy, cell in zip(("dense", "swiftkv", "swiftkv-half"), figures, strict=True):
+        for policy, cell in zip(columns, figures, strict=True):
             lengths = [int(n.replace(",", "")) for n in re.findall(r"\d,\d{3}", label.replace("past 1,024", ""))]
             for length, shown_ in zip(lengths, cell.split(" / "), strict=True):
                 dense, found = (
@@ -186,29 +189,16 @@ def test_the_swiftkv_table_is_the_record() -> None:
                 else:
                     off = 0.0 if policy == "dense" else dense["nll"]
                     assert float(shown_) == pytest.approx(found["nll"] - off, abs=6e-4)
-    suite, adapter = load_adapter("swiftkv-half").card["suite"], policies["swiftkv-half"]
-    assert [row[1:] for row in suite["rows"]] == [
-        row[1:]
-        for row in results.cells(
-            results.LongEvaluation.from_json(
-                {**json.loads(record.read_text()), "notes": [], "policies": [policies["dense"], adapter]}, str(record)
-            )
-        )[1:]
-    ], "the card is the record's"
-
-
-def test_what_the_gates_of_half_cost_is_the_record() -> None:
-    record = Path(__file__).parents[1] / "bench" / "results" / "swiftkv-half-gates-cpu.json"
-    dense, half, gated = json.loads(record.read_text())["policies"]
-    said = README[README.index("Its gates (`swiftkv-half+dms-8x`)") :].split("(4 texts")[0]
-    wanted = []
-    for names in (("books",), ("code",), ("repeat prose", "repeat code")):
-        for policy in (gated, half):
-            for name in names:
-                ours, base = (next(s["nll"] for s in p["sets"] if s["name"] == name) for p in (policy, dense))
-                wanted.append(ours - base)
-    assert [float(x) for x in re.findall(r"\+(\d\.\d+)", said)] == pytest.approx(wanted, abs=6e-4)
-    assert f"1/{gated['dense_nbytes'] / gated['nbytes']:.2f} of the bytes" in said
+    words = re.findall(r"([\d.]+)%(?: of the tokens are the same)? with `swiftkv(-half)?`", README)
+    assert len(words) == 2
+    for share, half in words:
+        sets = policies[f"swiftkv{half}"]["sets"]
+        (same,) = (s["same"] for s in sets if (s["name"], s["length"]) == ("greedy answers", 2048))
+        assert share == f"{100 * same:.1f}"
+    for adapter, policy in zip(resolve("swiftkv-half+dms-8x"), columns[2:], strict=True):
+        alone = {**record, "notes": [], "policies": [policies["dense"], policies[policy]]}
+        measured = results.cells(results.LongEvaluation.from_json(alone, str(path)))
+        assert adapter.card["suite"]["rows"] == measured[1:], "the card is the record's"
 
 
 def test_the_swiftkv_speeds_are_the_measured_file() -> None:
@@ -242,6 +232,17 @@ def test_the_swiftkv_speeds_on_a_gpu_are_the_measured_file() -> None:
         with_, without, shown, plain = (float(x.replace(",", "")) for x in figures)
         assert [with_, without, plain] == pytest.approx([1e3 * row[f"{phase}_{mode}_s"] for mode in modes], abs=0.51)
         assert shown == pytest.approx(ratio, abs=0.0051)
+
+
+def test_the_swiftkv_speeds_of_today_are_the_record() -> None:
+    record = Path(__file__).parents[1] / "bench" / "results" / "swiftkv-cuda-h200.json"
+    plain, handing = (run["rows"][0] for run in json.loads(record.read_text())["runs"])
+    begins = README.index("That was before page memory")
+    said = re.findall(r"([\d.]+)(?= ms|x)", README[begins : README.index("(`--chunk 8192", begins)])
+    expected = [1e3 * plain["prefill_swiftkv_s"], 1e3 * plain["prefill_attached_s"], plain["speedup_to_attached"][0]]
+    expected += [1e3 * plain["prefill_unattached_s"], 1e3 * handing["prefill_swiftkv_s"]]
+    expected += [handing["speedup_to_attached"][0]]
+    assert [float(x) for x in said] == [pytest.approx(x, abs=0.5 if x > 2 else 0.0051) for x in expected]
 
 
 def test_the_gpu_tables_are_the_records() -> None:

@@ -193,8 +193,7 @@ class Forward:
         step, marked = self.cache.step, None
         if self.gates is not None and not step.decides_at_commit:
             marked = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
-        step.update(layer, key, value, marked)
-        step.settle(layer)
+        step.update(layer, key, value, marked)  # `commit` stores it with the last layers, which lie beside it
 
     def masked(
         self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float,

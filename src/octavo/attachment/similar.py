@@ -147,7 +147,9 @@ def turns(attachment: "Attachment") -> bool:
 def _probe(attachment: "Attachment") -> bool:
     rotary: Any = attachment.model.base_model.rotary_emb
     device = attachment.model.device
-    key = torch.randn(1, 1, 1, KVCache(attachment.model).shape.head_dim, generator=torch.Generator().manual_seed(0))
+    key = torch.randn(
+        1, 1, 1, KVCache(attachment.model).shape.head_dim, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     first, last = (
         rotated(attachment)(key, key, *(t.float().cpu() for t in rotary(torch.zeros(1, 1, 1, device=device), at)))[1]
         for at in (torch.tensor([[p]], device=device) for p in PROBED)

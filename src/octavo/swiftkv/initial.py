@@ -71,7 +71,7 @@ def initial(model: PreTrainedModel, kv_layers: int, group: int = 1, before: int 
     upper = [projections(layer.self_attn) for layer in layers[kv_layers:]]
     transform.norm.copy_(layers[kv_layers].input_layernorm.weight)
     if transform.hand is not None:
-        drawn = torch.randn(transform.hand.shape, generator=torch.Generator().manual_seed(0))
+        drawn = torch.randn(transform.hand.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         transform.hand.copy_(drawn * spec.hidden**-0.5)
     for i, (query, _, _) in enumerate(upper):
         transform.q[i].copy_(query[0])
