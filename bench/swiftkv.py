@@ -5,7 +5,7 @@
 Prefill asks for the last token's logits only. "attached" is the same attached model with SwiftKV off, "unattached"
 is transformers' own with `DynamicCache` and SDPA. Decoding alternates step by step between two caches, one with
 SwiftKV and one without. By default the transform is the untrained start at half of the layers, which costs the
-same time as a trained one.
+same time as a trained one that hands nothing on.
 """
 
 import argparse
@@ -112,15 +112,15 @@ def measured(
 
 
 @torch.no_grad()
-def held(model: Any, group: int, ids: torch.Tensor, kv_layers: int, **settings: Any) -> dict[str, Any]:
+def held(model: Any, group: int, ids: torch.Tensor, kv_layers: int, before: int = 0, **settings: Any) -> dict[str, Any]:
     """Bytes of a real cache with layers from `kv_layers` on in groups, and those of their pages alone."""
     with ids.device:
-        transform = initial(model, kv_layers, group)
+        transform = initial(model, kv_layers, group, before)
     octavo.attach(model, SwiftKVAdapter(f"group {group}", transform, fingerprint(model)), **settings)
     cache = KVCache(model)
     fill(model, ids, cache)
     tables, pool = cache.tables, cache.tables.pool
-    slots = tables.length[tables.index(cache.rows)][:, kv_layers:]
+    slots = tables.length[tables.index(cache.rows)][:, kv_layers : cache.shape.read_layers]
     upper = int(((slots + pool.layout.page_size - 1) // pool.layout.page_size).sum()) * pool.page_nbytes
     octavo.detach(model)
     return {
@@ -164,7 +164,7 @@ def main() -> None:
             rows.append({"dtype": dtype, **measured(model, adapters, stream[:, :tokens], runs, steps)})
             print(rows[-1], file=sys.stderr)
     kv_layers = spec.layers - -(-spec.upper // 4) * 4  # a number of layers that groups of 2 and 4 divide
-    kept = [held(model, group, stream[:, : max(args.tokens)], kv_layers) for group in (1, 2, 4)]
+    kept = [held(model, group, stream[:, : max(args.tokens)], kv_layers, spec.before) for group in (1, 2, 4)]
     sizes = [{"dtype": args.dtype[-1], "tokens": max(args.tokens), **each} for each in kept]
     console = Console(width=140)
     for table in (*speed_tables(rows, "dtype"), held_table(sizes)):

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--kv-layers", type=int, help="K; half of the layers if left out")
     parser.add_argument("--group", type=int, default=1)
-    parser.add_argument("--before", type=int, default=0, help="numbers that each token hands to the next")
+    parser.add_argument("--before", type=int, default=0, help="numbers that tokens hand on, 64 at most with --tiny")
     parser.add_argument("--chunk", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--sweep-runs", type=int, default=2)
@@ -86,7 +86,7 @@ def main() -> None:
         runs = args.runs if chunk == args.chunk[-1] else args.sweep_runs
         rows.append({"chunk": chunk, "runs": runs, **measured(model, [adapter], ids, runs, args.steps, chunk=chunk)})
     del adapter, transform
-    kept = [held(model, g, ids, kv_layers, chunk=args.chunk[-1]) for g in (1, 2, 4)]
+    kept = [held(model, g, ids, kv_layers, args.before, chunk=args.chunk[-1]) for g in (1, 2, 4)]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     about |= {"gpu": gpu, "cuda": torch.version.cuda, "shape": shape, "kv_layers": kv_layers, "group": args.group}
     about["before"] = args.before

@@ -100,6 +100,7 @@ def test_an_interrupted_suite_keeps_what_it_measured(place, tmp_path, monkeypatc
 def test_mistakes_are_errors_before_the_work(place, tmp_path):
     for more, error, message in (
         (["--lengths", "3000"], ConfigError, "has 2,048 positions and the suite asks for 3,000"),
+        (["--lengths", "900"], ConfigError, "at least 1,800 tokens, not 900"),
         (["--text", "nameless.txt"], ConfigError, "NAME=FILE"),
         (["--code", str(place / "gates" / "adapter.safetensors")], TextFileError, "text in UTF-8"),
     ):

@@ -12,6 +12,7 @@ from octavo import KVCache, ReuseStore, attach, save_published
 from octavo.adapter_file import read_adapter, write_adapter
 from octavo.attachment.supported import fingerprint
 from octavo.errors import AdapterFileError, AdapterMismatchError, CacheStateError, ConfigError, UnsupportedModelError
+from octavo.kv import chunk_step
 from octavo.retrofit.regression import _Fit
 from octavo.reuse import SimilarSettings
 from octavo.swiftkv import SwiftKVAdapter, initial, load_swiftkv_adapter, save_swiftkv_adapter
@@ -213,6 +214,27 @@ def test_a_forward_that_fails_leaves_what_was_handed_on():
         handle.remove()
         got = model(ids[:, 40:], past_key_values=cache).logits
     torch.testing.assert_close(got, expected[:, 40:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("held", "rounds"),
+    [(100, [(0, 7)]), (2, [(0, 2), (2, 4), (4, 7)]), (1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 7)])],
+)
+def test_what_is_handed_on_is_stored_with_the_last_layer(held, rounds, monkeypatch):
+    model, ids, found = model_of(), tokens(1, 128), []
+    attach(model, swiftkv_for(model, 2, before=40), chunk=64)
+    cache, store = KVCache(model), chunk_step.ChunkStep._store_layers
+    layer = 2 * cache.shape.kv_heads * 64 * cache.shape.head_dim * 4  # bytes of its keys and values in a chunk
+
+    def noted(step, layers, *tensors):
+        found.append((layers.start, layers.stop))
+        store(step, layers, *tensors)
+
+    monkeypatch.setattr(chunk_step, "HELD", held * layer)
+    monkeypatch.setattr(chunk_step.ChunkStep, "_store_layers", noted)
+    with torch.no_grad():  # no later layer runs for the first chunk, all for the last token of the second
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    assert found == [*rounds, *rounds]
 
 
 def test_codes_in_pages_round_what_is_handed_on_and_no_more():

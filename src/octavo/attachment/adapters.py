@@ -56,7 +56,8 @@ def load_adapter(name: str | Path) -> AnyAdapter:
 def _load(name: str | Path, folder: Path | None) -> AnyAdapter:
     """The adapter in `folder`, which `name` led to."""
     if folder is None:
-        raise AdapterFileError(f"no adapter folder {name}; shipped adapters are {', '.join(shipped_adapters())}")
+        one = "; give one name here, not several with '+'" if "+" in str(name) else ""
+        raise AdapterFileError(f"no adapter folder {name}{one}; shipped adapters are {', '.join(shipped_adapters())}")
     if not (folder / SETTINGS).is_file() and (folder / CONFIG).is_file():
         return load_published(folder, None if Path(name).is_dir() else str(name))
     kind = read_settings(folder).get("kind")

@@ -333,7 +333,8 @@ class KVCache(PagedCache):
         )
 
 
-_CALLED = {"modules": "set of its modules' settings"}  # fields of an identity whose names say too little
+# Fields of an identity whose names say too little.
+_CALLED = {"modules": "set of its modules' settings", "kv_layers": "number of KV layers (one more if tokens hand on)"}
 _STATEFUL = "its model has layers with a state, as in linear attention, which is there for the last token read alone"
 _MOVED = "its tokens were read at other position_ids than their numbers in the sequence, and nothing tells which"
 

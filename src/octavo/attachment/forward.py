@@ -101,7 +101,7 @@ class Forward:
         assert self.cache is not None
         out = self.cache.step.attend(layer, query, scale, scoring)
         if last_reader:
-            self.cache.step.settle(layer)
+            self.cache.step.settle(*self.cache.shape.done_with(layer))
         return out
 
     def paged(
@@ -168,11 +168,11 @@ class Forward:
         for i, layer in enumerate(upper):
             self.cache.update(keys[i], values[i], layer)
         self.store(spec.kv_layers, [n] * len(upper), keys[: len(upper)].unbind(), values[: len(upper)].unbind())
-        if self.keep == 0:  # no layer reads what was stored
-            for layer in upper:
-                self.cache.step.settle(layer)
         if handed is not None:
             self._hand_on(handed)
+        if self.keep == 0:  # no layer reads what was stored
+            for layer in upper:
+                self.cache.step.settle(*self.cache.shape.done_with(layer))
 
     def _given(self, handed: Tensor) -> Tensor:
         """What the token before each handed on, [B, N, before], where they themselves hand on `handed`."""
@@ -193,7 +193,7 @@ class Forward:
         step, marked = self.cache.step, None
         if self.gates is not None and not step.decides_at_commit:
             marked = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
-        step.update(layer, key, value, marked)  # `commit` stores it with the last layers, which lie beside it
+        step.update(layer, key, value, marked)
 
     def masked(
         self, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, scale: float,

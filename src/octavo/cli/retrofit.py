@@ -31,8 +31,12 @@ SampleTokens = Annotated[
         "2,000,000 at most (250,000 on a CPU), read again where that is not enough."
     ),
 ]
-Target = Annotated[float, typer.Option(help="Tokens per kept token to train for.")]
-Window = Annotated[int, typer.Option(help="Tokens a marked one stays visible.")]
+Target = Annotated[
+    float | None, typer.Option(help="Tokens per kept token to train for; 8, or --init's gates', if left out.")
+]
+Window = Annotated[
+    int | None, typer.Option(help="Tokens a marked one stays visible; 256, or --init's gates', if left out.")
+]
 Skip = Annotated[float | None, typer.Option(help="Share of layers to skip at least; 0.33, or --init's, if left out.")]
 KvLayers = Annotated[int | None, typer.Option(help="Layers that keep their own keys and values, instead of --skip.")]
 Group = Annotated[int | None, typer.Option(help="Skipped layers that share keys and values; 1, or --init's.")]
@@ -66,12 +70,12 @@ def dms(
     sampled: Sampled = True,
     sample_tokens: SampleTokens = None,
     model: Model = None,
-    target: Target = 8.0,
+    target: Target = None,
     steps: int = 200,
     batch: Batch = 8,
     micro_batch: MicroBatch = 4,
     length: Length = 8192,
-    window: Window = 256,
+    window: Window = None,
     shift: Annotated[int, typer.Option(help="1 reads a mark one token later, as NVIDIA's layout does.")] = 0,
     lr: float = 2e-4,
     recall: Recall = 0.1,
@@ -87,14 +91,15 @@ def dms(
     """Distil eviction gates for a model, from text that it samples itself, from yours, or both."""
     from octavo.cli.training import train
     from octavo.cli.training_text import TrainingText
-    from octavo.retrofit.settings import GateSettings, RetrofitSettings, exercises_for
+    from octavo.retrofit.settings import GateSettings, RetrofitSettings, exercises_for, gates_for
 
     text = TrainingText(data or [], sampled, sample_tokens)
-    settings = RetrofitSettings(
-        GateSettings(target, window, lr, shift=shift), steps=steps, batch=batch, micro_batch=micro_batch, length=length,
-        recall=recall, seed=seed, exercises=exercises_for(recall, exercises),
-    )  # fmt: skip
     start = adapters_of([init] if init else [])
+    settings = RetrofitSettings(
+        GateSettings(*gates_for(target, window, start), lr, shift=shift),
+        steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
+        exercises=exercises_for(recall, exercises),
+    )  # fmt: skip
     loaded, tokenizer = load_plain(model, dtype, device)
     train(loaded, tokenizer, text, settings, out, name, start, resume, held_out, console)
 
@@ -170,12 +175,12 @@ def swiftkv_and_dms(
     kv_layers: KvLayers = None,
     group: Group = None,
     before: Before = None,
-    target: Target = 8.0,
+    target: Target = None,
     steps: int = 200,
     batch: Batch = 8,
     micro_batch: MicroBatch = 4,
     length: Length = 8192,
-    window: Window = 256,
+    window: Window = None,
     lr: Annotated[float, typer.Option(help="Of the SwiftKV weights; 0 leaves those of --init as they are.")] = 1e-3,
     gates_lr: Annotated[float, typer.Option(help="Of the gates.")] = 2e-4,
     temperature: Temperature = 1.0,
@@ -188,7 +193,9 @@ def swiftkv_and_dms(
     resume: Resume = False,
     held_out: HeldOut = None,
     name: Name = None,
-    gates_name: Annotated[str | None, typer.Option(help="The gates' name; dms-<target>x if left out.")] = None,
+    gates_name: Annotated[
+        str | None, typer.Option(help="The gates' name; --init's if it and --target are left out, else dms-<target>x.")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -201,6 +208,8 @@ def swiftkv_and_dms(
         SwiftSettings,
         before_for,
         exercises_for,
+        gates_for,
+        gates_name_for,
         shape_for,
     )
 
@@ -208,9 +217,9 @@ def swiftkv_and_dms(
     adapters = adapters_of(init or [])
     loaded, tokenizer = load_plain(model, dtype, device)
     shape = shape_for(loaded.config.num_hidden_layers, skip, kv_layers, group, adapters)
-    handed = before_for(before, adapters)
+    handed, gates_name = before_for(before, adapters), gates_name_for(gates_name, target, adapters)
     settings = RetrofitSettings(
-        GateSettings(target, window, gates_lr),
+        GateSettings(*gates_for(target, window, adapters), gates_lr),
         SwiftSettings(*shape, lr=lr, temperature=temperature, mse_weight=mse_weight, start=start, before=handed),
         steps=steps, batch=batch, micro_batch=micro_batch, length=length, recall=recall, seed=seed,
         exercises=exercises_for(recall, exercises),

@@ -23,7 +23,7 @@ from octavo.cli.training_text import TrainingText, gather
 from octavo.errors import AdapterFileError, ConfigError, OutputFileError, TextFileError
 from octavo.retrofit.agreement import Question
 from octavo.retrofit.card import card_text, needles_phrase
-from octavo.retrofit.checkpoint import FILES, read_log, refuse_unfinished
+from octavo.retrofit.checkpoint import FILES, read_log, refuse_others, refuse_unfinished
 from octavo.retrofit.data import encode, read_text
 from octavo.retrofit.entries import Entry
 from octavo.retrofit.evaluate import evaluate
@@ -66,6 +66,7 @@ def train(
     chosen(model, settings, init)
     if not resume:
         refuse_unfinished(folder)
+        refuse_others(folder, settings.swiftkv is not None, gates_name)
     sources, said = gather(data, model, tokenizer, settings, folder, resume, console)
     run = Retrofit(model, tokenizer, sources, settings, folder, init)
     if resume:

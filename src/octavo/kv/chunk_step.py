@@ -1,7 +1,7 @@
 """A forward of a piece of a prompt: it attends over pages and the chunk itself, then stores what can still be seen.
 
 A layer's keys and values are held until its last reader is done, because a token that expires within the chunk should
-never need a page. Layers wait for each other and are stored together, since storing takes some forty operations.
+never need a page. Layers wait for each other and are stored together, since storing takes some seventy operations.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -139,10 +139,10 @@ class ChunkStep(OnPages):
         every = torch.ones((), dtype=torch.bool, device=position.device)
         return every.expand(len(position), batch.tables.length.shape[2], position.shape[1]), life.length - 1
 
-    def settle(self, layer: int) -> None:
-        """Nobody reads this layer's chunk any more: store what the next query can still see of it, now or soon."""
-        self._ready.append(layer)
-        if 2 * self._held[layer].key.nbytes * len(self._ready) >= self._held_most:
+    def settle(self, *layers: int) -> None:
+        """Nobody reads these layers' chunks any more: store what the next query can still see of them, now or soon."""
+        self._ready += layers
+        if 2 * self._held[layers[-1]].key.nbytes * len(self._ready) >= self._held_most:
             self._store_ready()
 
     def commit(self, marked: Tensor | None) -> None:

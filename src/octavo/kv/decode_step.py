@@ -108,7 +108,7 @@ class DecodeStep(OnPages):
 
         return decode.attend(query, at, pages, *where, scale, self._begins[layer], scoring=scoring)
 
-    def settle(self, layer: int) -> None:
+    def settle(self, *layers: int) -> None:
         """Nothing is held back."""
 
     def commit(self, marked: Tensor | None) -> None:

@@ -78,7 +78,7 @@ class FusedStep(OnPages):
         """See `OnPages`; those of places without a sequence mean nothing."""
         return self.rows.long().clamp(min=0)
 
-    def settle(self, layer: int) -> None:
+    def settle(self, *layers: int) -> None:
         """Nothing is held back."""
 
     def commit(self, marked: Tensor | None) -> None:

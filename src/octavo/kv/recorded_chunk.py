@@ -83,9 +83,10 @@ class RecordedChunk:
             return nothing, nothing
         return stored_before(self._tables, self._rows, layer, self._span.start, 0, dtype)
 
-    def settle(self, layer: int) -> None:
-        """Nobody reads this layer's tokens any more; the graph may use their memory again."""
-        del self._held[layer]
+    def settle(self, *layers: int) -> None:
+        """Nobody reads these layers' tokens any more; the graph may use their memory again."""
+        for layer in layers:
+            del self._held[layer]
 
     def commit(self, marked: Tensor | None) -> None:
         """Storing is the host's."""

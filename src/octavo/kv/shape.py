@@ -34,6 +34,11 @@ class CacheShape:
         """KV layers that attention reads: all but the last where that holds what is handed on."""
         return self.cached_layers - self.hands
 
+    def done_with(self, layer: int) -> range:
+        """The KV layers that nobody reads any more once `layer` has been read: with the last one also what is handed
+        on, which lies beside it and is stored with it."""
+        return range(layer, layer + 1 + (self.hands and layer + 1 == self.read_layers))
+
     @property
     def windowed(self) -> bool:
         """Whether tokens of any layer, or of heads that a layer does not have, expire by themselves."""

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from octavo.adapter_file import SETTINGS, TENSORS
-from octavo.errors import OutputFileError, RetrofitError
+from octavo.adapter_file import SETTINGS, TENSORS, read_settings
+from octavo.errors import AdapterFileError, ConfigError, OutputFileError, RetrofitError
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
@@ -88,6 +88,31 @@ def refuse_unfinished(folder: Path) -> None:
         raise RetrofitError(
             f"{folder} holds an unfinished run, at step {step} of {steps}; give --resume to go on, or another folder"
         )
+
+
+def refuse_others(folder: Path, swiftkv: bool, gates_name: str | None) -> None:
+    """Raise ConfigError where `folder` holds what a run would overwrite or make useless: another kind of adapter than
+    it trains (`swiftkv`: SwiftKV weights), or gates made on SwiftKV weights that it replaces, but for its own.
+
+    What an earlier run of the same kind has left is replaced at the end.
+    """
+    wanted = "swiftkv" if swiftkv else "dms"
+    if _settings(folder).get("kind", wanted) != wanted:
+        raise ConfigError(f"{folder} holds another kind of adapter, which would be lost; train in another folder")
+    for path in sorted(folder.glob(f"*/{SETTINGS}")) if swiftkv else ():
+        if path.parent.name != gates_name and "swiftkv" in _settings(path.parent):
+            raise ConfigError(
+                f"{path.parent} holds gates that were made on the SwiftKV weights in {folder} and fit no others; train "
+                "in another folder"
+            )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Those of an adapter; nothing where there is none, or none that can be read."""
+    try:
+        return read_settings(folder)
+    except AdapterFileError:
+        return {}
 
 
 def read_log(folder: Path, steps: int) -> list[dict[str, Any]]:

@@ -181,6 +181,22 @@ def before_for(before: int | None, init: Sequence[Adapter | SwiftKVAdapter] = ()
     return before if before is not None else given[0] if given else 0
 
 
+def gates_for(
+    target: float | None, window: int | None, init: Sequence[Adapter | SwiftKVAdapter] = ()
+) -> tuple[float, int]:
+    """(target, window) from what was asked for; what was left out is as in the gates of `init`, else 8 and 256."""
+    given = [(a.target, a.gates.spec.eviction.window) for a in init if isinstance(a, Adapter)]
+    old_target, old_window = given[0] if given else (GateSettings.target, GateSettings.window)
+    return old_target if target is None else target, old_window if window is None else window
+
+
+def gates_name_for(name: str | None, target: float | None, init: Sequence[Adapter | SwiftKVAdapter] = ()) -> str | None:
+    """The name of gates inside a SwiftKV adapter: `name`, else that of `init`'s where their target stays; None: by
+    their target."""
+    given = [a.name for a in init if isinstance(a, Adapter)]
+    return name or (given[0] if given and target is None else None)
+
+
 def kv_layers_for(layers: int, skip: float, group: int = 1) -> int:
     """K such that at least the share `skip` of the layers is skipped, in whole groups. Raises ConfigError."""
     if not 0 < skip < 1:

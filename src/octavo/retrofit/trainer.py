@@ -102,6 +102,7 @@ class Retrofit:
             raise ConfigError(f"batch {settings.batch} must be a multiple of the {world} processes")
         gates, swiftkv = chosen(model, settings, init)
         self.init = {"gates": gates.name if gates else None, "swiftkv": swiftkv.name if swiftkv else None}
+        self.inside = swiftkv.name if swiftkv and gates and gates.made_on is not None else None  # where gates came from
         self.transform = first_transform(model, settings, swiftkv)
         self.gates, self.start = first_gates(model, settings, self.transform.spec if self.transform else None, gates)
         s = settings.swiftkv
@@ -325,6 +326,8 @@ class Retrofit:
             target, init = self.settings.gates.target, self.init["gates"]
             gates = Gates(self.gates.spec)
             gates.load_state_dict({k: v.cpu() for k, v in self.gates.folded_state().items()})
+            if self.inside is not None:
+                init = f"{init}, made on {self.inside}"
             own = name if self.transform is None else gates_name or self.settings.gates.name
             out.append(Adapter(own, gates, made_for, target, {**card, "init": init}, made_on))
         return out

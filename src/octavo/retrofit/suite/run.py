@@ -22,7 +22,7 @@ from octavo.retrofit.suite.cases import CaseSet
 from octavo.retrofit.suite.own_words import conversations, greedy_sets, own_chats
 from octavo.retrofit.suite.results import LongEvaluation, PolicyResult, SetResult
 from octavo.retrofit.suite.scoring import Scores, score
-from octavo.retrofit.suite.settings import LongSettings
+from octavo.retrofit.suite.settings import SMALLEST, LongSettings
 from octavo.retrofit.suite.tasks import task_sets, text_sets
 from octavo.retrofit.suite.texts import SuiteTexts
 
@@ -81,10 +81,10 @@ def _check(model: PreTrainedModel, texts: SuiteTexts, settings: LongSettings) ->
     longest = max((settings.nll_length, settings.held_at, *settings.lengths))
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise ConfigError(
-            f"the model has {limit:,} positions and the suite asks for {longest:,}: "
-            f"give nll_length, lengths and held_at of at most {limit:,}"
-        )
+        advice = f"give lengths (--lengths), nll_length (--nll-length) and held_at of at most {limit:,}"
+        if limit < SMALLEST:
+            advice = f"its tasks need contexts of {SMALLEST:,} at least, so this model cannot be given it"
+        raise ConfigError(f"the model has {limit:,} positions and the suite asks for {longest:,}: {advice}")
     for source in (texts.prose, texts.code, *texts.others.values()):
         if source is not None and len(source.tokens) < longest:
             raise TextFileError(f"{source.name} has {len(source.tokens):,} tokens; {longest:,} are needed")
