@@ -214,6 +214,18 @@ def test_the_swiftkv_speeds_are_the_measured_file() -> None:
     assert [float(x) for _, _, x in decode] == pytest.approx([1 / r["decode_ratio"] for r in steps], abs=0.0051)
 
 
+def test_the_shipped_adapters_speeds_are_the_record() -> None:
+    record = Path(__file__).parents[1] / "bench" / "results" / "swiftkv-shipped-cpu.json"
+    runs = json.loads(record.read_text())["runs"]
+    assert [run["adapter"] for run in runs] == ["swiftkv", "swiftkv-half"]
+    lines = re.findall(r"^\| ([\d,]+) tokens \| (.*) \|$", README[README.index("| a prompt of |") :], re.M)[:3]
+    for n, cells in lines:
+        rows = [next(r for r in run["rows"] if r["tokens"] == int(n.replace(",", ""))) for run in runs]
+        ratios = [row[f"speedup_to_{mode}"][0] for row in rows for mode in ("attached", "unattached")]
+        assert [float(x) for x in re.findall(r"([\d.]+)x", cells)] == pytest.approx(ratios, abs=0.0051)
+    assert len(lines) == 3
+
+
 def test_the_swiftkv_speeds_on_a_gpu_are_the_measured_file() -> None:
     measured = json.loads((Path(__file__).parents[1] / "bench" / "results-swiftkv-cuda.json").read_text())["rows"]
     line = r"\| ([\d,]+) ms \| ([\d,]+) ms \| ([\d.]+)x \| ([\d,]+) ms \|$"
