@@ -28,7 +28,9 @@ Adapters = Annotated[
 Suite = Annotated[
     str | None, typer.Option(help=f"'{SUITE}': also code, chats, copying, look-ups; 24 texts and 200 cases a row.")
 ]
-Lengths = Annotated[str | None, typer.Option(help="Prompt lengths in tokens; 2048,4096, with --suite also 8192; there 1800 at least.")]
+Lengths = Annotated[
+    str | None, typer.Option(help="Prompt lengths in tokens; 2048,4096, with --suite also 8192; there 1800 at least.")
+]
 Cases = Annotated[int | None, typer.Option(help="Needles, or answers, at each length; 10, with --suite 200.")]
 Texts = Annotated[int | None, typer.Option(help="Pieces of text for the NLL; 1, with --suite 24.")]
 NllLength = Annotated[int | None, typer.Option(help="Tokens of each; 4096, with --suite 8192.")]
