@@ -334,7 +334,7 @@ class KVCache(PagedCache):
 
 
 # Fields of an identity whose names say too little.
-_CALLED = {"modules": "set of its modules' settings", "kv_layers": "number of KV layers (one more if tokens hand on)"}
+_CALLED = {"modules": "set of its modules' settings", "kv_layers": "kv_layers (one more where tokens hand on)"}
 _STATEFUL = "its model has layers with a state, as in linear attention, which is there for the last token read alone"
 _MOVED = "its tokens were read at other position_ids than their numbers in the sequence, and nothing tells which"
 
