@@ -88,8 +88,8 @@ def main() -> None:
     del adapter, transform
     kept = [held(model, g, ids, kv_layers, args.before, chunk=args.chunk[-1]) for g in (1, 2, 4)]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    about |= {"gpu": gpu, "cuda": torch.version.cuda, "shape": shape, "kv_layers": kv_layers, "group": args.group}
-    about["before"] = args.before
+    about |= {"gpu": gpu, "cuda": torch.version.cuda, "shape": shape}
+    about |= {"kv_layers": kv_layers, "group": args.group, "before": args.before}
     print(json.dumps(record(args.out, **about, rows=rows, held=kept)))
     console = Console(width=140)
     for table in (*speed_tables(rows, "chunk"), held_table(kept)):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def test_the_first_block_prints_what_it_says() -> None:
 
 
 ADAPTERS = json.loads((Path(__file__).parents[1] / "bench" / "results" / "adapters-h200.json").read_text())
-POLICIES = {row["policy"]: row for row in ADAPTERS["policies"]}
+Policies = dict[str, dict[str, Any]]
+POLICIES: Policies = {row["policy"]: row for row in ADAPTERS["policies"]}
 ROWS = {  # a line's beginning, and the sets of cases in it
     "books": "books", "code": "code", "its own chats": "chats", "repeat prose": "repeat prose",
     "repeat code": "repeat code", "quote": "quote", "edit": "edit", "look up a row": "table",
@@ -40,23 +42,39 @@ ROWS = {  # a line's beginning, and the sets of cases in it
 }  # fmt: skip
 
 
-def case_set(policy: str, name: str, length: int) -> dict[str, Any]:
+def case_set(policy: str, name: str, length: int, policies: Policies = POLICIES) -> dict[str, Any]:
     """What was measured of one policy on one set of cases."""
-    return next(each for each in POLICIES[policy]["sets"] if (each["name"], each["length"]) == (name, length))
+    return next(each for each in policies[policy]["sets"] if (each["name"], each["length"]) == (name, length))
 
 
-def shown(policy: str, name: str, length: int) -> str:
-    """As the table shows it."""
-    measured = case_set(policy, name, length)
+def shown(policy: str, name: str, length: int, policies: Policies = POLICIES) -> str:
+    """As the tables show it."""
+    measured = case_set(policy, name, length, policies)
     if measured["metric"] == "exact":
         return f"{100 * measured['exact']:.1f}%"
     if policy == "dense":
         return f"{measured['nll']:.3f}"
-    if name == "chats" and policy.startswith("swiftkv"):  # it read others, and so did the dense model beside it
+    if name == "chats" and policy.startswith("swiftkv") and policies is POLICIES:
+        # It read others, and so did the dense model beside it.
         suite = load_adapter("swiftkv").card["suite"]
         (row,) = (row for row in suite["rows"] if row[0].startswith("chats"))
         return f"{float(row[suite['columns'].index(policy)].split()[0]):+.3f}"
-    return f"{measured['nll'] - case_set('dense', name, length)['nll']:+.3f}"
+    return f"{measured['nll'] - case_set('dense', name, length, policies)['nll']:+.3f}"
+
+
+def share(policy: dict[str, Any]) -> str:
+    """Bytes held, as the tables show them."""
+    held = policy["nbytes"] / policy["dense_nbytes"]
+    return f"{held:.2f}x" if held > 1 else f"1/{1 / held:.2f}"
+
+
+def check_rows(lines: list[str], columns: Sequence[str], policies: Policies = POLICIES) -> None:
+    """The lines of a table are `ROWS`, as measured of the policies in `columns`."""
+    for line, (begins, name) in zip(lines, ROWS.items(), strict=True):
+        label, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        assert label.startswith(begins)
+        lengths = [int(n.replace(",", "")) for n in re.findall(r"\d,\d{3}", label.replace("past 1,024", ""))]
+        assert cells == [" / ".join(shown(column, name, n, policies) for n in lengths) for column in columns]
 
 
 def test_the_table_of_adapters_is_the_record() -> None:
@@ -65,13 +83,8 @@ def test_the_table_of_adapters_is_the_record() -> None:
     ]
     columns = [cell.strip() for cell in header.split("|")[2:-1]]
     for column, cell in zip(columns[1:], held.split("|")[3:-1], strict=True):
-        share = POLICIES[column]["nbytes"] / POLICIES[column]["dense_nbytes"]
-        assert cell.strip() == (f"{share:.2f}x" if share > 1 else f"1/{1 / share:.2f}")
-    for line, (begins, name) in zip(lines, ROWS.items(), strict=True):
-        label, *cells = (cell.strip() for cell in line.split("|")[1:-1])
-        assert label.startswith(begins)
-        lengths = [int(n.replace(",", "")) for n in re.findall(r"\d,\d{3}", label.replace("past 1,024", ""))]
-        assert cells == [" / ".join(shown(column, name, n) for n in lengths) for column in columns]
+        assert cell.strip() == share(POLICIES[column])
+    check_rows(lines, columns)
 
 
 def test_the_cards_of_what_ships_are_of_the_record() -> None:
@@ -171,30 +184,12 @@ def test_the_swiftkv_table_is_the_record() -> None:
     held, *lines = re.findall(r"^\|.*\|$", README[README.index("| | layers skipped: none |") :], re.M)[
         2 : 3 + len(ROWS)
     ]
-    shares = [policies[p]["nbytes"] / policies[p]["dense_nbytes"] for p in columns]
-    said = [f"{share:.2f}x" if share > 1 else f"1/{1 / share:.2f}" for share in shares]
-    assert [cell.strip() for cell in held.split("|")[2:-1]] == said
-    for line, (begins, name) in zip(lines, ROWS.items(), strict=True):
-        label, *figures = (cell.strip() for cell in line.split("|")[1:-1])
-        assert label.startswith(begins)
-        for policy, cell in zip(columns, figures, strict=True):
-            lengths = [int(n.replace(",", "")) for n in re.findall(r"\d,\d{3}", label.replace("past 1,024", ""))]
-            for length, shown_ in zip(lengths, cell.split(" / "), strict=True):
-                dense, found = (
-                    next(s for s in policies[p]["sets"] if (s["name"], s["length"]) == (name, length))
-                    for p in ("dense", policy)
-                )
-                if found["metric"] == "exact":
-                    assert shown_ == f"{100 * found['exact']:.1f}%"
-                else:
-                    off = 0.0 if policy == "dense" else dense["nll"]
-                    assert float(shown_) == pytest.approx(found["nll"] - off, abs=6e-4)
+    assert [cell.strip() for cell in held.split("|")[2:-1]] == [share(policies[p]) for p in columns]
+    check_rows(lines, columns, policies)
     words = re.findall(r"([\d.]+)%(?: of the tokens are the same)? with `swiftkv(-half)?`", README)
     assert len(words) == 2
-    for share, half in words:
-        sets = policies[f"swiftkv{half}"]["sets"]
-        (same,) = (s["same"] for s in sets if (s["name"], s["length"]) == ("greedy answers", 2048))
-        assert share == f"{100 * same:.1f}"
+    for said, half in words:
+        assert said == f"{100 * case_set(f'swiftkv{half}', 'greedy answers', 2048, policies)['same']:.1f}"
     for adapter, policy in zip(resolve("swiftkv-half+dms-8x"), columns[2:], strict=True):
         alone = {**record, "notes": [], "policies": [policies["dense"], policies[policy]]}
         measured = results.cells(results.LongEvaluation.from_json(alone, str(path)))

@@ -10,6 +10,7 @@ from octavo.cli import main as cli
 from octavo.cli.long_suite import read_record
 from octavo.errors import ConfigError, TextFileError
 from octavo.retrofit.results import share_text
+from octavo.retrofit.suite import SuiteTexts
 from octavo.retrofit.suite import run as suite_run
 from tiny import tiny_adapter, tiny_model
 
@@ -117,3 +118,12 @@ def test_mistakes_are_errors_before_the_work(place, tmp_path):
 )
 def test_bytes_are_shown_as_people_say_them(nbytes, shown):
     assert share_text(nbytes, 718) == shown
+
+
+@pytest.mark.parametrize(
+    ("positions", "advice"), [(512, "tasks need contexts of 1,800 at least"), (4096, "held_at of at most 4,096")]
+)
+def test_a_model_with_too_few_positions_is_told_what_to_ask_for(positions, advice):
+    model = tiny_model(max_position_embeddings=positions)
+    with pytest.raises(ConfigError, match=f"has {positions:,} positions and the suite asks for 8,192.*{advice}"):
+        suite_run.evaluate_long(model, None, SuiteTexts(None))

@@ -69,7 +69,7 @@ def run(
     from octavo.retrofit.suite import SuiteTexts, evaluate_long, read_suite_text
     from octavo.retrofit.suite.texts import read_chats
 
-    longest = max((settings.nll_length, settings.held_at, *settings.lengths))
+    longest = settings.longest
     with says.status("reading the texts") as status:
         named = {}
         for spec in others:

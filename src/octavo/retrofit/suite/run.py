@@ -78,8 +78,7 @@ def evaluate_long(
 
 def _check(model: PreTrainedModel, texts: SuiteTexts, settings: LongSettings) -> None:
     """Raise now what would end the work after minutes."""
-    longest = max((settings.nll_length, settings.held_at, *settings.lengths))
-    limit = getattr(model.config, "max_position_embeddings", None)
+    longest, limit = settings.longest, getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         advice = f"give lengths (--lengths), nll_length (--nll-length) and held_at of at most {limit:,}"
         if limit < SMALLEST:

@@ -39,3 +39,8 @@ class LongSettings:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in 0..2**63 - 1, not {self.seed}")
         object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a text must have, and a model positions for."""
+        return max((self.nll_length, self.held_at, *self.lengths))
